@@ -1,0 +1,94 @@
+# Everything from a bare clone: `make demo` or `make test`. Both install into .venv first, and again only when the
+# requirements change.
+
+# The first of these that is a supported Python, and can make a virtual environment, makes it. PYTHON=... names another.
+PYTHON ?= python3 python3.12 python3.11 python
+VENV = .venv
+PY = $(VENV)/bin/python
+INSTALLED = $(VENV)/.installed
+
+DEMO_ROOT = runs/demo
+DEMO_FIT = fit --config maml.yaml --trainer.default_root_dir $(DEMO_ROOT)
+DEMO_TEST = test --config maml.yaml --trainer.default_root_dir $(DEMO_ROOT)
+# The newest run's best checkpoint, found by the shell after training.
+DEMO_BEST = $$(ls -t $(DEMO_ROOT)/lightning_logs/version_*/checkpoints/best*.ckpt | head -n 1)
+
+PYTEST_ARGS =
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean same-python
+
+help:
+	@echo 'make demo    install, meta-train on the default data, test the best checkpoint'
+	@echo 'make test    install, run the tests (PYTEST_ARGS="-m slow" for the slow ones)'
+	@echo 'make lint    install, check with ruff and mypy'
+	@echo 'make format  install, let ruff mend what it can'
+	@echo 'make clean   remove .venv and what builds and tools leave; runs/ stays'
+
+demo: $(INSTALLED)
+	$(call step,meta-train,$(PY) -m meta_lightning $(DEMO_FIT))
+	$(call step,test the best checkpoint,$(PY) -m meta_lightning $(DEMO_TEST) --ckpt_path "$(DEMO_BEST)")
+	@echo
+	@echo 'To look at the curves: $(VENV)/bin/tensorboard --logdir $(DEMO_ROOT), then open the address that it prints.'
+
+test: $(INSTALLED)
+	$(call step,run the tests,$(PY) -m pytest $(PYTEST_ARGS))
+
+lint: $(INSTALLED)
+	$(call step,ruff check,$(PY) -m ruff check)
+	$(call step,ruff format --check,$(PY) -m ruff format --check)
+	$(call step,mypy,$(PY) -m mypy)
+
+format: $(INSTALLED)
+	$(call step,ruff check --fix,$(PY) -m ruff check --fix)
+	$(call step,ruff format,$(PY) -m ruff format)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+ifneq ($(origin PYTHON),file)
+$(INSTALLED): | same-python
+endif
+
+$(INSTALLED): requirements.txt setup.cfg pyproject.toml
+	@$(make_venv)
+	$(call step,look for a pip that knows build options,$(PY) -m pip install 'pip>=23.1')
+	$(call step,install requirements.txt (PyTorch alone takes gigabytes),$(PY) -m pip install -r requirements.txt)
+	$(call step,check that the installed packages fit together,$(PY) -m pip check)
+	@touch $@
+
+# A PYTHON named by hand is not passed over in silence for the one that already made the environment.
+same-python:
+	@[ -x $(PY) ] || exit 0; held=$$($(PY) -V 2>&1); named=$$($(PYTHON) -V 2>&1); \
+	[ "$$held" = "$$named" ] || { \
+	  echo "make: $(VENV) holds $$held, but PYTHON=$(PYTHON) is $$named:" >&2; \
+	  echo 'run make clean first, or name another folder with VENV=...' >&2; exit 1; }
+
+# $(call step,NAME,COMMAND) announces a step and, if it fails, says which one did.
+define step
+@echo '==> $(1)'
+@$(2) || { status=$$?; \
+  echo 'make: step "$(1)" failed (exit status '$$status'); the reason stands above. The command was:' >&2; \
+  echo '  $(subst ','\'',$(2))' >&2; exit $$status; }
+endef
+
+# An environment that works and is a supported Python is kept; else one is made, or the reasons why not are given.
+supported = import sys; print("%d.%d.%d" % sys.version_info[:3]); sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+define make_venv
+if $(PY) -c '$(supported)' >/dev/null 2>&1 && $(PY) -m pip --version >/dev/null 2>&1; then exit 0; fi; \
+tried=; for python in $(PYTHON); do \
+  if ! command -v "$$python" >/dev/null; then tried="$$tried  $$python: not found\n"; continue; fi; \
+  if ! version=$$("$$python" -c '$(supported)' 2>&1); then \
+    tried="$$tried  $$python: $$(printf '%s' "$$version" | head -n 1)\n"; continue; \
+  fi; \
+  if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+    tried="$$tried  $$python: $$version, but without venv and ensurepip (on Debian and Ubuntu: install python$${version%.*}-venv)\n"; continue; \
+  fi; \
+  echo "==> make $(VENV) with $$python ($$version)"; \
+  "$$python" -m venv --clear $(VENV) && exit 0; \
+  echo "make: step \"make $(VENV)\" failed; the reason stands above." >&2; exit 1; \
+done; \
+printf '%b' "make: step \"make $(VENV)\" failed: needs Python 3.11 or 3.12 with venv. Looked for:\n$$tried" >&2; \
+echo 'Name one with: make PYTHON=/path/to/python3.12' >&2; exit 1
+endef
