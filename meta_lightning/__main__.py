@@ -1,0 +1,6 @@
+"""``python -m meta_lightning``."""
+
+from meta_lightning.cli import main
+
+if __name__ == "__main__":
+    main()

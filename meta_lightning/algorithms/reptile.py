@@ -1,0 +1,172 @@
+"""Reptile."""
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+
+from meta_lightning import inner_loop
+from meta_lightning.algorithms.base import Decay, Loss, MetaLearner
+from meta_lightning.checks import require, require_at_least, require_choice
+from meta_lightning.inner_loop import AdamState, Adapted, Params
+from meta_lightning.tasks import TaskBatch
+
+
+class Reptile(MetaLearner):
+    """Reptile (Nichol, Achiam and Schulman, 2018, https://arxiv.org/abs/1803.02999, algorithm 2).
+
+    ``θ ← θ + ε mean_i (θ'_i − θ)``, where ``θ'_i`` is θ after K inner steps on task i. It needs no query set, no
+    meta-gradient and no outer optimizer.
+
+    The authors' settings are ``inner_optimizer="adam"`` with an ``inner_lr`` of 0.001, minibatches, and an ``outer_lr``
+    of 1 that decays linearly. Adam's moments persist: every task starts from those that training has left, which are
+    averaged over the tasks of each meta-batch.
+
+    Args:
+        network: Any module from samples ``S …`` to predictions ``S …``; its parameters that require gradients are θ.
+            Batch norm in it uses the batch's statistics.
+        loss: Predictions and targets of one task to a scalar. Default: cross-entropy for integer targets, mean squared
+            error for floating-point ones.
+        inner_lr: Inner learning rate (α).
+        inner_steps: Inner steps in training (K).
+        test_inner_steps: Inner steps in validation, test and prediction. Default: ``inner_steps``.
+        outer_lr: The interpolation ε from θ towards the tasks' mean θ', in (0, 1]; it is not a learning rate.
+        outer_lr_decay: How ``outer_lr`` falls over the training: not at all, linearly to zero, or to zero along half a
+            cosine.
+        inner_optimizer: Rule of the inner steps.
+        inner_beta1: β1 of the inner Adam.
+        inner_batch_size: Support samples an inner step in training, from a reshuffled cycle through the support set;
+            None takes all of them in every step.
+        test_inner_batch_size: The same in validation, test and prediction.
+        optimizer: Not accepted: Reptile's outer loop is an interpolation.
+
+    Raises:
+        ValueError: If an argument is outside its range, or an optimizer is given.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: Loss | None = None,
+        inner_lr: float = 0.01,
+        inner_steps: int = 5,
+        test_inner_steps: int | None = None,
+        outer_lr: float = 0.1,
+        outer_lr_decay: Decay = "constant",
+        inner_optimizer: Literal["sgd", "adam"] = "sgd",
+        inner_beta1: float = 0.0,
+        inner_batch_size: int | None = None,
+        test_inner_batch_size: int | None = None,
+        optimizer: Any = None,
+    ) -> None:
+        require(
+            optimizer is None,
+            "optimizer must be left out: Reptile moves θ towards the adapted parameters by outer_lr, with no gradient "
+            f"for an optimizer to step along, got {optimizer!r}",
+        )
+        super().__init__(network, loss, inner_lr, inner_steps, test_inner_steps, outer_lr, outer_lr_decay)
+        require(outer_lr <= 1, f"outer_lr must be in (0, 1]: it is Reptile's interpolation ε, got {outer_lr}")
+        require_choice(("sgd", "adam"), inner_optimizer=inner_optimizer)
+        require(0 <= inner_beta1 < 1, f"inner_beta1 must be in [0, 1), got {inner_beta1}")
+        for name, size in (("inner_batch_size", inner_batch_size), ("test_inner_batch_size", test_inner_batch_size)):
+            if size is not None:
+                require_at_least(1, **{name: size})
+        if outer_lr < 0.01:
+            warnings.warn(
+                f"outer_lr {outer_lr} looks like a learning rate; for Reptile it is the interpolation ε, "
+                "usually from 0.01 to 1",
+                stacklevel=2,
+            )
+        if inner_steps == 1 and inner_batch_size is None:
+            warnings.warn(
+                "inner_steps 1 on the full support set makes Reptile joint training on all tasks, not meta-learning; "
+                "expected at least 2 inner steps",
+                stacklevel=2,
+            )
+        self.inner_beta1 = inner_beta1
+        self.inner_batch_size = inner_batch_size
+        self.test_inner_batch_size = test_inner_batch_size
+        self.moments = Moments(self.meta_parameters()) if inner_optimizer == "adam" else None
+
+    def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
+        """One meta-iteration: adapt to every task, then move θ towards the tasks' mean."""
+        support_x, support_y, *_ = batch
+        theta = inner_loop.detach(self.meta_parameters())
+        adapted = self.adapt(inner_loop.stack(theta, len(support_x)), support_x, support_y, self.inner_steps)
+        loss = self.log_training(adapted.losses[-1])
+        self.outer_step(adapted)
+        return loss
+
+    @torch.no_grad()
+    def outer_step(self, adapted: Adapted) -> None:
+        """θ ← θ + ε mean_i (θ'_i − θ), the mean over the tasks of all ranks; no optimizer."""
+        epsilon = self.outer_lr * self.outer_lr_factor(self.global_step)
+        mean = self.mean_over_ranks(adapted.params)
+        for name, p in self.meta_parameters().items():
+            p.lerp_(mean[name], epsilon)
+        if self.moments is not None:
+            step, first, second = adapted.state
+            self.moments.store(AdamState(step, self.mean_over_ranks(first), self.mean_over_ranks(second)))
+        # without an optimizer Lightning gives a stand-in, whose step moves nothing and counts global_step
+        stand_in = self.optimizers()
+        assert isinstance(stand_in, LightningOptimizer)
+        stand_in.step()
+
+    def mean_over_ranks(self, params: Params) -> Params:
+        """mean_i of task-stacked tensors, over the tasks of all ranks."""
+        # DDP averages gradients only, and Reptile has none
+        return {
+            name: self.trainer.strategy.reduce(p, reduce_op="mean")
+            for name, p in inner_loop.mean_over_tasks(params).items()
+        }
+
+    def inner_optimizer(self) -> tuple[inner_loop.InnerOptimizer[Any], Any]:
+        """SGD, or Adam with the moments that training has left."""
+        if self.moments is None:
+            return super().inner_optimizer()
+        return inner_loop.Adam(self.inner_lr, self.inner_beta1), self.moments.state()
+
+    def inner_batches(self, x: Tensor, y: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
+        """The support samples of each step: minibatches that cycle through the set and reshuffle at each round."""
+        size = self.inner_batch_size if self.training else self.test_inner_batch_size
+        if size is None:
+            return super().inner_batches(x, y, steps)
+        T, S = x.shape[:2]
+        rounds = -(-steps * size // S)
+        order = torch.rand(T, rounds, S, device=x.device).argsort(-1).flatten(1)  # T rounds*S
+        tasks = torch.arange(T, device=x.device)[:, None]
+        return [(x[tasks, rows], y[tasks, rows]) for rows in torch.split(order, size, dim=1)[:steps]]
+
+    def configure_optimizers(self) -> None:
+        """No outer optimizer."""
+
+
+class Moments(nn.Module):
+    """The inner Adam's moments between meta-iterations, as buffers: they move and are saved with the learner."""
+
+    def __init__(self, theta: Params) -> None:
+        super().__init__()
+        self.names = {name: name.replace(".", "/") for name in theta}  # a buffer's name cannot hold a dot
+        self.step: Tensor
+        self.register_buffer("step", torch.zeros(()))
+        self.first, self.second = nn.Module(), nn.Module()
+        for name, p in theta.items():
+            self.first.register_buffer(self.names[name], torch.zeros_like(p))
+            self.second.register_buffer(self.names[name], torch.zeros_like(p))
+
+    def state(self) -> AdamState:
+        """The state that every task starts with."""
+        return AdamState(self.step, *({n: m.get_buffer(b) for n, b in self.names.items()} for m in self.orders()))
+
+    def store(self, state: AdamState) -> None:
+        """Keep the state that a meta-iteration left."""
+        self.step.copy_(state.step)
+        for module, moments in zip(self.orders(), (state.first, state.second), strict=True):
+            for name, buffer in self.names.items():
+                module.get_buffer(buffer).copy_(moments[name])
+
+    def orders(self) -> tuple[nn.Module, nn.Module]:
+        """The first and the second moments."""
+        return self.first, self.second

@@ -1,0 +1,124 @@
+"""The command line: ``python -m meta_lightning fit --config maml.yaml``."""
+
+import json
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from meta_lightning.algorithms import MetaLearner
+from meta_lightning.callbacks import Checkpoints, PredictionTable
+from meta_lightning.data import TaskDataModule
+
+PACKAGE = Path(__file__).parent
+
+
+class MetaLightningCLI(LightningCLI):
+    """LightningCLI for a ``MetaLearner`` and a ``TaskDataModule``.
+
+    A configuration that is not at the path given is taken from the project's own; and a checkpoint's model and data are
+    defaults, which configuration and command line override.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--checkpoint.…``."""
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, with configurations found and the checkpoint's hyperparameters before what the user gives."""
+        arguments = sys.argv[1:] if args is None else args
+        if isinstance(arguments, Sequence):
+            try:
+                arguments = with_checkpoint_defaults(with_configs([str(a) for a in arguments]))
+            except FileNotFoundError as error:
+                parser.error(str(error))
+        sys.argv[1:] = []
+        super().parse_arguments(parser, arguments)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone.
+
+        Lightning lets a checkpoint's hyperparameters silently override the command line
+        (https://github.com/Lightning-AI/pytorch-lightning/pull/21455).
+        """
+
+
+def configs_dir() -> Path:
+    """The project's configurations: inside an installed package, beside it in a checkout."""
+    installed = PACKAGE / "configs"
+    return installed if installed.is_dir() else PACKAGE.parent / "configs"
+
+
+def find_config(path: str) -> str:
+    """A configuration's path: as given, or among the project's own.
+
+    Raises:
+        FileNotFoundError: If it is at neither; the message lists the project's own.
+    """
+    if Path(path).is_file():
+        return path
+    own = configs_dir()
+    if (own / path).is_file():
+        return str(own / path)
+    names = ", ".join(sorted(p.relative_to(own).as_posix() for p in own.rglob("*.yaml")))
+    raise FileNotFoundError(f"--config {path}: no such file, and the project's own configurations are: {names}")
+
+
+def with_configs(args: list[str]) -> list[str]:
+    """The arguments, every ``--config`` found."""
+    found = list(args)
+    for i, argument in enumerate(args):
+        if argument in ("-c", "--config") and i + 1 < len(args):
+            found[i + 1] = find_config(args[i + 1])
+        elif argument.startswith("--config="):
+            found[i] = "--config=" + find_config(argument.removeprefix("--config="))
+    return found
+
+
+def with_checkpoint_defaults(args: list[str]) -> list[str]:
+    """The arguments, with the model and data of the checkpoint that they name before them: later ones win."""
+    path = value_of(args, "--ckpt_path")
+    if path is None or not args or args[0].startswith("-") or not Path(path).is_file():
+        return args
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    defaults = []
+    for option, key in (("--model", "hyper_parameters"), ("--data", "datamodule_hyper_parameters")):
+        hparams: dict[str, Any] = dict(checkpoint.get(key, {}))
+        hparams.pop("_instantiator", None)
+        if class_path := hparams.pop("_class_path", None):
+            defaults.append(f"{option}={json.dumps({'class_path': class_path, 'init_args': hparams})}")
+    return [args[0], *defaults, *args[1:]]
+
+
+def value_of(args: list[str], option: str) -> str | None:
+    """The last value given to an option, as ``--option value`` or ``--option=value``."""
+    values = [b for a, b in pairwise(args) if a == option]
+    values += [a.removeprefix(f"{option}=") for a in args if a.startswith(f"{option}=")]
+    return values[-1] if values else None
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: The arguments, in place of those of the process.
+    """
+    MetaLightningCLI(
+        MetaLearner,
+        TaskDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={
+            "use_distributed_sampler": False,
+            "max_epochs": -1,
+            "callbacks": [PredictionTable()],
+        },
+        args=args,
+    )

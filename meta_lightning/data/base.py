@@ -1,0 +1,79 @@
+"""What every data module shares: numbered tasks, loaded by meta-iteration."""
+
+from abc import ABC, abstractmethod
+
+import lightning as L
+
+from meta_lightning.checks import require_at_least
+from meta_lightning.tasks import MetaBatches, MetaIterations, Split, TaskLoader, TaskSet
+
+
+class TaskDataModule(L.LightningDataModule, ABC):
+    """Meta-batches of tasks; a data set of one's own needs only ``task_set``.
+
+    Training tasks are an endless stream, and an epoch is ``epoch_length`` meta-batches of it; validation and test are
+    the first ``val_tasks`` and ``test_tasks`` tasks of their splits. Task i of a split depends on (seed, split, i)
+    alone: not on the number of workers or processes, nor on where training was resumed.
+
+    Args:
+        meta_batch_size: Tasks a meta-iteration, over all processes together (B).
+        epoch_length: Meta-iterations an epoch.
+        val_tasks: Validation tasks.
+        test_tasks: Test tasks, also those of ``predict``.
+        seed: Seed of the tasks.
+        num_workers: Processes that load; with 0 the training process does.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    def __init__(
+        self, meta_batch_size: int, epoch_length: int, val_tasks: int, test_tasks: int, seed: int, num_workers: int
+    ) -> None:
+        super().__init__()
+        require_at_least(
+            1, meta_batch_size=meta_batch_size, epoch_length=epoch_length, val_tasks=val_tasks, test_tasks=test_tasks
+        )
+        require_at_least(0, seed=seed, num_workers=num_workers)
+        self.save_hyperparameters(logger=False)
+        self.meta_batch_size = meta_batch_size
+        self.epoch_length = epoch_length
+        self.val_tasks = val_tasks
+        self.test_tasks = test_tasks
+        self.seed = seed
+        self.num_workers = num_workers
+
+    @abstractmethod
+    def task_set(self, split: Split) -> TaskSet:
+        """The tasks of a split."""
+
+    def train_dataloader(self) -> TaskLoader:
+        """An epoch of the stream of training tasks, from the meta-iteration at which the Trainer stands."""
+        return self._loader("train", None)
+
+    def val_dataloader(self) -> TaskLoader:
+        """The validation tasks."""
+        return self._loader("val", self.val_tasks)
+
+    def test_dataloader(self) -> TaskLoader:
+        """The test tasks."""
+        return self._loader("test", self.test_tasks)
+
+    def predict_dataloader(self) -> TaskLoader:
+        """The test tasks, to predict their queries."""
+        return self.test_dataloader()
+
+    def _loader(self, split: Split, num_tasks: int | None) -> TaskLoader:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        batches = MetaBatches(self.task_set(split), self.meta_batch_size, num_tasks, rank, world_size)
+        length = self.epoch_length if num_tasks is None else len(batches)
+        return TaskLoader(
+            batches,
+            batch_size=None,
+            sampler=MetaIterations(batches, length, self._meta_iteration if num_tasks is None else int),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _meta_iteration(self) -> int:
+        return self.trainer.global_step if self.trainer else 0

@@ -1,0 +1,155 @@
+"""The mathematics of the inner loop: pure functions on parameters whose tensors carry a leading task dimension.
+
+The tasks of a meta-batch go forward together, one ``vmap`` over the stacked parameters, and are differentiated outside
+it: ``vmap`` over *gradients* is silently wrong at second order for normalisation layers whose scale and shift are
+adapted, because torch's batching rule for their backward takes the saved statistics as constants.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Params = dict[str, Tensor]
+State = TypeVar("State")
+
+
+def stack(params: Params, tasks: int) -> Params:
+    """θ once for every task, without a copy: each tensor gets a leading dimension of ``tasks``."""
+    return {name: p.expand(tasks, *p.shape) for name, p in params.items()}
+
+
+def unstack(params: Params, task: int) -> Params:
+    """The parameters of one task, without the task dimension."""
+    return {name: p[task] for name, p in params.items()}
+
+
+def detach(params: Params) -> Params:
+    """The same values as leaves of a new graph, ready to be differentiated by."""
+    return {name: p.detach().requires_grad_() for name, p in params.items()}
+
+
+def mean_over_tasks(params: Params) -> Params:
+    """mean_i of task-stacked tensors."""
+    return {name: p.mean(0) for name, p in params.items()}
+
+
+def gradient(value: Tensor, params: Params, create_graph: bool = False) -> Params:
+    """∇_params of a scalar; zeros for parameters that it does not depend on."""
+    grads = torch.autograd.grad(value, list(params.values()), create_graph=create_graph, materialize_grads=True)
+    return dict(zip(params, grads, strict=True))
+
+
+def forward(network: nn.Module, params: Params, x: Tensor) -> Tensor:
+    """Predictions of every task with its own parameters, all tasks at once.
+
+    Args:
+        network: The network, whose own parameters stand in for what ``params`` leaves out.
+        params: Task-stacked parameters.
+        x: Inputs.  # T S ...
+
+    Returns:
+        Predictions.  # T S ...
+
+    Raises:
+        RuntimeError: If the network does what vmap refuses: in-place writes into fresh tensors, control flow that
+            depends on data, recurrent layers. ``forward_loop`` takes those.
+    """
+
+    def one_task(params: Params, x: Tensor) -> Tensor:
+        predictions: Tensor = functional_call(network, params, (x,))
+        return predictions
+
+    # the fused attention kernels have no second derivative
+    with sdpa_kernel(SDPBackend.MATH):
+        return vmap(one_task, randomness="different")(params, x)
+
+
+def forward_loop(network: nn.Module, params: Params, x: Tensor) -> Tensor:
+    """What ``forward`` computes, one task after another: for networks that vmap refuses."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.stack([functional_call(network, unstack(params, t), (x[t],)) for t in range(len(x))])
+
+
+class InnerOptimizer(Protocol[State]):
+    """One step of the inner loop: gradients and its own state to the parameters' change and the next state."""
+
+    def update(self, grads: Params, state: State) -> tuple[Params, State]:
+        """The change of the parameters, and the state after it."""
+        ...
+
+
+class SGD(NamedTuple):
+    """``θ' ← θ' − α g``; it has no state."""
+
+    lr: float
+
+    def update(self, grads: Params, state: None) -> tuple[Params, None]:
+        """The change of the parameters, −α g."""
+        return {name: -self.lr * g for name, g in grads.items()}, None
+
+
+class AdamState(NamedTuple):
+    """Adam's moments and the number of steps behind them."""
+
+    step: Tensor
+    first: Params
+    second: Params
+
+
+class Adam(NamedTuple):
+    """Adam (Kingma and Ba, 2015) as Reptile uses it inside: β1 = 0 unless said otherwise."""
+
+    lr: float
+    beta1: float = 0.0
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def update(self, grads: Params, state: AdamState) -> tuple[Params, AdamState]:
+        """The change of the parameters, −α m̂ / (√v̂ + ε), and the moments after it."""
+        step = state.step + 1
+        first = {n: self.beta1 * state.first[n] + (1 - self.beta1) * g for n, g in grads.items()}
+        second = {n: self.beta2 * state.second[n] + (1 - self.beta2) * g.square() for n, g in grads.items()}
+        scale1, scale2 = 1 - self.beta1**step, 1 - self.beta2**step
+        change = {n: -self.lr * (first[n] / scale1) / ((second[n] / scale2).sqrt() + self.eps) for n in grads}
+        return change, AdamState(step, first, second)
+
+
+class Adapted(NamedTuple):
+    """What the inner loop leaves behind."""
+
+    params: Params  # θ'_K
+    losses: Tensor  # K T: the support loss at θ'_0 … θ'_{K-1}
+    state: Any  # the inner optimizer's, its tensors task-stacked
+
+
+def adapt(
+    support_losses: Callable[[Params, int], Tensor],
+    params: Params,
+    steps: int,
+    optimizer: InnerOptimizer[State],
+    state: State,
+    create_graph: bool = False,
+) -> Adapted:
+    """K steps of gradient descent on every task's support loss (MAML, algorithm 1, lines 5 to 7).
+
+    Args:
+        support_losses: Parameters and the step's number to every task's loss.  # T
+        params: Task-stacked parameters to start from.
+        steps: Number of steps (K).
+        optimizer: The inner optimizer.
+        state: The inner optimizer's state.
+        create_graph: Keep the graph of the gradients, so that one can differentiate through the steps. Without it
+            ``∂θ'/∂θ`` is the identity: the first-order approximation.
+    """
+    trace = []
+    for step in range(steps):
+        losses = support_losses(params, step)
+        grads = gradient(losses.sum(), params, create_graph)
+        change, state = optimizer.update(grads, state)
+        params = {name: p + change[name] for name, p in params.items()}
+        trace.append(losses.detach())
+    return Adapted(params, torch.stack(trace), state)

@@ -1,0 +1,109 @@
+"""The papers' networks, each a setting of two classes; any other ``nn.Module`` serves as well."""
+
+import copy
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+from torch import Tensor, nn
+
+from meta_lightning.checks import require, require_at_least, require_choice
+
+
+class Conv4(nn.Module):
+    """Four blocks of 3×3 convolution, batch norm and ReLU, and a linear head (Vinyals et al., 2016; Finn et al., 2017).
+
+    Finn et al. use 64 filters and stride 2 for Omniglot, whose 2×2 map is averaged before the head, and 32 filters and
+    2×2 max-pooling for mini-ImageNet, whose map is flattened. Weights start Xavier-uniform and biases at zero, and the
+    batch's own statistics normalise in training and test alike.
+
+    Args:
+        ways: Outputs, one a class (N).
+        channels: Channels of the images (C).
+        image_size: Height and width of the images, in pixels.
+        filters: Channels of each block.
+        downsample: Halve the map by a stride of 2 or by 2×2 max-pooling.
+
+    Shapes:
+        Input ``S C H W``, output ``S N``.
+    """
+
+    def __init__(
+        self,
+        ways: int = 5,
+        channels: int = 1,
+        image_size: int = 28,
+        filters: int = 64,
+        downsample: Literal["stride", "max_pool"] = "stride",
+    ) -> None:
+        super().__init__()
+        require_at_least(1, ways=ways, channels=channels, filters=filters)
+        require_choice(("stride", "max_pool"), downsample=downsample)
+        strided = downsample == "stride"
+        require(strided or image_size >= 16, f"image_size must be at least 16 for four poolings, got {image_size}")
+        layers: list[nn.Module] = []
+        for block in range(4):
+            inputs = channels if block == 0 else filters
+            layers += [
+                nn.Conv2d(inputs, filters, 3, stride=2 if strided else 1, padding=1),
+                nn.BatchNorm2d(filters, track_running_stats=False),
+                nn.ReLU(),
+            ]
+            if not strided:
+                layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1) if strided else nn.Identity(), nn.Flatten())
+        self.head = nn.Linear(filters if strided else filters * (image_size // 16) ** 2, ways)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images.  # S C H W -> S N"""
+        logits: Tensor = self.head(self.features(x))
+        return logits
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them; with its defaults the sinusoid network of Finn et al. (2017).
+
+    Args:
+        in_features: Numbers a sample; a sample of several dimensions is flattened.
+        hidden: Units of each hidden layer.
+        out_features: Outputs: classes, or the dimensions of a regression target.
+
+    Shapes:
+        Input ``S …``, output ``S out_features``.
+    """
+
+    def __init__(self, in_features: int = 1, hidden: Sequence[int] = (40, 40), out_features: int = 1) -> None:
+        super().__init__()
+        sizes = [in_features, *hidden]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for inputs, outputs in pairwise(sizes):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(sizes[-1], out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs of samples.  # S ... -> S out_features"""
+        outputs: Tensor = self.head(self.features(x))
+        return outputs
+
+
+def initialise(network: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases in every convolution and linear layer."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+
+
+def with_batch_statistics(network: nn.Module) -> nn.Module:
+    """A copy that normalises by the batch's own statistics and shares the network's parameters.
+
+    Running statistics raise under vmap in training, and mix the tasks' statistics in evaluation. The given network
+    keeps its modules as they are, and learns with the copy, since the parameters are the same objects.
+    """
+    from torch.func import replace_all_batch_norm_modules_
+
+    shared = {id(p): p for p in network.parameters()}
+    return replace_all_batch_norm_modules_(copy.deepcopy(network, memo=dict(shared)))

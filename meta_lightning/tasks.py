@@ -1,0 +1,258 @@
+"""Tasks: what a meta-learner is trained and tested on, each a function of (seed, split, number) alone."""
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from meta_lightning.checks import require
+
+Array = npt.NDArray[Any]
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+class TaskBatch(NamedTuple):
+    """A meta-batch: T tasks side by side, each with a support and a query set.
+
+    Classification targets are int64 class numbers 0 … N-1, regression targets are floating point.
+    """
+
+    support_x: Tensor  # T S ...
+    support_y: Tensor  # T S (classification), T S D (regression)
+    query_x: Tensor  # T R ...
+    query_y: Tensor  # T R (classification), T R D (regression)
+
+
+class TaskSet(ABC):
+    """The endless, numbered tasks of one split: task ``i`` is the same whoever asks for it, and when.
+
+    Args:
+        seed: Seed of the tasks.
+        split: The split that the tasks belong to; the splits of one seed have unrelated tasks.
+    """
+
+    def __init__(self, seed: int, split: Split) -> None:
+        self.seed = seed
+        self.split = split
+
+    def rng(self, task: int) -> np.random.Generator:
+        """The random numbers of one task, a function of (seed, split, task) alone."""
+        return np.random.default_rng((self.seed, SPLITS.index(self.split), task))
+
+    @abstractmethod
+    def batch(self, tasks: Sequence[int]) -> TaskBatch:
+        """The tasks of these numbers, stacked in that order."""
+
+
+class FewShotTransform:
+    """learn2learn task transform: draws N ways and, of each, its samples without replacement.
+
+    It does the work of learn2learn's ``NWays``, ``KShots`` and ``RemapLabels`` from a generator that is set anew before
+    each task, where those draw from Python's global ``random``: two ranks would get the same tasks.
+
+    Args:
+        rows_by_class: The dataset rows of each class.
+        ways: Classes a task (N).
+        samples: Samples a class, support and query together.
+    """
+
+    def __init__(self, rows_by_class: Sequence[Array], ways: int, samples: int) -> None:
+        self.rows_by_class = rows_by_class
+        self.ways = ways
+        self.samples = samples
+        self.rng = np.random.default_rng()
+
+    def __call__(self, description: Any) -> list[Any]:
+        """A new task description: ``ways * samples`` learn2learn data descriptions, class by class."""
+        from learn2learn.data import DataDescription
+
+        classes = self.rng.choice(len(self.rows_by_class), self.ways, replace=False)
+        return [
+            DataDescription(row)
+            for c in classes
+            for row in self.rng.choice(self.rows_by_class[c], self.samples, replace=False)
+        ]
+
+
+class FewShotTasks(TaskSet):
+    """N-way K-shot classification tasks over images (or any samples) held in one tensor.
+
+    learn2learn's ``MetaDataset`` and ``Taskset`` describe a task as sample numbers; the samples themselves are gathered
+    by index, for all tasks of a meta-batch at once and on the device that holds them.
+
+    Args:
+        images: All samples; uint8 is scaled to [0, 1].  # M C H W
+        labels: Class number of each sample.  # M
+        classes: The class numbers that belong to this split.
+        ways: Classes a task (N).
+        shots: Support samples a class (K).
+        queries: Query samples a class (Q).
+        seed: Seed of the tasks.
+        split: The split's name.
+
+    Raises:
+        ValueError: If the split has fewer than ``ways`` classes, or a class fewer than ``shots + queries`` samples.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        classes: Sequence[int],
+        ways: int,
+        shots: int,
+        queries: int,
+        seed: int,
+        split: Split,
+    ) -> None:
+        super().__init__(seed, split)
+        rows = group_rows(labels.numpy(), classes)
+        fewest = min(map(len, rows), default=0)
+        require(
+            2 <= ways <= len(rows),
+            f"ways must be from 2 to the {len(rows)} classes of the {split} split, got {ways}",
+        )
+        require(
+            shots + queries <= fewest,
+            f"shots + queries must be at most {fewest}, the samples of the smallest class of the {split} split, "
+            f"got {shots} + {queries}",
+        )
+        self.images = images
+        self.ways, self.shots, self.queries = ways, shots, queries
+        self.transform = FewShotTransform(rows, ways, shots + queries)
+        self.taskset = describe_tasks(rows, self.transform)
+
+    def rows(self, task: int) -> list[int]:
+        """Sample numbers of one task, class by class: N * (K + Q) of them."""
+        self.transform.rng = self.rng(task)
+        # never index the Taskset: it ignores the index, draws in visiting order and caches
+        return [description.index for description in self.taskset.sample_task_description()]
+
+    def batch(self, tasks: Sequence[int]) -> TaskBatch:
+        """Gather the images of these tasks, float32 in [0, 1] on the device of ``images``."""
+        T, N, K = len(tasks), self.ways, self.shots
+        rows = torch.tensor([self.rows(task) for task in tasks]).view(T, N, -1)  # T N K+Q
+        labels = torch.arange(N, device=self.images.device).view(1, N, 1).expand(rows.shape)
+
+        def part(samples: slice) -> tuple[Tensor, Tensor]:
+            x = self.images[rows[:, :, samples].flatten(1).to(self.images.device)]  # T N*samples C H W
+            return scale_pixels(x), labels[:, :, samples].flatten(1)
+
+        return TaskBatch(*part(slice(None, K)), *part(slice(K, None)))
+
+
+def group_rows(labels: Array, classes: Sequence[int]) -> list[Array]:
+    """The rows of each of these classes, in the order of ``classes``."""
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], classes, side="left")
+    stops = np.searchsorted(labels[order], classes, side="right")
+    return [order[start:stop] for start, stop in zip(starts, stops, strict=True)]
+
+
+def scale_pixels(x: Tensor) -> Tensor:
+    """uint8 pixels as float32 in [0, 1]; other samples as they are."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def describe_tasks(rows: Sequence[Array], transform: FewShotTransform) -> Any:
+    """learn2learn's Taskset over the samples of a split, described by ``transform``."""
+    # imported here: learn2learn takes seconds, and prints gym's notice (github.com/learnables/learn2learn/issues/389)
+    from gym_notices import notices
+
+    notices.notices.clear()
+    from learn2learn.data import MetaDataset, Taskset
+
+    labels_to_indices = {label: members.tolist() for label, members in enumerate(rows)}
+    samples = MetaDataset(NumberedSamples(), labels_to_indices=labels_to_indices)
+    return Taskset(samples, [transform])
+
+
+class NumberedSamples(Dataset[int]):
+    """What learn2learn describes tasks over: sample ``i`` is the number i, to gather by."""
+
+    def __getitem__(self, row: int) -> int:
+        return row
+
+
+class MetaBatches(Dataset[TaskBatch]):
+    """Meta-batch ``j`` of a task set, as one rank sees it: a function of the meta-iteration j alone.
+
+    Rank r of R takes tasks r, r + R, r + 2R, …, so the ranks' shares of meta-batch j are disjoint and together tasks
+    j*B … (j+1)*B - 1, and where the number of tasks is bounded each is met once.
+
+    Args:
+        tasks: The tasks.
+        meta_batch_size: Tasks a meta-batch, over all ranks together (B).
+        num_tasks: Stop after this many tasks; None for an endless stream.
+        rank: This process' number.
+        world_size: Number of processes (R).
+
+    Raises:
+        ValueError: If the ranks cannot share a meta-batch evenly, or there are fewer tasks than ranks.
+    """
+
+    def __init__(
+        self, tasks: TaskSet, meta_batch_size: int, num_tasks: int | None = None, rank: int = 0, world_size: int = 1
+    ) -> None:
+        require(
+            meta_batch_size > 0 and meta_batch_size % world_size == 0,
+            f"meta_batch_size must be a positive multiple of the number of processes, {world_size}, "
+            f"got {meta_batch_size}",
+        )
+        require(
+            num_tasks is None or num_tasks >= world_size,
+            f"the number of {tasks.split} tasks must be at least the number of processes, {world_size}, "
+            f"got {num_tasks}",
+        )
+        self.tasks = tasks
+        self.share = meta_batch_size // world_size
+        self.mine = range(rank, sys.maxsize if num_tasks is None else num_tasks, world_size)
+
+    def __len__(self) -> int:
+        return -(-len(self.mine) // self.share)
+
+    def __getitem__(self, iteration: int) -> TaskBatch:
+        return self.tasks.batch(self.mine[iteration * self.share : (iteration + 1) * self.share])
+
+
+class MetaIterations(DistributedSampler[TaskBatch]):
+    """The meta-iterations of one epoch, from wherever training stands.
+
+    A DistributedSampler by type only: the ranks' shares are made in ``MetaBatches``, and Lightning would put a
+    DistributedSampler, which pads and so repeats tasks, in the place of any other sampler.
+
+    Args:
+        batches: The meta-batches.
+        length: Meta-iterations an epoch.
+        start: Called at each epoch's start for the first meta-iteration.
+    """
+
+    def __init__(self, batches: MetaBatches, length: int, start: Callable[[], int]) -> None:
+        super().__init__(batches, num_replicas=1, rank=0, shuffle=False)
+        self.length = length
+        self.start = start
+
+    def __iter__(self) -> Iterator[Any]:
+        start = self.start()
+        return iter(range(start, start + self.length))
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class TaskLoader(DataLoader[TaskBatch]):
+    """Loads meta-batches by their meta-iteration; resumable, since its place is the trainer's ``global_step``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep: ``MetaIterations`` starts from ``global_step``, which the checkpoint holds."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore; that the pair of methods exists tells Lightning that a mid-epoch resume is exact."""

@@ -1,0 +1,154 @@
+"""The command line, run in process on tiny tasks."""
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from meta_lightning.cli import configs_dir, main
+
+TINY = str(Path(__file__).parent / "tiny.yaml")
+RUN = Path("lightning_logs/version_0")
+OWN = sorted(path.relative_to(configs_dir()).as_posix() for path in configs_dir().rglob("*.yaml"))
+pytestmark = pytest.mark.usefixtures("glyphs")
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """What a refused command line says, on one line."""
+    with pytest.raises(SystemExit) as error:
+        main(list(args))
+    assert error.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def printed_config(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    """What --print_config prints."""
+    with pytest.raises(SystemExit):
+        main([*args, "--print_config"])
+    config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    return config
+
+
+@pytest.mark.parametrize("algorithm", ["MAML", "FOMAML", "Reptile"])
+def test_fit_validate_test_predict(algorithm: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "--config", TINY, "--model", algorithm])
+    assert {path.name for path in (RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    best = str(RUN / "checkpoints/best.ckpt")
+    assert torch.load(best, weights_only=True)["algorithm"] == algorithm
+
+    events = EventAccumulator(str(RUN)).Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"train/loss", "val/loss", "val/loss_before", "val/accuracy", "val/accuracy_before"} <= scalars
+    assert {"val/loss_ci95", "val/accuracy_ci95", "val/accuracy_before_ci95"} <= scalars
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3]
+    assert [event.step for event in events.Scalars("val/accuracy")] == [1, 3]
+
+    capsys.readouterr()
+    for command in ("validate", "test"):
+        main([command, "--config", TINY, "--model", algorithm, "--ckpt_path", best])
+    shown = capsys.readouterr().out
+    assert all(f"test/{name}" in shown for name in ("accuracy", "accuracy_ci95", "accuracy_before", "loss", "tasks"))
+
+    main(["predict", "--config", TINY, "--model", algorithm, "--ckpt_path", best])
+    (table,) = Path("lightning_logs").glob("*/predictions.csv")
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 5 * 5 * 2
+    assert [row["task"] for row in rows[::10]] == ["0", "1", "2", "3", "4"]
+    assert all(sum(float(row[f"output_{n}"]) for n in range(5)) == pytest.approx(1, abs=1e-5) for row in rows)
+
+
+def test_command_line_beats_checkpoint_and_checkpoint_beats_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "--config", TINY, "--model.inner_lr", "0.03", "--trainer.max_steps", "2"])
+    checkpoint = str(RUN / "checkpoints/last.ckpt")
+    config = printed_config(capsys, "test", "--ckpt_path", checkpoint, "--model.test_inner_steps", "7")
+    assert config["model"]["class_path"].endswith("MAML")
+    assert config["model"]["init_args"]["inner_lr"] == 0.03
+    assert config["model"]["init_args"]["test_inner_steps"] == 7
+    assert config["model"]["init_args"]["network"]["init_args"]["filters"] == 4
+    assert config["data"]["init_args"]["test_tasks"] == 5
+    main(["test", "--ckpt_path", checkpoint, "--data.queries", "1", "--trainer.accelerator", "cpu"])
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_own_configs_are_found_by_name_from_any_folder(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed_config(capsys, "fit", "--config", name)
+    assert config["trainer"]["max_steps"] > 0
+    assert config["trainer"]["use_distributed_sampler"] is False
+
+
+def test_the_three_default_configs_differ_in_one_word() -> None:
+    texts = [(configs_dir() / f"{name}.yaml").read_text().splitlines()[2:] for name in ("maml", "fomaml", "reptile")]
+    for text, word in zip(texts, ("MAML", "FOMAML", "Reptile"), strict=True):
+        assert [line for line in text if line not in texts[0]] in ([], [f"  class_path: {word}"])
+
+
+def test_a_change_of_algorithm_brings_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    reptile = printed_config(capsys, "fit", "--config", "maml.yaml", "--model", "Reptile")["model"]
+    assert reptile["class_path"].endswith("Reptile")
+    assert reptile["init_args"]["outer_lr"] == 0.1
+    assert reptile["init_args"]["network"]["init_args"]["filters"] == 32
+
+
+def test_any_optimizer_by_class_path() -> None:
+    main(
+        f"fit --config {TINY} --model.optimizer torch.optim.SGD --model.optimizer.momentum 0.5 "
+        "--model.outer_lr 0.02 --trainer.max_steps 1".split()
+    )
+    (group,) = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert (group["momentum"], group["initial_lr"]) == (0.5, 0.02)
+
+
+def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "{fit,validate,test,predict}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config", "nothing.yaml"], f"nothing.yaml: no such file, .* own configurations are: {', '.join(OWN)}"),
+        (["--config", "maml.yaml", "--model", "NoSuch"], "NoSuch"),
+        (["--config", "maml.yaml", "--model.inner_step", "3"], "inner_step"),
+        (["--config", "maml.yaml", "--model.optimizer", "torch.optim.Adm"], "torch.optim.Adm"),
+        (["--config", "maml.yaml", "--data", "Omniglt"], "Omniglt"),
+    ],
+)
+def test_misspelt_options_are_refused(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.search(message, fails(capsys, "fit", *args))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data.ways", "500"], "ways must be from 2 to the 169 classes of the val split, got 500"),
+        (["--data.shots", "19"], r"shots \+ queries must be at most 20, .* got 19 \+ 2"),
+        (["--data.ways", "7"], "network must give an output for each class: expected at least 7, got 5"),
+        (["--model.inner_steps", "0"], "inner_steps must be at least 1, got 0"),
+        (["--model.inner_lr", "0"], "inner_lr must be greater than 0, got 0"),
+        (["--model.outer_lr", "-1"], "outer_lr must be greater than 0, got -1"),
+        (["--model.gradient_clip_val", "0"], "gradient_clip_val must be greater than 0, got 0"),
+        (["--model", "Reptile", "--model.outer_lr", "1.5"], r"outer_lr must be in \(0, 1\].* got 1.5"),
+        (["--model", "Reptile", "--model.optimizer", "Adam"], "optimizer must be left out: Reptile"),
+        (["--model.outer_lr_decay", "linear", "--trainer.max_steps", "-1"], "needs an end of training"),
+        (["--data", "Omniglot", "--data.root", "nowhere"], "root must hold Omniglot: expected 32460 .*--data.download"),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_written(args: list[str], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        main(["fit", "--config", TINY, *args])
+    assert not list(Path().rglob("*.ckpt"))
+
+
+def test_a_checkpoint_of_another_algorithm_or_network_is_refused() -> None:
+    main(["fit", "--config", TINY, "--trainer.max_steps", "1"])
+    checkpoint = str(RUN / "checkpoints/last.ckpt")
+    with pytest.raises(ValueError, match="must be of FOMAML, the algorithm in use, got one of MAML"):
+        main(["test", "--config", TINY, "--model", "FOMAML", "--ckpt_path", checkpoint])
+    with pytest.raises(ValueError, match=r"of the network in use, .* expected \(6, 1, 3, 3\), got \(4, 1, 3, 3\)"):
+        main(["test", "--config", TINY, "--model.network.filters", "6", "--ckpt_path", checkpoint])

@@ -1,0 +1,39 @@
+import pytest
+import torch
+from torch import nn
+
+from meta_lightning import MLP, Conv4
+from meta_lightning.networks import with_batch_statistics
+
+
+def test_conv4_has_the_papers_sizes() -> None:
+    # Finn et al.'s code: 64 filters and stride 2 for Omniglot; 32 filters and max-pooling for mini-ImageNet, whose
+    # network of 32,901 parameters is the usual one
+    omniglot, imagenet = Conv4(), Conv4(channels=3, image_size=84, filters=32, downsample="max_pool")
+    count = [sum(p.numel() for p in network.parameters()) for network in (omniglot, imagenet)]
+    assert count == [(9 * 64 + 64) + 3 * (9 * 64 * 64 + 64) + 4 * 128 + 64 * 5 + 5, 32901]
+    assert omniglot(torch.rand(7, 1, 28, 28)).shape == (7, 5)
+    assert imagenet(torch.rand(7, 3, 84, 84)).shape == (7, 5)
+    assert omniglot.features[:-2](torch.rand(2, 1, 28, 28)).shape == (2, 64, 2, 2)
+
+
+def test_mlp_is_the_sinusoid_network() -> None:
+    assert [p.shape for p in MLP().parameters()] == [(40, 1), (40,), (40, 40), (40,), (1, 40), (1,)]
+    assert MLP(in_features=12, hidden=[], out_features=3)(torch.rand(4, 3, 2, 2)).shape == (4, 3)
+
+
+def test_errors_name_the_argument() -> None:
+    with pytest.raises(ValueError, match="filters must be at least 1, got 0"):
+        Conv4(filters=0)
+    with pytest.raises(ValueError, match="downsample must be one of 'stride', 'max_pool', got 'pool'"):
+        Conv4(downsample="pool")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="image_size must be at least 16 for four poolings, got 8"):
+        Conv4(image_size=8, downsample="max_pool")
+
+
+def test_the_copy_for_batch_statistics_shares_the_parameters() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    copy = with_batch_statistics(network)
+    assert all(a is b for a, b in zip(network.parameters(), copy.parameters(), strict=True))
+    assert network[1].running_mean is not None
+    assert not list(copy.buffers())
