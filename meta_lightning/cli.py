@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,20 @@ from meta_lightning.callbacks import Checkpoints, PredictionTable
 from meta_lightning.data import TaskDataModule
 
 PACKAGE = Path(__file__).parent
+
+# Warnings of libraries that say nothing to a user of this program, each with its place upstream
+LIGHTNING = "https://github.com/Lightning-AI/pytorch-lightning"
+IGNORED_WARNINGS = {
+    r".*isinstance\(treespec, LeafSpec\).*is deprecated": f"{LIGHTNING}/issues/21326",
+    # Reptile has no optimizer
+    r".*configure_optimizers.*returned.*None": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/core/optimizer.py#L183",
+    # a test run has a log folder of its own
+    r"The dirpath has changed": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/callbacks/model_checkpoint.py#L566",
+    # the state after a step is what these checkpoints are meant to hold
+    r"Using ModelCheckpoint with manual optimization": f"{LIGHTNING}/pull/21239",
+    # predictions come in the order of the tasks
+    r"Couldn't infer the batch indices": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/loops/prediction_loop.py#L307",
+}
 
 
 class MetaLightningCLI(LightningCLI):
@@ -107,6 +122,8 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: The arguments, in place of those of the process.
     """
+    for message in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     MetaLightningCLI(
         MetaLearner,
         TaskDataModule,

@@ -20,8 +20,8 @@ class TaskMean(Metric):
     """Mean of a value over tasks, with its 95 % confidence interval.
 
     ``update`` takes one value a task  # T
-    ``compute`` returns ``Statistics``, whose ``ci95`` is ``1.96 · std / √tasks`` (Finn et al., 2017, section 5.2) with the
-    sample standard deviation; of a single task it is NaN. Over several processes they are those of all tasks together.
+    ``compute`` returns ``Statistics``, whose ``ci95`` is ``1.96 · std / √tasks`` (Finn et al., 2017, section 5.2), from
+    the sample standard deviation; of a single task it is NaN. Over several processes they are those of all tasks.
     """
 
     full_state_update = False

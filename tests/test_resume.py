@@ -1,0 +1,79 @@
+"""Stopping and going on."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from meta_lightning import FOMAML, MAML, MLP, MetaLearner, Reptile, Sinusoid
+from meta_lightning.callbacks import Checkpoints
+
+
+class Seen(Callback):
+    """Notes the support set of every training batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append(batch[0])
+
+
+@pytest.mark.parametrize("algorithm", [MAML, FOMAML, Reptile])
+@pytest.mark.parametrize("stop", [4, 10, 13])  # mid-epoch, at an epoch's end, mid-epoch later on; epochs have 10
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_run_meets_the_tasks_that_come_next(
+    algorithm: type[MetaLearner], stop: int, num_workers: int, sinusoid: Sinusoid, tmp_path: Path
+) -> None:
+    if num_workers and stop != 4:
+        pytest.skip("workers are slow to start: one stop is enough")
+    sinusoid.num_workers = num_workers
+
+    def run(max_steps: int, ckpt_path: Path | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        torch.manual_seed(0)
+        network, seen = MLP(hidden=[8]), Seen()
+        checkpoints = Checkpoints(str(tmp_path), "best", monitor="val/mse", mode="min", every_n_train_steps=stop)
+        fit = trainer(max_steps=max_steps, callbacks=[seen, checkpoints], enable_checkpointing=True)
+        learner = algorithm(network=network, outer_lr_decay="cosine", inner_steps=2)  # type: ignore[call-arg]
+        learner.outer_lr_factor = lambda step: 0.9**step  # type: ignore[method-assign]  # whatever max_steps is
+        fit.fit(learner, sinusoid, ckpt_path=ckpt_path)
+        assert fit.global_step == max_steps
+        return seen.batches, [p.detach().clone() for p in network.parameters()]
+
+    whole, expected = run(23)
+    before, _ = run(stop)
+    after, theta = run(23, tmp_path / "last.ckpt")
+    assert len(before + after) == len(whole)
+    assert all(torch.equal(a, b) for a, b in zip(before + after, whole, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(theta, expected, strict=True))
+
+
+def test_sigterm_saves_and_resume_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "meta_lightning", "fit", "--config", "sinusoid/maml_10shot.yaml"]
+    command += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.val_tasks", "10"]
+    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("best.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate(timeout=60)
+    (last,) = tmp_path.rglob("last.ckpt")
+    found = re.search(r"Interrupted after (\d+) meta-iterations; go on with --ckpt_path (\S+)", said)
+    assert found, said
+    stopped = int(found[1])
+    assert Path(found[2]) == last
+    checkpoint = torch.load(last, weights_only=True)
+    assert checkpoint["global_step"] == stopped
+    command += ["--ckpt_path", str(last), "--trainer.max_steps", str(stopped + 5)]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (resumed,) = tmp_path.glob("lightning_logs/version_1/checkpoints/last.ckpt")
+    assert torch.load(resumed, weights_only=True)["global_step"] == stopped + 5
