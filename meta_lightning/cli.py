@@ -12,8 +12,9 @@ import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from meta_lightning.algorithms import MetaLearner
-from meta_lightning.callbacks import Checkpoints, PredictionTable
+from meta_lightning.checkpoints import Checkpoints
 from meta_lightning.data import TaskDataModule
+from meta_lightning.predictions import PredictionTable
 
 PACKAGE = Path(__file__).parent
 

@@ -48,9 +48,10 @@ def train_maml(
     learner = ALGORITHMS[algorithm](network=model, inner_lr=inner_lr, inner_steps=inner_steps, **options)
     recorder = LossRecorder()
     trainer = L.Trainer(max_epochs=1, callbacks=[recorder], logger=False, enable_checkpointing=False)
-    # Lightning takes a list for several loaders
-    is_list = isinstance(task_dataloader, list | tuple)
-    trainer.fit(learner, DataLoader(task_dataloader, batch_size=None) if is_list else task_dataloader)
+    loader: Any = task_dataloader
+    if isinstance(loader, list):  # Lightning takes a list for several loaders
+        loader = DataLoader(loader, batch_size=None)
+    trainer.fit(learner, loader)
     return model, learner, recorder.losses
 
 

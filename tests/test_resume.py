@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from meta_lightning import FOMAML, MAML, MLP, MetaLearner, Reptile, Sinusoid
-from meta_lightning.callbacks import Checkpoints
+from meta_lightning.checkpoints import Checkpoints
 
 
 class Seen(Callback):

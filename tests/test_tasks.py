@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from meta_lightning.tasks import FewShotTasks, MetaBatches, Split, TaskBatch
+from meta_lightning.loading import MetaBatches
+from meta_lightning.tasks import FewShotTasks, Split, TaskBatch
 
 CLASSES, SAMPLES = 12, 7
 

@@ -12,16 +12,16 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn import functional as F
 
 from meta_lightning import inner_loop
+from meta_lightning.checkpoints import verify_checkpoint
 from meta_lightning.checks import require, require_at_least, require_choice, require_positive
 from meta_lightning.inner_loop import Adapted, Params
+from meta_lightning.losses import Loss, check_outputs, default_loss, score
 from meta_lightning.metrics import TaskMean
 from meta_lightning.networks import with_batch_statistics
 from meta_lightning.tasks import TaskBatch
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 Decay = Literal["constant", "linear", "cosine"]
 DECAYS: dict[Decay, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -30,55 +30,13 @@ DECAYS: dict[Decay, Callable[[float], float]] = {
 }
 
 
-def default_loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared error for floating-point targets, cross-entropy for class numbers."""
-    return F.mse_loss(predictions, targets) if targets.is_floating_point() else F.cross_entropy(predictions, targets)
-
-
-def check_outputs(predictions: Tensor, targets: Tensor) -> None:
-    """Refuse a network whose predictions do not fit the targets.  # T S ..., T S ...
-
-    Raises:
-        ValueError: If there are fewer outputs than classes, or a regression's outputs have not the targets' shape.
-    """
-    if targets.is_floating_point():
-        require(
-            predictions.shape == targets.shape,
-            "network must give predictions of the targets' shape: expected "
-            f"{tuple(targets.shape[1:])} a task, got {tuple(predictions.shape[1:])}",
-        )
-    else:
-        classes = int(targets.max()) + 1
-        require(
-            predictions.shape[-1] >= classes,
-            f"network must give an output for each class: expected at least {classes}, got {predictions.shape[-1]}",
-        )
-
-
-def score(predictions: Tensor, targets: Tensor) -> tuple[str, Tensor]:
-    """Every task's "mse" for floating-point targets, "accuracy" for class numbers.  # T R ..., T R ... -> T"""
-    if targets.is_floating_point():
-        return "mse", (predictions - targets).square().flatten(1).mean(1)
-    return "accuracy", (predictions.argmax(-1) == targets).flatten(1).float().mean(1)
-
-
 class MetaLearner(L.LightningModule, ABC):
     """A network's initialisation θ, learnt so that a few gradient steps on a new task's support set suffice.
 
     The base of the algorithms. They differ in ``training_step``; the inner loop (``adapt``) is one for training,
     validation, test, prediction and use from Python.
 
-    Args:
-        network: Any module from samples ``S …`` to predictions ``S …``; its parameters that require gradients are θ.
-            Batch norm in it uses the batch's statistics.
-        loss: Predictions and targets of one task to a scalar. Default: cross-entropy for integer targets, mean squared
-            error for floating-point ones.
-        inner_lr: Inner learning rate (α).
-        inner_steps: Inner steps in training (K).
-        test_inner_steps: Inner steps in validation, test and prediction. Default: ``inner_steps``.
-        outer_lr: Outer learning rate (β), for Reptile ε.
-        outer_lr_decay: How ``outer_lr`` falls over the training: not at all, linearly to zero, or to zero along half a
-            cosine.
+    Every argument is described in the algorithms.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -284,22 +242,5 @@ class MetaLearner(L.LightningModule, ABC):
         checkpoint["algorithm"] = type(self).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another algorithm or network.
-
-        Raises:
-            ValueError: Saying which of the two, what was expected and what came.
-        """
-        algorithm = checkpoint.get("algorithm")
-        require(
-            algorithm == type(self).__name__,
-            f"the checkpoint must be of {type(self).__name__}, the algorithm in use, got one of {algorithm}",
-        )
-        expected = {name: tuple(p.shape) for name, p in self.state_dict().items()}
-        came = {name: tuple(p.shape) for name, p in checkpoint["state_dict"].items()}
-        differing = [n for n in sorted(expected | came) if expected.get(n) != came.get(n)]
-        require(
-            not differing,
-            "the checkpoint must be of the network in use, but they differ in "
-            + ", ".join(f"{n}: expected {expected.get(n)}, got {came.get(n)}" for n in differing[:3])
-            + (f" and {len(differing) - 3} more" if len(differing) > 3 else ""),
-        )
+        """Refuse a checkpoint of another algorithm or network (ValueError)."""
+        verify_checkpoint(checkpoint, type(self).__name__, self.state_dict())

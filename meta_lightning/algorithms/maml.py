@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from meta_lightning.algorithms.base import Decay, Loss, MetaLearner, score
+from meta_lightning.algorithms.base import Decay, MetaLearner
 from meta_lightning.checks import require_choice, require_positive
 from meta_lightning.inner_loop import Params, gradient, stack
+from meta_lightning.losses import Loss, score
 from meta_lightning.tasks import TaskBatch
 
 # parameters and learning rate; called so, an optimizer's first two arguments are not options of the command line

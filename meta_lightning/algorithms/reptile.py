@@ -8,9 +8,10 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from meta_lightning import inner_loop
-from meta_lightning.algorithms.base import Decay, Loss, MetaLearner
+from meta_lightning.algorithms.base import Decay, MetaLearner
 from meta_lightning.checks import require, require_at_least, require_choice
 from meta_lightning.inner_loop import AdamState, Adapted, Params
+from meta_lightning.losses import Loss
 from meta_lightning.tasks import TaskBatch
 
 

@@ -5,7 +5,8 @@ from abc import ABC, abstractmethod
 import lightning as L
 
 from meta_lightning.checks import require_at_least
-from meta_lightning.tasks import MetaBatches, MetaIterations, Split, TaskLoader, TaskSet
+from meta_lightning.loading import MetaBatches, MetaIterations, TaskLoader
+from meta_lightning.tasks import Split, TaskSet
 
 
 class TaskDataModule(L.LightningDataModule, ABC):

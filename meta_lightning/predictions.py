@@ -1,59 +1,16 @@
-"""Callbacks of the command line."""
+"""What ``predict`` leaves behind."""
 
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from meta_lightning.tasks import TaskBatch
-
-
-class Checkpoints(ModelCheckpoint):
-    """Keeps the best checkpoint of the validations, and the last one: also when training is interrupted.
-
-    Args:
-        dirpath: Folder of the checkpoints. Default: ``checkpoints`` in the logger's folder.
-        filename: Name of the best one.
-        monitor: The value that decides which is best.
-        mode: Whether the best is the greatest or the least.
-        save_top_k: How many of the best to keep; -1 for every one, 0 for none.
-        save_last: Whether to keep the last one, as ``last.ckpt``.
-        every_n_train_steps: Save after so many meta-iterations rather than after validation.
-    """
-
-    def __init__(
-        self,
-        dirpath: str | None = None,
-        filename: str | None = "best",
-        monitor: str | None = "val/accuracy",
-        mode: Literal["min", "max"] = "max",
-        save_top_k: int = 1,
-        save_last: bool = True,
-        every_n_train_steps: int | None = None,
-    ) -> None:
-        super().__init__(
-            dirpath,
-            filename,
-            monitor,
-            mode=mode,
-            save_top_k=save_top_k,
-            save_last=save_last,
-            every_n_train_steps=every_n_train_steps,
-            enable_version_counter=save_top_k not in (0, 1),
-        )
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save the last checkpoint when training is interrupted; an error leaves the last good one as it is."""
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and self.save_last and self.dirpath:
-            path = Path(self.dirpath, self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
-            trainer.save_checkpoint(path)
-            rank_zero_info(f"Interrupted after {trainer.global_step} meta-iterations; go on with --ckpt_path {path}")
 
 
 class PredictionTable(BasePredictionWriter):

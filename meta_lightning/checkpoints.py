@@ -1,0 +1,76 @@
+"""Which checkpoints are kept, and which are refused."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+from meta_lightning.checks import require
+
+
+class Checkpoints(ModelCheckpoint):
+    """Keeps the best checkpoint of the validations, and the last one: also when training is interrupted.
+
+    Args:
+        dirpath: Folder of the checkpoints. Default: ``checkpoints`` in the logger's folder.
+        filename: Name of the best one.
+        monitor: The value that decides which is best.
+        mode: Whether the best is the greatest or the least.
+        save_top_k: How many of the best to keep; -1 for every one, 0 for none.
+        save_last: Whether to keep the last one, as ``last.ckpt``.
+        every_n_train_steps: Save after so many meta-iterations rather than after validation.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        filename: str | None = "best",
+        monitor: str | None = "val/accuracy",
+        mode: Literal["min", "max"] = "max",
+        save_top_k: int = 1,
+        save_last: bool = True,
+        every_n_train_steps: int | None = None,
+    ) -> None:
+        super().__init__(
+            dirpath,
+            filename,
+            monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            save_last=save_last,
+            every_n_train_steps=every_n_train_steps,
+            enable_version_counter=save_top_k not in (0, 1),
+        )
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save the last checkpoint when training is interrupted; an error leaves the last good one as it is."""
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and self.save_last and self.dirpath:
+            path = Path(self.dirpath, self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
+            trainer.save_checkpoint(path)
+            rank_zero_info(f"Interrupted after {trainer.global_step} meta-iterations; go on with --ckpt_path {path}")
+
+
+def verify_checkpoint(checkpoint: Mapping[str, Any], algorithm: str, state: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint of another algorithm or network.
+
+    Args:
+        checkpoint: The checkpoint.
+        algorithm: Name of the algorithm in use.
+        state: State of the learner in use.
+
+    Raises:
+        ValueError: Saying which of the two, what was expected and what came.
+    """
+    came = checkpoint.get("algorithm")
+    require(came == algorithm, f"the checkpoint must be of {algorithm}, the algorithm in use, got one of {came}")
+    expected = {name: tuple(value.shape) for name, value in state.items()}
+    got = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    differing = [name for name in sorted(expected | got) if expected.get(name) != got.get(name)]
+    shown = [f"{name}: expected {expected.get(name)}, got {got.get(name)}" for name in differing[:3]]
+    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+    require(not differing, f"the checkpoint must be of the network in use, they differ in {', '.join(shown)}{more}")
