@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch import Tensor
+from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Params = dict[str, Tensor]
@@ -22,12 +22,12 @@ def stack(params: Params, tasks: int) -> Params:
     return {name: p.expand(tasks, *p.shape) for name, p in params.items()}
 
 
-def unstack(params: Params, task: int) -> Params:
-    """The parameters of one task, without the task dimension."""
-    return {name: p[task] for name, p in params.items()}
+def unstack(stacked: Params | Tensor, task: int) -> Any:
+    """What one task has of task-stacked parameters or samples, without the task dimension."""
+    return stacked[task] if isinstance(stacked, Tensor) else {name: p[task] for name, p in stacked.items()}
 
 
-def detach(params: Params) -> Params:
+def leaves(params: Params) -> Params:
     """The same values as leaves of a new graph, ready to be differentiated by."""
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
@@ -43,35 +43,31 @@ def gradient(value: Tensor, params: Params, create_graph: bool = False) -> Param
     return dict(zip(params, grads, strict=True))
 
 
-def forward(network: nn.Module, params: Params, x: Tensor) -> Tensor:
-    """Predictions of every task with its own parameters, all tasks at once.
+def together(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
+    """A function of one task on all tasks at once.
 
     Args:
-        network: The network, whose own parameters stand in for what ``params`` leaves out.
-        params: Task-stacked parameters.
-        x: Inputs.  # T S ...
+        function: Takes what one task has of each argument, and returns a tensor.
+        stacked: Task-stacked parameters or samples.
 
     Returns:
-        Predictions.  # T S ...
+        The tasks' results, stacked.  # T ...
 
     Raises:
-        RuntimeError: If the network does what vmap refuses: in-place writes into fresh tensors, control flow that
-            depends on data, recurrent layers. ``forward_loop`` takes those.
+        RuntimeError: If the function does what vmap refuses: in-place writes into fresh tensors, control flow that
+            depends on data, recurrent layers. ``one_by_one`` takes those.
     """
-
-    def one_task(params: Params, x: Tensor) -> Tensor:
-        predictions: Tensor = functional_call(network, params, (x,))
-        return predictions
-
     # the fused attention kernels have no second derivative
     with sdpa_kernel(SDPBackend.MATH):
-        return vmap(one_task, randomness="different")(params, x)
+        result: Tensor = vmap(function, randomness="different")(*stacked)
+    return result
 
 
-def forward_loop(network: nn.Module, params: Params, x: Tensor) -> Tensor:
-    """What ``forward`` computes, one task after another: for networks that vmap refuses."""
+def one_by_one(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
+    """What ``together`` computes, one task after another."""
+    first = stacked[0] if isinstance(stacked[0], Tensor) else next(iter(stacked[0].values()))
     with sdpa_kernel(SDPBackend.MATH):
-        return torch.stack([functional_call(network, unstack(params, t), (x[t],)) for t in range(len(x))])
+        return torch.stack([function(*(unstack(part, task) for part in stacked)) for task in range(len(first))])
 
 
 class InnerOptimizer(Protocol[State]):

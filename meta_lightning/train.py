@@ -49,8 +49,8 @@ def train_maml(
     recorder = LossRecorder()
     trainer = L.Trainer(max_epochs=1, callbacks=[recorder], logger=False, enable_checkpointing=False)
     loader: Any = task_dataloader
-    if isinstance(loader, list):  # Lightning takes a list for several loaders
-        loader = DataLoader(loader, batch_size=None)
+    if isinstance(loader, list):  # which Lightning would take for several loaders
+        loader = DataLoader(loader, batch_size=None)  # type: ignore[arg-type]
     trainer.fit(learner, loader)
     return model, learner, recorder.losses
 

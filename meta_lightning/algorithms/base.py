@@ -2,7 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import functional_call
 
 from meta_lightning import inner_loop
 from meta_lightning.checkpoints import verify_checkpoint
@@ -72,7 +71,7 @@ class MetaLearner(L.LightningModule, ABC):
         self.outer_lr_decay: Decay = outer_lr_decay
         self.loops_over_tasks = False
         self.outputs_checked = False
-        self.evaluation: defaultdict[str, TaskMean] = defaultdict(lambda: TaskMean().to(self.device))
+        self.evaluation: dict[str, TaskMean] = {}
 
     @abstractmethod
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
@@ -84,18 +83,22 @@ class MetaLearner(L.LightningModule, ABC):
         """θ: the network's parameters that are trained."""
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
-    def forward_tasks(self, params: Params, x: Tensor) -> Tensor:
-        """Predictions of every task with its own parameters.  # T S ... -> T S ..."""
+    def over_tasks(self, function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
+        """A function of one task on all tasks at once or, when vmap has refused it, one after another.  # -> T ..."""
         if not self.loops_over_tasks:
             try:
-                return inner_loop.forward(self.network, params, x)
+                return inner_loop.together(function, *stacked)
             except RuntimeError as refusal:
-                # a fault of the network's own is raised by the loop as well, and so is not taken for vmap's
-                predictions = inner_loop.forward_loop(self.network, params, x)
+                # a fault of the function's own is raised by the loop as well, and so is not taken for vmap's
+                result = inner_loop.one_by_one(function, *stacked)
                 self.loops_over_tasks = True
-                rank_zero_warn(f"The network runs one task after another, since vmap refuses it: {refusal}")
-                return predictions
-        return inner_loop.forward_loop(self.network, params, x)
+                rank_zero_warn(f"The tasks run one after another, since vmap refuses the network or loss: {refusal}")
+                return result
+        return inner_loop.one_by_one(function, *stacked)
+
+    def forward_tasks(self, params: Params, x: Tensor) -> Tensor:
+        """Predictions of every task with its own parameters.  # T S ... -> T S ..."""
+        return self.over_tasks(lambda params, x: functional_call(self.network, params, (x,)), params, x)
 
     def task_losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Every task's loss.  # T S ..., T S ... -> T"""
@@ -103,8 +106,7 @@ class MetaLearner(L.LightningModule, ABC):
             # once, since to look at the targets waits for the device
             check_outputs(predictions, targets)
             self.outputs_checked = True
-        losses: Tensor = vmap(self.loss)(predictions, targets)
-        return losses
+        return self.over_tasks(self.loss, predictions, targets)
 
     def inner_optimizer(self) -> tuple[inner_loop.InnerOptimizer[Any], Any]:
         """The rule of the inner steps, and the state in which it meets every task."""
@@ -148,7 +150,7 @@ class MetaLearner(L.LightningModule, ABC):
         with torch.enable_grad():
             adapted = self.adapt(theta, support_x[None], support_y[None], steps, self.second_order and self.training)
         params = inner_loop.unstack(adapted.params, 0)
-        return params if self.training else inner_loop.detach(params)
+        return params if self.training else {name: p.detach() for name, p in params.items()}
 
     def forward_with_weights(self, query_x: Tensor, adapted_params: Params) -> Tensor:
         """Predictions of one task with the parameters that ``inner_update`` gave.  # R ... -> R ..."""
@@ -195,15 +197,21 @@ class MetaLearner(L.LightningModule, ABC):
         # Lightning evaluates in inference mode, whose tensors autograd refuses even in enable_grad: hence the clones
         with torch.inference_mode(False), torch.enable_grad():
             support_x, support_y, query_x, query_y = (part.clone() for part in batch)
-            theta = inner_loop.stack(inner_loop.detach(self.meta_parameters()), len(support_x))
+            theta = inner_loop.stack(inner_loop.leaves(self.meta_parameters()), len(support_x))
             adapted = self.adapt(theta, support_x, support_y, self.test_inner_steps).params
         with torch.no_grad():
             for moment, params in (("_before", theta), ("", adapted)):
                 predictions = self.forward_tasks(params, query_x)
-                self.evaluation[f"{stage}/loss{moment}"].update(self.task_losses(predictions, query_y))
                 name, scores = score(predictions, query_y)
-                self.evaluation[f"{stage}/{name}{moment}"].update(scores)
+                self.note(f"{stage}/loss{moment}", self.task_losses(predictions, query_y))
+                self.note(f"{stage}/{name}{moment}", scores)
         return predictions
+
+    def note(self, name: str, values: Tensor) -> None:
+        """Add tasks to the statistics of a value.  # T"""
+        if name not in self.evaluation:
+            self.evaluation[name] = TaskMean().to(self.device)
+        self.evaluation[name].update(values)
 
     def log_evaluation(self, stage: str) -> None:
         """Log each value's mean over the tasks of all ranks, and its 95 % confidence interval."""

@@ -94,7 +94,7 @@ class Reptile(MetaLearner):
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """One meta-iteration: adapt to every task, then move θ towards the tasks' mean."""
         support_x, support_y, *_ = batch
-        theta = inner_loop.detach(self.meta_parameters())
+        theta = inner_loop.leaves(self.meta_parameters())
         adapted = self.adapt(inner_loop.stack(theta, len(support_x)), support_x, support_y, self.inner_steps)
         loss = self.log_training(adapted.losses[-1])
         self.outer_step(adapted)
