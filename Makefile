@@ -8,10 +8,8 @@ PY = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
 
 DEMO_ROOT = runs/demo
-DEMO_FIT = fit --config maml.yaml --trainer.default_root_dir $(DEMO_ROOT)
-DEMO_TEST = test --config maml.yaml --trainer.default_root_dir $(DEMO_ROOT)
-# The newest run's best checkpoint, found by the shell after training.
-DEMO_BEST = $$(ls -t $(DEMO_ROOT)/lightning_logs/version_*/checkpoints/best*.ckpt | head -n 1)
+DEMO_FIT = fit --config maml.yaml --trainer.default_root_dir $(DEMO_ROOT) --checkpoint.dirpath $(DEMO_ROOT)/checkpoints
+DEMO_TEST = test --ckpt_path $(DEMO_ROOT)/checkpoints/best.ckpt --trainer.default_root_dir $(DEMO_ROOT)
 
 PYTEST_ARGS =
 
@@ -27,7 +25,8 @@ help:
 
 demo: $(INSTALLED)
 	$(call step,meta-train,$(PY) -m meta_lightning $(DEMO_FIT))
-	$(call step,test the best checkpoint,$(PY) -m meta_lightning $(DEMO_TEST) --ckpt_path "$(DEMO_BEST)")
+	$(call step,test the best checkpoint with 1 query a class,$(PY) -m meta_lightning $(DEMO_TEST) --data.queries 1)
+	$(call step,test the best checkpoint with 15 queries a class,$(PY) -m meta_lightning $(DEMO_TEST) --data.queries 15)
 	@echo
 	@echo 'To look at the curves: $(VENV)/bin/tensorboard --logdir $(DEMO_ROOT), then open the address that it prints.'
 

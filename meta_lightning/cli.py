@@ -28,6 +28,8 @@ IGNORED_WARNINGS = {
     r"The dirpath has changed": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/callbacks/model_checkpoint.py#L566",
     # the state after a step is what these checkpoints are meant to hold
     r"Using ModelCheckpoint with manual optimization": f"{LIGHTNING}/pull/21239",
+    # the arguments are the process' own, with configurations found
+    r"LightningCLI's args parameter": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/cli.py#L552",
     # predictions come in the order of the tasks
     r"Couldn't infer the batch indices": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/loops/prediction_loop.py#L307",
 }
@@ -52,7 +54,6 @@ class MetaLightningCLI(LightningCLI):
                 arguments = with_checkpoint_defaults(with_configs([str(a) for a in arguments]))
             except FileNotFoundError as error:
                 parser.error(str(error))
-        sys.argv[1:] = []
         super().parse_arguments(parser, arguments)
 
     def _parse_ckpt_path(self) -> None:
