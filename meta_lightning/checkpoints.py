@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -23,7 +24,6 @@ class Checkpoints(ModelCheckpoint):
         mode: Whether the best is the greatest or the least.
         save_top_k: How many of the best to keep; -1 for every one, 0 for none.
         save_last: Whether to keep the last one, as ``last.ckpt``.
-        every_n_train_steps: Save after so many meta-iterations rather than after validation.
     """
 
     def __init__(
@@ -34,7 +34,6 @@ class Checkpoints(ModelCheckpoint):
         mode: Literal["min", "max"] = "max",
         save_top_k: int = 1,
         save_last: bool = True,
-        every_n_train_steps: int | None = None,
     ) -> None:
         super().__init__(
             dirpath,
@@ -43,13 +42,22 @@ class Checkpoints(ModelCheckpoint):
             mode=mode,
             save_top_k=save_top_k,
             save_last=save_last,
-            every_n_train_steps=every_n_train_steps,
             enable_version_counter=save_top_k not in (0, 1),
+        )
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse to monitor what validation does not give, before training rather than an epoch later."""
+        values = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+        require(
+            self.monitor in values or not str(self.monitor).startswith("val/"),
+            f"checkpoint.monitor must be a value of the validation, one of {', '.join(values)}, got {self.monitor}; "
+            "for regression give --checkpoint.monitor val/mse --checkpoint.mode min",
         )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save the last checkpoint when training is interrupted; an error leaves the last good one as it is."""
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and self.save_last and self.dirpath:
+        interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        if interrupted and trainer.state.fn == TrainerFn.FITTING and self.save_last and self.dirpath:
             path = Path(self.dirpath, self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
             trainer.save_checkpoint(path)
             rank_zero_info(f"Interrupted after {trainer.global_step} meta-iterations; go on with --ckpt_path {path}")
@@ -64,13 +72,15 @@ def verify_checkpoint(checkpoint: Mapping[str, Any], algorithm: str, state: Mapp
         state: State of the learner in use.
 
     Raises:
-        ValueError: Saying which of the two, what was expected and what came.
+        InputError: Saying which of the two, what was expected and what came.
     """
-    came = checkpoint.get("algorithm")
+    came = checkpoint.get("algorithm", "unknown origin")
     require(came == algorithm, f"the checkpoint must be of {algorithm}, the algorithm in use, got one of {came}")
     expected = {name: tuple(value.shape) for name, value in state.items()}
     got = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
     differing = [name for name in sorted(expected | got) if expected.get(name) != got.get(name)]
+    moments = all(name.startswith("moments.") for name in differing)
+    require(not differing or not moments, "the checkpoint must be of the inner_optimizer in use, got one of another")
     shown = [f"{name}: expected {expected.get(name)}, got {got.get(name)}" for name in differing[:3]]
     more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
     require(not differing, f"the checkpoint must be of the network in use, they differ in {', '.join(shown)}{more}")

@@ -4,26 +4,30 @@ import math
 from collections.abc import Iterable
 
 
+class InputError(ValueError):
+    """Something that the user gave cannot be; the message says what, what was expected and what came."""
+
+
 def require(condition: bool, message: str) -> None:
-    """Raise ValueError with this message unless the condition holds."""
+    """Raise InputError with this message unless the condition holds."""
     if not condition:
-        raise ValueError(message)
+        raise InputError(message)
 
 
 def require_positive(**arguments: float) -> None:
-    """Raise ValueError, naming the argument, unless every one is a finite number greater than 0."""
+    """Raise InputError, naming the argument, unless every one is a finite number greater than 0."""
     for name, value in arguments.items():
         require(value > 0 and math.isfinite(value), f"{name} must be greater than 0, got {value}")
 
 
 def require_at_least(minimum: int, **arguments: int) -> None:
-    """Raise ValueError, naming the argument, unless every one is at least ``minimum``."""
+    """Raise InputError, naming the argument, unless every one is at least ``minimum``."""
     for name, value in arguments.items():
         require(value >= minimum, f"{name} must be at least {minimum}, got {value}")
 
 
 def require_choice(choices: Iterable[str], **arguments: str) -> None:
-    """Raise ValueError, naming the argument, unless every one is among ``choices``."""
+    """Raise InputError, naming the argument, unless every one is among ``choices``."""
     names = list(choices)
     for name, value in arguments.items():
         require(value in names, f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}")

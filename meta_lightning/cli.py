@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from meta_lightning.algorithms import MetaLearner
 from meta_lightning.checkpoints import Checkpoints
+from meta_lightning.checks import InputError, require
 from meta_lightning.data import TaskDataModule
 from meta_lightning.predictions import PredictionTable
 
@@ -24,14 +26,17 @@ IGNORED_WARNINGS = {
     r".*isinstance\(treespec, LeafSpec\).*is deprecated": f"{LIGHTNING}/issues/21326",
     # Reptile has no optimizer
     r".*configure_optimizers.*returned.*None": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/core/optimizer.py#L183",
-    # a test run has a log folder of its own
-    r"The dirpath has changed": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/callbacks/model_checkpoint.py#L566",
     # the state after a step is what these checkpoints are meant to hold
     r"Using ModelCheckpoint with manual optimization": f"{LIGHTNING}/pull/21239",
     # the arguments are the process' own, with configurations found
     r"LightningCLI's args parameter": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/cli.py#L552",
     # predictions come in the order of the tasks
     r"Couldn't infer the batch indices": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/loops/prediction_loop.py#L307",
+}
+
+IGNORED_OUTSIDE_FIT = {
+    # a test has a log folder of its own; a resumed fit does begin anew to look for its best checkpoint
+    r"The dirpath has changed": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/callbacks/model_checkpoint.py#L566",
 }
 
 
@@ -50,11 +55,13 @@ class MetaLightningCLI(LightningCLI):
         """Parse, with configurations found and the checkpoint's hyperparameters before what the user gives."""
         arguments = sys.argv[1:] if args is None else args
         if isinstance(arguments, Sequence):
-            try:
-                arguments = with_checkpoint_defaults(with_configs([str(a) for a in arguments]))
-            except FileNotFoundError as error:
-                parser.error(str(error))
+            arguments = with_checkpoint_defaults(with_configs([str(a) for a in arguments]))
         super().parse_arguments(parser, arguments)
+
+    def before_instantiate_classes(self) -> None:
+        """Keep libraries' warnings that say nothing to the user from the screen."""
+        for message in IGNORED_WARNINGS | (IGNORED_OUTSIDE_FIT if self.subcommand != "fit" else {}):
+            warnings.filterwarnings("ignore", message)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone.
@@ -74,7 +81,7 @@ def find_config(path: str) -> str:
     """A configuration's path: as given, or among the project's own.
 
     Raises:
-        FileNotFoundError: If it is at neither; the message lists the project's own.
+        InputError: If it is at neither; the message lists the project's own.
     """
     if Path(path).is_file():
         return path
@@ -82,7 +89,7 @@ def find_config(path: str) -> str:
     if (own / path).is_file():
         return str(own / path)
     names = ", ".join(sorted(p.relative_to(own).as_posix() for p in own.rglob("*.yaml")))
-    raise FileNotFoundError(f"--config {path}: no such file, and the project's own configurations are: {names}")
+    raise InputError(f"--config {path}: no such file, and the project's own configurations are: {names}")
 
 
 def with_configs(args: list[str]) -> list[str]:
@@ -99,10 +106,14 @@ def with_configs(args: list[str]) -> list[str]:
 def with_checkpoint_defaults(args: list[str]) -> list[str]:
     """The arguments, with the model and data of the checkpoint that they name before them: later ones win."""
     path = value_of(args, "--ckpt_path")
-    if path is None or not args or args[0].startswith("-") or not Path(path).is_file():
+    if path is None or args[0].startswith("-") or path in ("best", "last", "hpc") or path.startswith("registry:"):
         return args
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    defaults = []
+    require(Path(path).is_file(), f"--ckpt_path must name a checkpoint, got {path}, which is no file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
+        raise InputError(f"--ckpt_path must name a checkpoint, got {path}, which does not read: {error}") from None
+    defaults = ["--weights_only=true"]
     for option, key in (("--model", "hyper_parameters"), ("--data", "datamodule_hyper_parameters")):
         hparams: dict[str, Any] = dict(checkpoint.get(key, {}))
         hparams.pop("_instantiator", None)
@@ -124,20 +135,28 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: The arguments, in place of those of the process.
     """
-    for message in IGNORED_WARNINGS:
-        warnings.filterwarnings("ignore", message)
-    MetaLightningCLI(
-        MetaLearner,
-        TaskDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={
-            "use_distributed_sampler": False,
-            "max_epochs": -1,
-            "callbacks": [PredictionTable()],
-        },
-        args=args,
-    )
+    try:
+        MetaLightningCLI(
+            MetaLearner,
+            TaskDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"max_epochs": -1, "callbacks": [PredictionTable()]},
+            args=args,
+        )
+    except (ValueError, OSError, FloatingPointError) as error:
+        # what the user gave is answered in a sentence; anything else is the program's fault and shows its traceback
+        cause = first_cause(error)
+        if not isinstance(cause, InputError | OSError | FloatingPointError):
+            raise
+        sys.exit(f"error: {cause}")
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The error that began it: jsonargparse wraps those of the classes that it instantiates."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

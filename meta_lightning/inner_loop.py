@@ -5,11 +5,13 @@ it: ``vmap`` over *gradients* is silently wrong at second order for normalisatio
 adapted, because torch's batching rule for their backward takes the saved statistics as constants.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -43,6 +45,27 @@ def gradient(value: Tensor, params: Params, create_graph: bool = False) -> Param
     return dict(zip(params, grads, strict=True))
 
 
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Attention by kernels that have a second derivative, in evaluation too, where torch would take its fast path."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def wrong_under_vmap(network: nn.Module) -> bool:
+    """Whether vmap would run this network and yet be wrong: its rule for an embedding forgets ``padding_idx``.
+
+    Of sparse embeddings it refuses the backward only, too late to loop instead.
+    """
+    embeddings = [module for module in network.modules() if isinstance(module, nn.Embedding)]
+    return any(module.padding_idx is not None or module.sparse for module in embeddings)
+
+
 def together(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
     """A function of one task on all tasks at once.
 
@@ -57,8 +80,7 @@ def together(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tens
         RuntimeError: If the function does what vmap refuses: in-place writes into fresh tensors, control flow that
             depends on data, recurrent layers. ``one_by_one`` takes those.
     """
-    # the fused attention kernels have no second derivative
-    with sdpa_kernel(SDPBackend.MATH):
+    with differentiable_attention():
         result: Tensor = vmap(function, randomness="different")(*stacked)
     return result
 
@@ -66,7 +88,7 @@ def together(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tens
 def one_by_one(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
     """What ``together`` computes, one task after another."""
     first = stacked[0] if isinstance(stacked[0], Tensor) else next(iter(stacked[0].values()))
-    with sdpa_kernel(SDPBackend.MATH):
+    with differentiable_attention():
         return torch.stack([function(*(unstack(part, task) for part in stacked)) for task in range(len(first))])
 
 
@@ -109,9 +131,14 @@ class Adam(NamedTuple):
         step = state.step + 1
         first = {n: self.beta1 * state.first[n] + (1 - self.beta1) * g for n, g in grads.items()}
         second = {n: self.beta2 * state.second[n] + (1 - self.beta2) * g.square() for n, g in grads.items()}
-        scale1, scale2 = 1 - self.beta1**step, 1 - self.beta2**step
+        scale1, scale2 = one_minus_power(self.beta1, step), one_minus_power(self.beta2, step)
         change = {n: -self.lr * (first[n] / scale1) / ((second[n] / scale2).sqrt() + self.eps) for n in grads}
         return change, AdamState(step, first, second)
+
+
+def one_minus_power(beta: float, step: Tensor) -> Tensor:
+    """1 − β^step, without the rounding of β^step near 1."""
+    return -torch.expm1(step * (math.log(beta) if beta else -math.inf))
 
 
 class Adapted(NamedTuple):

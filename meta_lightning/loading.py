@@ -24,7 +24,7 @@ class MetaBatches(Dataset[TaskBatch]):
         world_size: Number of processes (R).
 
     Raises:
-        ValueError: If the ranks cannot share a meta-batch evenly, or there are fewer tasks than ranks.
+        InputError: If the ranks cannot share a meta-batch evenly, or there are fewer tasks than ranks.
     """
 
     def __init__(

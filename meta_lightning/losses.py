@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meta_lightning.checks import require
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # predictions and targets of one task to a scalar
+# predictions and targets of one task to a scalar; modules are named for the command line, which builds them
+Loss = nn.Module | Callable[[Tensor, Tensor], Tensor]
 
 
 def default_loss(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -16,27 +17,34 @@ def default_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def check_outputs(predictions: Tensor, targets: Tensor) -> None:
-    """Refuse a network whose predictions do not fit the targets.  # T S ..., T S ...
+    """Refuse a network whose predictions do not fit the targets of ``default_loss``.  # T S N ..., T S ...
 
     Raises:
-        ValueError: If there are fewer outputs than classes, or a regression's outputs have not the targets' shape.
+        InputError: If there are fewer outputs than classes, or a regression's outputs have not the targets' shape.
     """
     if targets.is_floating_point():
-        require(
-            predictions.shape == targets.shape,
-            "network must give predictions of the targets' shape: expected "
-            f"{tuple(targets.shape[1:])} a task, got {tuple(predictions.shape[1:])}",
-        )
+        came, expected = tuple(predictions.shape[1:]), tuple(targets.shape[1:])
+        require(came == expected, f"network must give outputs of the targets' shape {expected} a task, got {came}")
     else:
-        classes = int(targets.max()) + 1
+        classes, outputs = int(targets.max()) + 1, predictions.shape[2]
         require(
-            predictions.shape[-1] >= classes,
-            f"network must give an output for each class: expected at least {classes}, got {predictions.shape[-1]}",
+            outputs >= classes,
+            f"network must give an output for each class: expected at least {classes}, got {outputs}",
         )
 
 
-def score(predictions: Tensor, targets: Tensor) -> tuple[str, Tensor]:
-    """Every task's "mse" for floating-point targets, "accuracy" for class numbers.  # T R ..., T R ... -> T"""
-    if targets.is_floating_point():
-        return "mse", (predictions - targets).square().flatten(1).mean(1)
-    return "accuracy", (predictions.argmax(-1) == targets).flatten(1).float().mean(1)
+def score(predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Every task's accuracy for class numbers, mse for floating-point targets, where the shapes have a meaning.
+
+    Args:
+        predictions: Logits ``T S N …``, as cross-entropy takes them, or regressed values ``T S …``.
+        targets: Class numbers or values.  # T S ...
+
+    Returns:
+        The score by its name; empty for predictions of another form, which only the user's loss understands.  # T
+    """
+    if targets.is_floating_point() and predictions.shape == targets.shape:
+        return {"mse": (predictions - targets).square().flatten(1).mean(1)}
+    if not targets.is_floating_point() and predictions.ndim == targets.ndim + 1:
+        return {"accuracy": (predictions.argmax(2) == targets).flatten(1).float().mean(1)}
+    return {}

@@ -6,6 +6,8 @@ from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.func import replace_all_batch_norm_modules_
+from torch.nn.parameter import is_lazy
 
 from meta_lightning.checks import require, require_at_least, require_choice
 
@@ -92,8 +94,11 @@ def with_batch_statistics(network: nn.Module) -> nn.Module:
 
     Running statistics raise under vmap in training, and mix the tasks' statistics in evaluation. The given network
     keeps its modules as they are, and learns with the copy, since the parameters are the same objects.
-    """
-    from torch.func import replace_all_batch_norm_modules_
 
+    Raises:
+        InputError: If the network has lazy parameters, which have no shape yet.
+    """
+    lazy = [name for name, p in network.named_parameters() if is_lazy(p)]
+    require(not lazy, f"network must have been called once, so that its parameters have shapes, got lazy {lazy}")
     shared = {id(p): p for p in network.parameters()}
     return replace_all_batch_norm_modules_(copy.deepcopy(network, memo=dict(shared)))

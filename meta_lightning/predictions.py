@@ -24,7 +24,8 @@ class PredictionTable(BasePredictionWriter):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """Note the targets, which the predictions do not hold."""
-        self.targets.append(TaskBatch(*batch).query_y.cpu())
+        query_y = TaskBatch(*batch).query_y.cpu()
+        self.targets.append(query_y.flatten(2) if query_y.ndim > 2 else query_y.unsqueeze(2))
 
     def write_on_epoch_end(
         self,
@@ -41,12 +42,13 @@ class PredictionTable(BasePredictionWriter):
         task = trainer.global_rank
         with part.open("w", newline="") as file:
             table = csv.writer(file)
-            outputs = predictions[0].shape[-1]
-            table.writerow(["task", "query", "target", *(f"output_{n}" for n in range(outputs))])
-            for batch, targets in zip(predictions, self.targets, strict=True):
-                for rows, ys in zip(batch, targets, strict=True):
+            targets, outputs = (part[0][0, 0].numel() for part in (self.targets, predictions))
+            names = [*(f"target_{n}" for n in range(targets)), *(f"output_{n}" for n in range(outputs))]
+            table.writerow(["task", "query", *names])
+            for batch, batch_targets in zip(predictions, self.targets, strict=True):
+                for rows, ys in zip(batch.flatten(2), batch_targets, strict=True):
                     for query, (row, y) in enumerate(zip(rows.tolist(), ys.tolist(), strict=True)):
-                        table.writerow([task, query, y, *row])
+                        table.writerow([task, query, *y, *row])
                     task += trainer.world_size
         part.replace(path)
         self.targets.clear()

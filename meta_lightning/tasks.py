@@ -70,11 +70,10 @@ class FewShotTransform:
 
     def __call__(self, description: Any) -> list[Any]:
         """A new task description: ``ways * samples`` learn2learn data descriptions, class by class."""
-        from learn2learn.data import DataDescription
-
+        describe = import_learn2learn().data.DataDescription
         classes = self.rng.choice(len(self.rows_by_class), self.ways, replace=False)
         return [
-            DataDescription(row)
+            describe(row)
             for c in classes
             for row in self.rng.choice(self.rows_by_class[c], self.samples, replace=False)
         ]
@@ -97,7 +96,7 @@ class FewShotTasks(TaskSet):
         split: The split's name.
 
     Raises:
-        ValueError: If the split has fewer than ``ways`` classes, or a class fewer than ``shots + queries`` samples.
+        InputError: If the split has fewer than ``ways`` classes, or a class fewer than ``shots + queries`` samples.
     """
 
     def __init__(
@@ -162,15 +161,20 @@ def scale_pixels(x: Tensor) -> Tensor:
 
 def describe_tasks(rows: Sequence[Array], transform: FewShotTransform) -> Any:
     """learn2learn's Taskset over the samples of a split, described by ``transform``."""
-    # imported here: learn2learn takes seconds, and prints gym's notice (github.com/learnables/learn2learn/issues/389)
+    data = import_learn2learn().data
+    labels_to_indices = {label: members.tolist() for label, members in enumerate(rows)}
+    samples = data.MetaDataset(NumberedSamples(), labels_to_indices=labels_to_indices)
+    return data.Taskset(samples, [transform])
+
+
+def import_learn2learn() -> Any:
+    """learn2learn, which takes seconds to import, without the notice that gym prints there."""
     from gym_notices import notices
 
     notices.notices.clear()
-    from learn2learn.data import MetaDataset, Taskset
+    import learn2learn
 
-    labels_to_indices = {label: members.tolist() for label, members in enumerate(rows)}
-    samples = MetaDataset(NumberedSamples(), labels_to_indices=labels_to_indices)
-    return Taskset(samples, [transform])
+    return learn2learn
 
 
 class NumberedSamples(Dataset[int]):

@@ -27,7 +27,8 @@ def train_maml(
     """Meta-train a network on the tasks of a loader, one meta-iteration a batch, once through.
 
     Args:
-        model: The network, trained in place.
+        model: The network, trained in place; batch norm's running statistics stay as they are, since the learner uses
+            the batch's.
         task_dataloader: Yields ``TaskBatch`` or plain ``(support_x, support_y, query_x, query_y)``, each with a leading
             task dimension.
         inner_lr: Inner learning rate (α).
@@ -40,16 +41,16 @@ def train_maml(
         The network, the learner (to adapt with), and the mean loss of each meta-iteration.
 
     Raises:
-        ValueError: If an argument is outside its range, or an optimizer is given to Reptile.
+        InputError: If an argument is outside its range, or an optimizer is given to Reptile.
     """
     require_choice(ALGORITHMS, algorithm=algorithm)
     given: dict[str, Any] = {"outer_lr": outer_lr, "optimizer": optimizer_cls}
     options = {name: value for name, value in given.items() if value is not None}
     learner = ALGORITHMS[algorithm](network=model, inner_lr=inner_lr, inner_steps=inner_steps, **options)
     recorder = LossRecorder()
-    trainer = L.Trainer(max_epochs=1, callbacks=[recorder], logger=False, enable_checkpointing=False)
+    trainer = L.Trainer(max_epochs=1, devices=1, callbacks=[recorder], logger=False, enable_checkpointing=False)
     loader: Any = task_dataloader
-    if isinstance(loader, list):  # which Lightning would take for several loaders
+    if isinstance(loader, list | tuple):  # which Lightning would take for several loaders
         loader = DataLoader(loader, batch_size=None)  # type: ignore[arg-type]
     trainer.fit(learner, loader)
     return model, learner, recorder.losses

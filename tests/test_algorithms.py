@@ -5,12 +5,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from conftest import trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils.data import DataLoader
 
 from meta_lightning import FOMAML, MAML, MLP, MetaLearner, Reptile, Sinusoid, train_maml
 
@@ -67,6 +69,54 @@ def test_reptiles_persistent_moments_are_in_the_checkpoint(mlp: MLP, sinusoid: S
     assert loaded.moments.state().second["head.weight"].abs().sum() > 0
 
 
+def test_predictions_of_another_form_have_no_score(mlp: MLP, sinusoid: Sinusoid) -> None:
+    """Two outputs, mean and log-variance, for one target: only the loss understands them."""
+
+    def gaussian(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        mean, log_variance = prediction.split(1, dim=1)
+        return ((mean - target).square() / log_variance.exp() + log_variance).mean()
+
+    learner = MAML(MLP(hidden=[8], out_features=2), loss=gaussian)
+    fit = trainer(max_steps=10)
+    fit.fit(learner, sinusoid)
+    assert {"val/loss", "val/loss_before"} <= set(fit.callback_metrics)
+    assert not any("mse" in name for name in fit.callback_metrics)
+
+
+def test_segmentation(sinusoid: Sinusoid) -> None:
+    """Class numbers a pixel, logits with the classes in the second place, as cross-entropy has it."""
+    x, y = torch.rand(3, 2, 1, 4, 4), torch.randint(3, (3, 2, 4, 4))
+    _, learner, losses = train_maml(nn.Conv2d(1, 3, 1), [(x, y, x, y)] * 2)
+    assert len(losses) == 2
+    (figures,) = trainer().test(learner, DataLoader([(x, y, x, y)], batch_size=None), verbose=False)
+    assert 0 <= figures["test/accuracy"] <= 1
+
+
+def test_a_gradient_that_is_not_finite_stops_as_well(mlp: MLP) -> None:
+    """The loss of sqrt at 0 is finite, its gradient is not."""
+    zeros = torch.zeros(2, 3, 1)
+    learner = MAML(nn.Linear(1, 1, bias=False), loss=lambda prediction, target: prediction.sqrt().sum())
+    with pytest.raises(FloatingPointError, match="its gradient not finite, at step 0"):
+        trainer(max_steps=1).fit(learner, DataLoader([[zeros] * 4], batch_size=None))
+    assert learner.meta_parameters()["weight"].isfinite().all()
+
+
+def test_half_precision_of_the_inner_loop_is_refused(mlp: MLP, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(L.Trainer, "precision", "16-mixed")  # which Lightning has on a GPU only
+    with pytest.raises(ValueError, match=r"trainer.precision must not be 16-mixed: .* bf16-mixed works"):
+        trainer(max_steps=1).fit(MAML(mlp), Sinusoid())
+
+
+def test_a_loss_without_a_reduction_is_refused(mlp: MLP, sinusoid: Sinusoid) -> None:
+    with pytest.raises(ValueError, match=r"loss must give a scalar a task, got shape \(5, 1\)"):
+        trainer().test(MAML(mlp, loss=nn.MSELoss(reduction="none")), sinusoid)
+
+
+def test_lazy_networks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"network must have been called once, .* got lazy \['weight', 'bias'\]"):
+        MAML(nn.LazyLinear(5))
+
+
 def test_reptiles_minibatches_cycle_through_the_support_set_and_reshuffle(mlp: MLP) -> None:
     learner = Reptile(mlp, inner_batch_size=4)
     x = torch.arange(10).expand(3, 10)
@@ -118,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     good = [p.detach().clone() for p in mlp.parameters()]
     learner.inner_lr = 1e30
     fit = trainer(max_steps=9, limit_val_batches=0, enable_checkpointing=True, callbacks=[checkpoints])
-    with pytest.raises(FloatingPointError, match=r"the loss became (nan|inf) at step 3: inner_lr .*last\.ckpt"):
+    with pytest.raises(FloatingPointError, match=r"the loss became (nan|inf), .* at step 3: inner_lr .*last\.ckpt"):
         fit.fit(learner, sinusoid, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"].values()
     for theta in (mlp.parameters(), kept):

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from meta_lightning import FOMAML, MAML, MLP, MetaLearner, Reptile, Sinusoid
-from meta_lightning.checkpoints import Checkpoints
 
 
 class Seen(Callback):
@@ -41,7 +40,7 @@ def test_a_resumed_run_meets_the_tasks_that_come_next(
     def run(max_steps: int, ckpt_path: Path | None = None) -> tuple[list[Tensor], list[Tensor]]:
         torch.manual_seed(0)
         network, seen = MLP(hidden=[8]), Seen()
-        checkpoints = Checkpoints(str(tmp_path), "best", monitor="val/mse", mode="min", every_n_train_steps=stop)
+        checkpoints = ModelCheckpoint(tmp_path, "{step}", save_last=True, every_n_train_steps=stop)
         fit = trainer(max_steps=max_steps, callbacks=[seen, checkpoints], enable_checkpointing=True)
         learner = algorithm(network=network, outer_lr_decay="cosine", inner_steps=2)  # type: ignore[call-arg]
         learner.outer_lr_factor = lambda step: 0.9**step  # type: ignore[method-assign]  # whatever max_steps is
@@ -51,7 +50,7 @@ def test_a_resumed_run_meets_the_tasks_that_come_next(
 
     whole, expected = run(23)
     before, _ = run(stop)
-    after, theta = run(23, tmp_path / "last.ckpt")
+    after, theta = run(23, tmp_path / f"step={stop}.ckpt")
     assert len(before + after) == len(whole)
     assert all(torch.equal(a, b) for a, b in zip(before + after, whole, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(theta, expected, strict=True))

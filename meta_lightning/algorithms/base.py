@@ -38,7 +38,7 @@ class MetaLearner(L.LightningModule, ABC):
     Every argument is described in the algorithms.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        InputError: If an argument is outside its range.
     """
 
     second_order = False  # whether training differentiates through the inner gradients
@@ -69,7 +69,7 @@ class MetaLearner(L.LightningModule, ABC):
         self.test_inner_steps = test_inner_steps
         self.outer_lr = outer_lr
         self.outer_lr_decay: Decay = outer_lr_decay
-        self.loops_over_tasks = False
+        self.loops_over_tasks = inner_loop.wrong_under_vmap(self.network)
         self.outputs_checked = False
         self.evaluation: dict[str, TaskMean] = {}
 
@@ -88,6 +88,8 @@ class MetaLearner(L.LightningModule, ABC):
         if not self.loops_over_tasks:
             try:
                 return inner_loop.together(function, *stacked)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as refusal:
                 # a fault of the function's own is raised by the loop as well, and so is not taken for vmap's
                 result = inner_loop.one_by_one(function, *stacked)
@@ -106,7 +108,9 @@ class MetaLearner(L.LightningModule, ABC):
             # once, since to look at the targets waits for the device
             check_outputs(predictions, targets)
             self.outputs_checked = True
-        return self.over_tasks(self.loss, predictions, targets)
+        losses = self.over_tasks(self.loss, predictions, targets)
+        require(losses.ndim == 1, f"loss must give a scalar a task, got shape {tuple(losses.shape[1:])}")
+        return losses
 
     def inner_optimizer(self) -> tuple[inner_loop.InnerOptimizer[Any], Any]:
         """The rule of the inner steps, and the state in which it meets every task."""
@@ -164,27 +168,37 @@ class MetaLearner(L.LightningModule, ABC):
         return DECAYS[self.outer_lr_decay](step / self.trainer.estimated_stepping_batches if step else 0.0)
 
     def on_fit_start(self) -> None:
-        """Refuse a decay without an end."""
+        """Refuse what cannot work, before anything is trained."""
+        require(
+            self.trainer.precision != "16-mixed",
+            "trainer.precision must not be 16-mixed: its scaler covers the outer loss only, and gradients of the inner "
+            "loop underflow; bf16-mixed works",
+        )
         require(
             self.outer_lr_decay == "constant" or math.isfinite(self.trainer.estimated_stepping_batches),
             f"outer_lr_decay {self.outer_lr_decay!r} needs an end of training: expected trainer.max_steps or "
             "trainer.max_epochs, got neither",
         )
 
-    def log_training(self, losses: Tensor, **scores: Tensor) -> Tensor:
-        """Log a meta-batch's mean loss and scores, and stop before a loss that is not finite spoils θ.
+    def log_training(self, losses: Tensor, scores: dict[str, Tensor], update: Params) -> Tensor:
+        """Log a meta-batch's mean loss and scores, and stop before what is not finite spoils θ.
+
+        Args:
+            losses: Every task's loss.  # T
+            scores: Every task's scores by name.  # T
+            update: What θ is about to be moved by: the meta-gradient, or the adapted parameters.
 
         Raises:
-            FloatingPointError: If a task's loss is NaN or infinite.
+            FloatingPointError: If a task's loss or the update is NaN or infinite.
         """
         loss = losses.detach().mean()
-        if not torch.isfinite(loss):
+        if not torch.stack([loss, *(u.detach().sum() for u in update.values())]).isfinite().all():
             checkpoint = self.trainer.checkpoint_callback
             kept = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
             raise FloatingPointError(
-                f"the loss became {loss.item()} at step {self.global_step}: inner_lr {self.inner_lr} or outer_lr "
-                f"{self.outer_lr} is probably too large, or the data are not finite. θ was left as it was before this "
-                f"step; last checkpoint: {kept or 'none yet'}"
+                f"the loss became {loss.item()}, or its gradient not finite, at step {self.global_step}: inner_lr "
+                f"{self.inner_lr} or outer_lr {self.outer_lr} is probably too large, or the data are not finite. θ was "
+                f"left as it was before this step; last checkpoint: {kept or 'none yet'}"
             )
         values = {"train/loss": loss} | {f"train/{name}": value.mean() for name, value in scores.items()}
         self.log_dict(values, prog_bar=True, batch_size=len(losses))
@@ -192,26 +206,26 @@ class MetaLearner(L.LightningModule, ABC):
 
     # ------------------------------------------------------------------------------------------------ evaluation
 
-    def evaluate(self, batch: TaskBatch, stage: str) -> Tensor:
-        """Adapt to each task, note its query loss and score before and after; returns the predictions.  # T R ..."""
+    def adapt_for_evaluation(self, batch: TaskBatch) -> tuple[Params, Params]:
+        """θ and θ' of every task, outside of any graph to the network's parameters."""
         # Lightning evaluates in inference mode, whose tensors autograd refuses even in enable_grad: hence the clones
         with torch.inference_mode(False), torch.enable_grad():
-            support_x, support_y, query_x, query_y = (part.clone() for part in batch)
-            theta = inner_loop.stack(inner_loop.leaves(self.meta_parameters()), len(support_x))
-            adapted = self.adapt(theta, support_x, support_y, self.test_inner_steps).params
-        with torch.no_grad():
-            for moment, params in (("_before", theta), ("", adapted)):
-                predictions = self.forward_tasks(params, query_x)
-                name, scores = score(predictions, query_y)
-                self.note(f"{stage}/loss{moment}", self.task_losses(predictions, query_y))
-                self.note(f"{stage}/{name}{moment}", scores)
-        return predictions
+            x, y = batch.support_x.clone(), batch.support_y.clone()
+            theta = inner_loop.stack(inner_loop.leaves(self.meta_parameters()), len(x))
+            return theta, self.adapt(theta, x, y, self.test_inner_steps).params
 
-    def note(self, name: str, values: Tensor) -> None:
-        """Add tasks to the statistics of a value.  # T"""
-        if name not in self.evaluation:
-            self.evaluation[name] = TaskMean().to(self.device)
-        self.evaluation[name].update(values)
+    def evaluate(self, batch: TaskBatch, stage: str) -> None:
+        """Adapt to each task and note its query loss and scores, before and after."""
+        batch = TaskBatch(*batch)
+        theta, adapted = self.adapt_for_evaluation(batch)
+        for moment, params in (("_before", theta), ("", adapted)):
+            predictions = self.forward_tasks(params, batch.query_x)
+            values = {"loss": self.task_losses(predictions, batch.query_y)} | score(predictions, batch.query_y)
+            for name, tasks in values.items():
+                key = f"{stage}/{name}{moment}"
+                if key not in self.evaluation:
+                    self.evaluation[key] = TaskMean().to(self.device)
+                self.evaluation[key].update(tasks)
 
     def log_evaluation(self, stage: str) -> None:
         """Log each value's mean over the tasks of all ranks, and its 95 % confidence interval."""
@@ -220,7 +234,14 @@ class MetaLearner(L.LightningModule, ABC):
             self.log(name, mean, prog_bar=name.endswith(("/accuracy", "/mse")), sync_dist=True)
             self.log(f"{name}_ci95", ci95, sync_dist=True)
             self.log(f"{stage}/tasks", tasks, sync_dist=True)
-        self.evaluation.clear()
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin the statistics anew."""
+        self.evaluation = {}
+
+    def on_test_epoch_start(self) -> None:
+        """Begin the statistics anew."""
+        self.evaluation = {}
 
     def validation_step(self, batch: TaskBatch, batch_idx: int) -> None:
         """Evaluate a batch of validation tasks."""
@@ -232,8 +253,10 @@ class MetaLearner(L.LightningModule, ABC):
 
     def predict_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """Class probabilities (for regression: predictions) of each task's queries.  # T R N, T R D"""
-        predictions = self.evaluate(batch, "predict")
-        return predictions if batch[3].is_floating_point() else predictions.softmax(-1)
+        batch = TaskBatch(*batch)
+        _, adapted = self.adapt_for_evaluation(batch)
+        predictions = self.forward_tasks(adapted, batch.query_x)
+        return predictions if batch.query_y.is_floating_point() else predictions.softmax(2)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation."""
@@ -250,5 +273,5 @@ class MetaLearner(L.LightningModule, ABC):
         checkpoint["algorithm"] = type(self).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another algorithm or network (ValueError)."""
+        """Refuse a checkpoint of another algorithm or network (InputError)."""
         verify_checkpoint(checkpoint, type(self).__name__, self.state_dict())

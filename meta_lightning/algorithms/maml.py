@@ -42,7 +42,7 @@ class MAML(MetaLearner):
         gradient_clip_algorithm: Clip the meta-gradient's norm, or each of its values.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        InputError: If an argument is outside its range.
     """
 
     second_order = True
@@ -72,8 +72,7 @@ class MAML(MetaLearner):
         """One meta-iteration: adapt to every task, then step θ along the meta-gradient."""
         batch = TaskBatch(*batch)
         meta_gradient, losses, predictions = self.meta_gradient(batch)
-        name, scores = score(predictions, batch.query_y)
-        loss = self.log_training(losses, **{name: scores})
+        loss = self.log_training(losses, score(predictions, batch.query_y), meta_gradient)
         self.outer_step(meta_gradient)
         return loss
 
@@ -81,7 +80,7 @@ class MAML(MetaLearner):
         """``∇_θ mean_i L_query,i(θ'_i(θ))``, with the query losses and predictions of the tasks.  # ..., T, T R ..."""
         theta = self.meta_parameters()
         adapted = self.adapt(
-            stack(theta, len(batch.support_x)), batch.support_x, batch.support_y, self.inner_steps, create_graph=True
+            stack(theta, len(batch.support_x)), batch.support_x, batch.support_y, self.inner_steps, self.second_order
         )
         predictions = self.forward_tasks(adapted.params, batch.query_x)
         losses = self.task_losses(predictions, batch.query_y)
@@ -98,6 +97,16 @@ class MAML(MetaLearner):
         self.clip_gradients(optimizer.optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
         optimizer.step()
         schedule.step()
+
+    def on_train_start(self) -> None:
+        """Let the arguments beat what a resumed checkpoint says of the optimizer."""
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer)
+        assert isinstance(schedule, LambdaLR)
+        lr = self.outer_lr * self.outer_lr_factor(self.global_step)
+        for group in optimizer.param_groups:
+            group.update(optimizer.optimizer.defaults | {"initial_lr": self.outer_lr, "lr": lr})
+        schedule.base_lrs = [self.outer_lr] * len(schedule.base_lrs)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The outer optimizer over θ, its learning rate decaying as ``outer_lr_decay`` says."""

@@ -1,10 +1,11 @@
 """Reptile."""
 
-import warnings
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from meta_lightning import inner_loop
@@ -44,7 +45,7 @@ class Reptile(MetaLearner):
         optimizer: Not accepted: Reptile's outer loop is an interpolation.
 
     Raises:
-        ValueError: If an argument is outside its range, or an optimizer is given.
+        InputError: If an argument is outside its range, or an optimizer is given.
     """
 
     def __init__(
@@ -75,16 +76,14 @@ class Reptile(MetaLearner):
             if size is not None:
                 require_at_least(1, **{name: size})
         if outer_lr < 0.01:
-            warnings.warn(
+            rank_zero_warn(
                 f"outer_lr {outer_lr} looks like a learning rate; for Reptile it is the interpolation ε, "
-                "usually from 0.01 to 1",
-                stacklevel=2,
+                "usually from 0.01 to 1"
             )
         if inner_steps == 1 and inner_batch_size is None:
-            warnings.warn(
+            rank_zero_warn(
                 "inner_steps 1 on the full support set makes Reptile joint training on all tasks, not meta-learning; "
-                "expected at least 2 inner steps",
-                stacklevel=2,
+                "expected at least 2 inner steps"
             )
         self.inner_beta1 = inner_beta1
         self.inner_batch_size = inner_batch_size
@@ -93,10 +92,10 @@ class Reptile(MetaLearner):
 
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """One meta-iteration: adapt to every task, then move θ towards the tasks' mean."""
-        support_x, support_y, *_ = batch
-        theta = inner_loop.leaves(self.meta_parameters())
-        adapted = self.adapt(inner_loop.stack(theta, len(support_x)), support_x, support_y, self.inner_steps)
-        loss = self.log_training(adapted.losses[-1])
+        batch = TaskBatch(*batch)
+        theta = inner_loop.stack(inner_loop.leaves(self.meta_parameters()), len(batch.support_x))
+        adapted = self.adapt(theta, batch.support_x, batch.support_y, self.inner_steps)
+        loss = self.log_training(adapted.losses[-1], {}, adapted.params)
         self.outer_step(adapted)
         return loss
 
@@ -136,7 +135,10 @@ class Reptile(MetaLearner):
             return super().inner_batches(x, y, steps)
         T, S = x.shape[:2]
         rounds = -(-steps * size // S)
-        order = torch.rand(T, rounds, S, device=x.device).argsort(-1).flatten(1)  # T rounds*S
+        # of the step alone, so that a resumed run draws what comes next, and evaluation the same each time
+        seed = np.random.SeedSequence((torch.initial_seed(), self.global_step, self.global_rank))
+        generator = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
+        order = torch.rand(T, rounds, S, generator=generator).argsort(-1).flatten(1).to(x.device)  # T rounds*S
         tasks = torch.arange(T, device=x.device)[:, None]
         return [(x[tasks, rows], y[tasks, rows]) for rows in torch.split(order, size, dim=1)[:steps]]
 
@@ -151,7 +153,7 @@ class Moments(nn.Module):
         super().__init__()
         self.names = {name: name.replace(".", "/") for name in theta}  # a buffer's name cannot hold a dot
         self.step: Tensor
-        self.register_buffer("step", torch.zeros(()))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.first, self.second = nn.Module(), nn.Module()
         for name, p in theta.items():
             self.first.register_buffer(self.names[name], torch.zeros_like(p))

@@ -25,7 +25,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
         num_workers: Processes that load; with 0 the training process does.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        InputError: If an argument is outside its range.
     """
 
     def __init__(

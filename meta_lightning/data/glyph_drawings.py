@@ -54,9 +54,9 @@ class GlyphDrawings(NamedTuple):
     """Drawings of every class, and what each class is.
 
     Attributes:
-        images: `[C, D, 28, 28]` uint8, ink 255 on 0, D drawings of each of C classes.
+        images: ``[C, D, 28, 28]`` uint8, ink 255 on 0, D drawings of each of C classes.
         classes: C unicode names, in the order of the code points.
-        alphabets: C keys of `ALPHABET_SPLIT`, one a class.
+        alphabets: C keys of ``ALPHABET_SPLIT``, one a class.
     """
 
     images: Tensor
@@ -65,7 +65,7 @@ class GlyphDrawings(NamedTuple):
 
 
 def draw_glyphs(seed: int = 0, drawings: int = 20) -> GlyphDrawings:
-    """Draw every letter of the alphabets in `ALPHABET_SPLIT`.
+    """Draw every letter of the alphabets in ``ALPHABET_SPLIT``.
 
     Args:
         seed: fixes every drawing; the global random state is neither read nor moved.
@@ -75,7 +75,7 @@ def draw_glyphs(seed: int = 0, drawings: int = 20) -> GlyphDrawings:
         About 1,590 classes of 15 alphabets, 25 MB at 20 drawings a class.
 
     Raises:
-        ValueError: if `drawings` is less than 1.
+        ValueError: if ``drawings`` is less than 1.
     """
     require_at_least(1, drawings=drawings)
     letters = render_letters()
@@ -98,18 +98,18 @@ def draw_glyphs(seed: int = 0, drawings: int = 20) -> GlyphDrawings:
 
 
 def alphabet_of(name: str) -> str:
-    """The key of `ALPHABET_SPLIT` that a unicode name starts with; empty if there is none."""
+    """The key of ``ALPHABET_SPLIT`` that a unicode name starts with; empty if there is none."""
     return next((alphabet for alphabet in ALPHABET_SPLIT if name.startswith(alphabet + " ")), "")
 
 
 def render_letters() -> dict[str, Tensor]:
-    """Render each letter in each typeface that has it, its ink filling `FITTED` pixels.
+    """Render each letter in each typeface that has it, its ink filling ``FITTED`` pixels.
 
     Modifier and decomposable letters are left out, as smaller or accented copies of others, and so
     is each letter that looks like one of lower code point (Greek capital alpha is Latin capital A).
 
     Returns:
-        Unicode names, in the order of the code points, to uint8 `[faces, 64, 64]`.
+        Unicode names, in the order of the code points, to uint8 ``[faces, 64, 64]``.
     """
     import matplotlib
     from matplotlib.ft2font import FT2Font
@@ -151,11 +151,11 @@ def distort(images: Tensor, generator: torch.Generator) -> Tensor:
     """Rotate, scale, shear, shift and bend each image at random, and bring it to its final size.
 
     Args:
-        images: `[B, 64, 64]` uint8.
+        images: ``[B, 64, 64]`` uint8.
         generator: source of all randomness.
 
     Returns:
-        `[B, 28, 28]` uint8.
+        ``[B, 28, 28]`` uint8.
     """
     normal = torch.randn(6, len(images), generator=generator)
     angle, shear = ROTATION * normal[0], SHEAR * normal[1]
@@ -182,5 +182,5 @@ def distort(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _centres(count: int) -> Tensor:
-    """Centres of `count` equal cells along the canvas, in its pixels: `[count]`."""
+    """Centres of ``count`` equal cells along the canvas, in its pixels: ``[count]``."""
     return (torch.arange(count) + 0.5) * (CANVAS / count)

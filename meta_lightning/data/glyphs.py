@@ -1,7 +1,12 @@
 """The embedded default: characters of many scripts, drawn here and split by alphabet."""
 
+import zlib
+from importlib.metadata import version
+from pathlib import Path
+
 import numpy as np
 
+from meta_lightning.data import glyph_drawings
 from meta_lightning.data.glyph_drawings import ALPHABET_SPLIT, draw_glyphs
 from meta_lightning.data.images import ImageTasks, LabelledImages
 from meta_lightning.tasks import SPLITS
@@ -16,7 +21,11 @@ class Glyphs(ImageTasks):
     The arguments are those of ``ImageTasks``.
     """
 
-    cache_name = "glyphs-28"
+    @property
+    def cache_name(self) -> str:
+        """A name that changes with the code that draws and the libraries that it draws with."""
+        drawn_by = [Path(glyph_drawings.__file__).read_text(), version("matplotlib"), version("pillow")]
+        return f"glyphs-28-{zlib.crc32(' '.join(drawn_by).encode()):08x}"
 
     def build(self) -> LabelledImages:
         """Draw the characters."""

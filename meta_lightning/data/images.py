@@ -1,8 +1,6 @@
 """What the image data sets share: N-way K-shot tasks over one tensor of images, kept in a cache."""
 
 import os
-import tempfile
-import zipfile
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from meta_lightning.checks import require_at_least
 from meta_lightning.data.base import TaskDataModule
-from meta_lightning.tasks import SPLITS, Array, FewShotTasks, Split, TaskSet
+from meta_lightning.tasks import SPLITS, Array, FewShotTasks, Split
 
 
 class LabelledImages(NamedTuple):
@@ -48,7 +46,7 @@ class ImageTasks(TaskDataModule):
         cache_dir: Where the packed images are kept. Default: ``meta_lightning`` in the user's cache folder.
 
     Raises:
-        ValueError: If an argument is outside its range, or a split cannot give such tasks.
+        InputError: If an argument is outside its range, or a split cannot give such tasks.
     """
 
     def __init__(
@@ -78,8 +76,12 @@ class ImageTasks(TaskDataModule):
         self.train_queries = train_queries
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.data: LabelledImages | None = None
+        self.task_sets: dict[Split, FewShotTasks] = {}
 
-    cache_name: str
+    @property
+    @abstractmethod
+    def cache_name(self) -> str:
+        """Name of the cache file; it has to change with whatever ``build`` depends on."""
 
     @abstractmethod
     def build(self) -> LabelledImages:
@@ -91,8 +93,7 @@ class ImageTasks(TaskDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Load the images, and see that every split can give its tasks."""
-        for split in SPLITS:
-            self.task_set(split)
+        self.task_sets = {split: self.make_task_set(split) for split in SPLITS}
 
     def load(self) -> LabelledImages:
         """The data set, from the cache where there is one."""
@@ -104,8 +105,14 @@ class ImageTasks(TaskDataModule):
         """The data set as this module uses it, from what is cached."""
         return data
 
-    def task_set(self, split: Split) -> TaskSet:
+    def task_set(self, split: Split) -> FewShotTasks:
         """N-way K-shot tasks of the split's classes."""
+        if not self.task_sets:
+            self.setup()
+        return self.task_sets[split]
+
+    def make_task_set(self, split: Split) -> FewShotTasks:
+        """The tasks of a split, from the images."""
         data = self.load()
         train = split == "train"
         return FewShotTasks(
@@ -134,15 +141,19 @@ def load_or_build(path: Path, build: Callable[[], LabelledImages]) -> LabelledIm
         try:
             with np.load(path, allow_pickle=False) as archive:
                 return LabelledImages(**{name: archive[name] for name in LabelledImages._fields})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a spoilt archive fails in many ways, and each means the same
             rank_zero_warn(f"The cache {path} does not read ({error}): it is built anew.")
     data = build()
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        with part.open("wb") as file:
             np.savez(file, **data._asdict())
-        Path(file.name).replace(path)
+        part.replace(path)
         rank_zero_info(f"Packed {len(data.images)} images of {len(data.classes)} classes into {path}.")
     except OSError as error:
         rank_zero_warn(f"cache_dir {path.parent} cannot be written ({error}): the images are kept in memory only.")
+    finally:
+        if part.is_file():
+            part.unlink()
     return data

@@ -1,5 +1,6 @@
 """Omniglot."""
 
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from meta_lightning.checks import require_choice
 from meta_lightning.data.images import ImageTasks, LabelledImages
-from meta_lightning.tasks import SPLITS, Array, Split
+from meta_lightning.tasks import SPLITS, Array, Split, import_learn2learn
 
 FOLDERS = {"images_background": 964, "images_evaluation": 659}  # characters in each, 20 drawings a character
 DRAWINGS = 20
@@ -48,11 +49,14 @@ class Omniglot(ImageTasks):
         cache_dir: Where the packed images are kept. Default: ``meta_lightning`` in the user's cache folder.
 
     Raises:
-        ValueError: If an argument is outside its range, or a split cannot give such tasks.
+        InputError: If an argument is outside its range, or a split cannot give such tasks.
         FileNotFoundError: If the data set is not under ``root``, or not all of it.
     """
 
-    cache_name = "omniglot-28"
+    @property
+    def cache_name(self) -> str:
+        """A name for each ``root``, so that a wrong one is not answered from another's cache."""
+        return f"omniglot-28-{zlib.crc32(str(self.root.resolve()).encode()):08x}"
 
     def __init__(
         self,
@@ -95,8 +99,12 @@ class Omniglot(ImageTasks):
 
     def build(self) -> LabelledImages:
         """Read the characters, downloading them first where that is allowed."""
-        if self.download and not (self.root / "omniglot-py").exists():
-            download_omniglot(self.root)
+        try:
+            return read_omniglot(self.root)
+        except FileNotFoundError:
+            if not self.download:
+                raise
+        download_omniglot(self.root)
         return read_omniglot(self.root)
 
     def arrange(self, data: LabelledImages) -> LabelledImages:
@@ -134,8 +142,8 @@ def read_omniglot(root: Path) -> LabelledImages:
         raise FileNotFoundError(
             f"root must hold Omniglot: expected {expected * DRAWINGS} drawings of {expected} characters in "
             f"{folder}/images_background and images_evaluation, got {len(paths)} of {len(characters)}. "
-            "Pass --data.download true to download it; without a network, copy the folder omniglot-py that "
-            "torchvision.datasets.Omniglot leaves on a machine that has one"
+            "Pass --data.download true to download it (and if that leaves it like this, delete the folder first); "
+            "without a network, copy there the folder omniglot-py that torchvision.datasets.Omniglot leaves elsewhere"
         )
     rank_zero_info(f"Reading {len(paths)} drawings from {folder} …")
     images = np.concatenate([shrink(paths[start : start + 1024]) for start in range(0, len(paths), 1024)])
@@ -173,10 +181,8 @@ def download_omniglot(root: Path) -> None:
     Raises:
         OSError: If it cannot be had, saying how else to get it.
     """
-    from learn2learn.vision.datasets import FullOmniglot
-
     try:
-        FullOmniglot(str(root), download=True)
+        import_learn2learn().vision.datasets.FullOmniglot(str(root), download=True)
     except Exception as error:
         raise OSError(
             f"Omniglot could not be downloaded to {root}: {error}. Copy there the folder omniglot-py that "

@@ -29,7 +29,7 @@ class Sinusoid(TaskDataModule):
         num_workers: Processes that load; with 0 the training process does.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        InputError: If an argument is outside its range.
     """
 
     def __init__(
