@@ -3,7 +3,7 @@
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
@@ -59,9 +59,9 @@ class MetaLightningCLI(LightningCLI):
         super().parse_arguments(parser, arguments)
 
     def before_instantiate_classes(self) -> None:
-        """Keep libraries' warnings that say nothing to the user from the screen."""
-        for message in IGNORED_WARNINGS | (IGNORED_OUTSIDE_FIT if self.subcommand != "fit" else {}):
-            warnings.filterwarnings("ignore", message)
+        """Ignore what says something in ``fit`` only."""
+        if self.subcommand != "fit":
+            ignore(IGNORED_OUTSIDE_FIT)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone.
@@ -135,6 +135,7 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: The arguments, in place of those of the process.
     """
+    ignore(IGNORED_WARNINGS)
     try:
         MetaLightningCLI(
             MetaLearner,
@@ -153,6 +154,12 @@ def main(args: ArgsType = None) -> None:
         if not isinstance(cause, InputError | OSError | FloatingPointError):
             raise
         sys.exit(f"error: {cause}")
+
+
+def ignore(messages: Iterable[str]) -> None:
+    """Keep warnings of these messages from the screen."""
+    for message in messages:
+        warnings.filterwarnings("ignore", message)
 
 
 def first_cause(error: BaseException) -> BaseException:
