@@ -16,6 +16,7 @@ from meta_lightning.algorithms import MetaLearner
 from meta_lightning.checkpoints import Checkpoints
 from meta_lightning.checks import InputError, require
 from meta_lightning.data import TaskDataModule
+from meta_lightning.data.show import describe_data, draw_tasks
 from meta_lightning.predictions import PredictionTable
 
 PACKAGE = Path(__file__).parent
@@ -48,8 +49,13 @@ class MetaLightningCLI(LightningCLI):
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--checkpoint.…``."""
+        """Add ``--checkpoint.…`` and ``--print_data``."""
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_argument(
+            "--print_data",
+            action="store_true",
+            help="Print what the configuration will use, draw a task of each split into data.png, and exit.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with configurations found and the checkpoint's hyperparameters before what the user gives."""
@@ -57,6 +63,12 @@ class MetaLightningCLI(LightningCLI):
         if isinstance(arguments, Sequence):
             arguments = with_checkpoint_defaults(with_configs([str(a) for a in arguments]))
         super().parse_arguments(parser, arguments)
+
+    def after_instantiate_classes(self) -> None:
+        """Show the data instead of running, if that was asked for."""
+        if self.config_init[self.subcommand].print_data:
+            show_data(self.datamodule)
+            sys.exit()
 
     def before_instantiate_classes(self) -> None:
         """Ignore what says something in ``fit`` only."""
@@ -69,6 +81,14 @@ class MetaLightningCLI(LightningCLI):
         Lightning lets a checkpoint's hyperparameters silently override the command line
         (https://github.com/Lightning-AI/pytorch-lightning/pull/21455).
         """
+
+
+def show_data(data: TaskDataModule) -> None:
+    """Describe the data on the screen and draw them into ``data.png``."""
+    data.prepare_data()
+    path = Path("data.png")
+    draw_tasks(data, path)
+    sys.stdout.write(f"{describe_data(data)}\n  drawn in {path.resolve()}\n")
 
 
 def configs_dir() -> Path:

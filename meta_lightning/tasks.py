@@ -1,7 +1,8 @@
 """Tasks: what a meta-learner is trained and tested on, each a function of (seed, split, number) alone."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -57,12 +58,12 @@ class FewShotTransform:
     each task, where those draw from Python's global ``random``: two ranks would get the same tasks.
 
     Args:
-        rows_by_class: The dataset rows of each class.
+        rows_by_class: The dataset rows of each class: one array, or a list of arrays if the classes' sizes differ.
         ways: Classes a task (N).
         samples: Samples a class, support and query together.
     """
 
-    def __init__(self, rows_by_class: Sequence[Array], ways: int, samples: int) -> None:
+    def __init__(self, rows_by_class: Array | list[Array], ways: int, samples: int) -> None:
         self.rows_by_class = rows_by_class
         self.ways = ways
         self.samples = samples
@@ -70,13 +71,12 @@ class FewShotTransform:
 
     def __call__(self, description: Any) -> list[Any]:
         """A new task description: ``ways * samples`` learn2learn data descriptions, class by class."""
-        describe = import_learn2learn().data.DataDescription
         classes = self.rng.choice(len(self.rows_by_class), self.ways, replace=False)
-        return [
-            describe(row)
-            for c in classes
-            for row in self.rng.choice(self.rows_by_class[c], self.samples, replace=False)
-        ]
+        if isinstance(self.rows_by_class, list):
+            drawn = np.stack([self.rng.permuted(self.rows_by_class[c])[: self.samples] for c in classes])
+        else:
+            drawn = self.rng.permuted(self.rows_by_class[classes], axis=1)[:, : self.samples]  # N K+Q
+        return [*map(import_learn2learn().data.DataDescription, drawn.flatten().tolist())]
 
 
 class FewShotTasks(TaskSet):
@@ -90,10 +90,13 @@ class FewShotTasks(TaskSet):
         labels: Class number of each sample.  # M
         classes: The class numbers that belong to this split.
         ways: Classes a task (N).
-        shots: Support samples a class (K).
+        shots: Support samples a class (K), or the least and most of them: then each ``block`` of tasks has its own K.
         queries: Query samples a class (Q).
         seed: Seed of the tasks.
         split: The split's name.
+        block: Tasks that share a number of shots: those of a meta-batch.
+        finish: Applied to the gathered float images of the support (True) and the query set (False), with a seed.
+        source: The ``.npy`` file that ``images`` is mapped from, if it is; another process maps it too.
 
     Raises:
         InputError: If the split has fewer than ``ways`` classes, or a class fewer than ``shots + queries`` samples.
@@ -105,45 +108,78 @@ class FewShotTasks(TaskSet):
         labels: Tensor,
         classes: Sequence[int],
         ways: int,
-        shots: int,
+        shots: int | tuple[int, int],
         queries: int,
         seed: int,
         split: Split,
+        block: int = 1,
+        finish: Callable[[Tensor, bool, int], Tensor] | None = None,
+        source: Path | None = None,
     ) -> None:
         super().__init__(seed, split)
         rows = group_rows(labels.numpy(), classes)
         fewest = min(map(len, rows), default=0)
+        least, most = (shots, shots) if isinstance(shots, int) else shots
         require(
             2 <= ways <= len(rows),
             f"ways must be from 2 to the {len(rows)} classes of the {split} split, got {ways}",
         )
+        require(1 <= least <= most, f"shots must be at least 1, or a range (least, most), got {shots}")
         require(
-            shots + queries <= fewest,
+            most + queries <= fewest,
             f"shots + queries must be at most {fewest}, the samples of the smallest class of the {split} split, "
-            f"got {shots} + {queries}",
+            f"got {most} + {queries}",
         )
         self.images = images
-        self.ways, self.shots, self.queries = ways, shots, queries
-        self.transform = FewShotTransform(rows, ways, shots + queries)
-        self.taskset = describe_tasks(rows, self.transform)
+        self.ways, self.least_shots, self.most_shots, self.queries = ways, least, most, queries
+        self.block, self.finish, self.source = block, finish, source
+        self.classes = list(classes)
+        self.rows_by_class = np.stack(rows) if len({*map(len, rows)}) == 1 else rows
+        self.describe()
+
+    def describe(self) -> None:
+        """Let learn2learn describe the tasks."""
+        self.transform = FewShotTransform(self.rows_by_class, self.ways, self.most_shots + self.queries)
+        self.taskset = describe_tasks(self.rows_by_class, self.transform)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what learn2learn cannot pickle, and without images that the other process can map."""
+        left_out = {"transform", "taskset"} | ({"images"} if self.source else set())
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Map the images again, and describe the tasks again."""
+        self.__dict__.update(state)
+        if self.source:
+            self.images = torch.from_numpy(np.load(self.source, mmap_mode="c", allow_pickle=False))
+        self.describe()
 
     def rows(self, task: int) -> list[int]:
-        """Sample numbers of one task, class by class: N * (K + Q) of them."""
+        """Sample numbers of one task, class by class: N * (K + Q) of them, K the most shots."""
         self.transform.rng = self.rng(task)
         # never index the Taskset: it ignores the index, draws in visiting order and caches
         return [description.index for description in self.taskset.sample_task_description()]
 
+    def shots(self, task: int) -> int:
+        """Support samples a class in the block that a task belongs to."""
+        if self.least_shots == self.most_shots:
+            return self.most_shots
+        rng = np.random.default_rng((self.seed, SPLITS.index(self.split), task // self.block, self.block))
+        return int(rng.integers(self.least_shots, self.most_shots, endpoint=True))
+
     def batch(self, tasks: Sequence[int]) -> TaskBatch:
-        """Gather the images of these tasks, float32 in [0, 1] on the device of ``images``."""
-        T, N, K = len(tasks), self.ways, self.shots
+        """Gather the images of these tasks, float32 in [0, 1] unless ``finish`` does more, on ``images``' device."""
+        T, N, K = len(tasks), self.ways, self.shots(tasks[0])
         rows = torch.tensor([self.rows(task) for task in tasks]).view(T, N, -1)  # T N K+Q
         labels = torch.arange(N, device=self.images.device).view(1, N, 1).expand(rows.shape)
 
-        def part(samples: slice) -> tuple[Tensor, Tensor]:
-            x = self.images[rows[:, :, samples].flatten(1).to(self.images.device)]  # T N*samples C H W
-            return scale_pixels(x), labels[:, :, samples].flatten(1)
+        def part(samples: slice, support: bool) -> tuple[Tensor, Tensor]:
+            index = rows[:, :, samples].flatten(1)  # T N*samples
+            x = scale_pixels(self.images.index_select(0, index.flatten().to(self.images.device)))
+            x = self.finish(x, support, 2 * tasks[0] + support) if self.finish else x
+            return x.unflatten(0, index.shape), labels[:, :, samples].flatten(1)
 
-        return TaskBatch(*part(slice(None, K)), *part(slice(K, None)))
+        return TaskBatch(*part(slice(None, K), True), *part(slice(self.most_shots, None), False))
 
 
 def group_rows(labels: Array, classes: Sequence[int]) -> list[Array]:
@@ -156,10 +192,10 @@ def group_rows(labels: Array, classes: Sequence[int]) -> list[Array]:
 
 def scale_pixels(x: Tensor) -> Tensor:
     """uint8 pixels as float32 in [0, 1]; other samples as they are."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x
+    return x.float().div_(255) if x.dtype == torch.uint8 else x
 
 
-def describe_tasks(rows: Sequence[Array], transform: FewShotTransform) -> Any:
+def describe_tasks(rows: Array | list[Array], transform: FewShotTransform) -> Any:
     """learn2learn's Taskset over the samples of a split, described by ``transform``."""
     data = import_learn2learn().data
     labels_to_indices = {label: members.tolist() for label, members in enumerate(rows)}

@@ -1,10 +1,7 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from meta_lightning import Glyphs
-from meta_lightning.data.images import load_or_build
 
 
 def test_splits_have_different_classes_and_alphabets(glyphs: Glyphs) -> None:
@@ -23,28 +20,6 @@ def test_classes_have_20_drawings_in_0_to_1(glyphs: Glyphs) -> None:
     assert batch.query_x.shape == (2, 75, 1, 28, 28)
     assert batch.query_x.min() == 0
     assert 0.9 < batch.query_x.max() <= 1
-
-
-def test_a_cache_that_does_not_read_is_built_anew_and_said(glyphs: Glyphs, tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "cache.npz"
-    built = load_or_build(path, glyphs.load)
-    whole = path.read_bytes()
-    assert [p.name for p in path.parent.iterdir()] == ["cache.npz"]
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
-    for spoilt in (b"", whole[:1000], whole[:-1000], bytes(flipped)):
-        path.write_bytes(spoilt)
-        with pytest.warns(UserWarning, match=r"The cache .*cache.npz does not read .* built anew"):
-            again = load_or_build(path, glyphs.load)
-        assert all(np.array_equal(a, b) for a, b in zip(built, again, strict=True))
-        assert path.read_bytes() == whole
-
-
-def test_without_a_writable_cache_the_images_stay_in_memory(glyphs: Glyphs, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="cache_dir .* cannot be written"):
-        data = load_or_build(tmp_path / "file" / "cache.npz", glyphs.load)
-    assert len(data.images) == len(glyphs.load().images)
 
 
 def test_impossible_tasks_are_refused_before_training(glyphs: Glyphs) -> None:

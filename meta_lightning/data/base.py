@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 
 import lightning as L
+import torch
 
 from meta_lightning.checks import require_at_least
 from meta_lightning.loading import MetaBatches, MetaIterations, TaskLoader
@@ -73,6 +74,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
             batch_size=None,
             sampler=MetaIterations(batches, length, self._meta_iteration if num_tasks is None else int),
             num_workers=self.num_workers,
+            pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
 

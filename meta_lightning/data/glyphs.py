@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from meta_lightning.data import glyph_drawings
+from meta_lightning.data.cache import LabelledImages
 from meta_lightning.data.glyph_drawings import ALPHABET_SPLIT, draw_glyphs
-from meta_lightning.data.images import ImageTasks, LabelledImages
+from meta_lightning.data.images import ImageTasks
 from meta_lightning.tasks import SPLITS
 
 

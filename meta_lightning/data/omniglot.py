@@ -11,7 +11,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from meta_lightning.checks import require_choice
-from meta_lightning.data.images import ImageTasks, LabelledImages
+from meta_lightning.data.cache import LabelledImages
+from meta_lightning.data.images import ImageTasks
+from meta_lightning.data.transforms import ImageTransforms
 from meta_lightning.tasks import SPLITS, Array, Split, import_learn2learn
 
 FOLDERS = {"images_background": 964, "images_evaluation": 659}  # characters in each, 20 drawings a character
@@ -38,7 +40,9 @@ class Omniglot(ImageTasks):
         ways: Classes a task (N).
         shots: Support images a class (K).
         queries: Query images a class (Q).
-        train_shots: Support images a class in training. Default: ``shots``.
+        train_ways: Classes a task in training. Default: ``ways``.
+        train_shots: Support images a class in training, or the least and most of them, to be drawn for each meta-batch.
+            Default: ``shots``.
         train_queries: Query images a class in training. Default: ``queries``.
         meta_batch_size: Tasks a meta-iteration, over all processes together (B).
         epoch_length: Meta-iterations an epoch.
@@ -47,6 +51,7 @@ class Omniglot(ImageTasks):
         seed: Seed of the tasks; the splits do not depend on it.
         num_workers: Processes that load; with 0 the training process does.
         cache_dir: Where the packed images are kept. Default: ``meta_lightning`` in the user's cache folder.
+        transforms: Normalisation, and the augmentation of training tasks.
 
     Raises:
         InputError: If an argument is outside its range, or a split cannot give such tasks.
@@ -56,7 +61,8 @@ class Omniglot(ImageTasks):
     @property
     def cache_name(self) -> str:
         """A name for each ``root``, so that a wrong one is not answered from another's cache."""
-        return f"omniglot-28-{zlib.crc32(str(self.root.resolve()).encode()):08x}"
+        rotations = "-rotations" if self.rotations else ""
+        return f"omniglot-28{rotations}-{zlib.crc32(str(self.root.resolve()).encode()):08x}"
 
     def __init__(
         self,
@@ -67,7 +73,8 @@ class Omniglot(ImageTasks):
         ways: int = 5,
         shots: int = 1,
         queries: int = 15,
-        train_shots: int | None = None,
+        train_ways: int | None = None,
+        train_shots: int | tuple[int, int] | None = None,
         train_queries: int | None = None,
         meta_batch_size: int = 32,
         epoch_length: int = 500,
@@ -76,11 +83,13 @@ class Omniglot(ImageTasks):
         seed: int = 0,
         num_workers: int = 0,
         cache_dir: str | None = None,
+        transforms: ImageTransforms | None = None,
     ) -> None:
         super().__init__(
             ways,
             shots,
             queries,
+            train_ways,
             train_shots,
             train_queries,
             meta_batch_size,
@@ -90,6 +99,7 @@ class Omniglot(ImageTasks):
             seed,
             num_workers,
             cache_dir,
+            transforms,
         )
         require_choice(("vinyals", "background"), class_split=class_split)
         self.root = Path(root).expanduser()
@@ -98,33 +108,37 @@ class Omniglot(ImageTasks):
         self.rotations = rotations
 
     def build(self) -> LabelledImages:
-        """Read the characters, downloading them first where that is allowed."""
+        """Read the characters, downloaded where they are missing and that is allowed, and add the rotated ones."""
         try:
-            return read_omniglot(self.root)
+            data = read_omniglot(self.root)
         except FileNotFoundError:
             if not self.download:
                 raise
-        download_omniglot(self.root)
-        return read_omniglot(self.root)
+            download_omniglot(self.root)
+            data = read_omniglot(self.root)
+        return rotated(data) if self.rotations else data
 
     def arrange(self, data: LabelledImages) -> LabelledImages:
-        """Split the characters, and add the rotated ones."""
-        C = len(data.classes)
-        if self.class_split == "vinyals":
-            order = np.random.default_rng(0).permutation(C)
-            splits = np.empty(C, dtype=np.int64)
-            for split, members in enumerate(np.split(order, [1028, 1028 + 172])):
-                splits[members] = split
-        else:
-            splits = data.splits
-        if not self.rotations:
-            return data._replace(splits=splits)
-        return LabelledImages(
-            images=np.concatenate([np.rot90(data.images, turns, axes=(2, 3)) for turns in range(4)]),
-            labels=np.concatenate([data.labels + turns * C for turns in range(4)]),
-            classes=np.array([f"{name} {turns * 90}°" for turns in range(4) for name in data.classes]),
-            splits=np.tile(splits, 4),
-        )
+        """Split the characters as ``class_split`` says."""
+        if self.class_split == "background":
+            return data
+        turns = 4 if self.rotations else 1
+        characters = np.random.default_rng(0).permutation(len(data.classes) // turns)
+        splits = np.empty_like(characters)
+        for split, members in enumerate(np.split(characters, [1028, 1028 + 172])):
+            splits[members] = split
+        return data._replace(splits=np.tile(splits, turns))
+
+
+def rotated(data: LabelledImages) -> LabelledImages:
+    """The characters turned by 0, 90, 180 and 270 degrees, each a class in the split of its character."""
+    C = len(data.classes)
+    return LabelledImages(
+        images=np.concatenate([np.rot90(data.images, turns, axes=(2, 3)) for turns in range(4)]),
+        labels=np.concatenate([data.labels + turns * C for turns in range(4)]),
+        classes=np.array([f"{name} {turns * 90}°" for turns in range(4) for name in data.classes]),
+        splits=np.tile(data.splits, 4),
+    )
 
 
 def read_omniglot(root: Path) -> LabelledImages:
