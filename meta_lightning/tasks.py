@@ -1,7 +1,7 @@
 """Tasks: what a meta-learner is trained and tested on, each a function of (seed, split, number) alone."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,8 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 class TaskBatch(NamedTuple):
     """A meta-batch: T tasks side by side, each with a support and a query set.
 
-    Classification targets are int64 class numbers 0 … N-1, regression targets are floating point.
+    Samples of uint8 are pixels, which the learner scales to [0, 1] on its device. Targets are int64 class numbers
+    0 … N-1 for classification, floating point for regression.
     """
 
     support_x: Tensor  # T S ...
@@ -86,7 +87,7 @@ class FewShotTasks(TaskSet):
     by index, for all tasks of a meta-batch at once and on the device that holds them.
 
     Args:
-        images: All samples; uint8 is scaled to [0, 1].  # M C H W
+        images: All samples.  # M C H W
         labels: Class number of each sample.  # M
         classes: The class numbers that belong to this split.
         ways: Classes a task (N).
@@ -95,7 +96,6 @@ class FewShotTasks(TaskSet):
         seed: Seed of the tasks.
         split: The split's name.
         block: Tasks that share a number of shots: those of a meta-batch.
-        finish: Applied to the gathered float images of the support (True) and the query set (False), with a seed.
         source: The ``.npy`` file that ``images`` is mapped from, if it is; another process maps it too.
 
     Raises:
@@ -113,7 +113,6 @@ class FewShotTasks(TaskSet):
         seed: int,
         split: Split,
         block: int = 1,
-        finish: Callable[[Tensor, bool, int], Tensor] | None = None,
         source: Path | None = None,
     ) -> None:
         super().__init__(seed, split)
@@ -132,7 +131,7 @@ class FewShotTasks(TaskSet):
         )
         self.images = images
         self.ways, self.least_shots, self.most_shots, self.queries = ways, least, most, queries
-        self.block, self.finish, self.source = block, finish, source
+        self.block, self.source = block, source
         self.classes = list(classes)
         self.rows_by_class = np.stack(rows) if len({*map(len, rows)}) == 1 else rows
         self.describe()
@@ -168,18 +167,17 @@ class FewShotTasks(TaskSet):
         return int(rng.integers(self.least_shots, self.most_shots, endpoint=True))
 
     def batch(self, tasks: Sequence[int]) -> TaskBatch:
-        """Gather the images of these tasks, float32 in [0, 1] unless ``finish`` does more, on ``images``' device."""
+        """Gather the images of these tasks, as they are and where they are."""
         T, N, K = len(tasks), self.ways, self.shots(tasks[0])
         rows = torch.tensor([self.rows(task) for task in tasks]).view(T, N, -1)  # T N K+Q
         labels = torch.arange(N, device=self.images.device).view(1, N, 1).expand(rows.shape)
 
-        def part(samples: slice, support: bool) -> tuple[Tensor, Tensor]:
+        def part(samples: slice) -> tuple[Tensor, Tensor]:
             index = rows[:, :, samples].flatten(1)  # T N*samples
-            x = scale_pixels(self.images.index_select(0, index.flatten().to(self.images.device)))
-            x = self.finish(x, support, 2 * tasks[0] + support) if self.finish else x
+            x = self.images.index_select(0, index.flatten().to(self.images.device))
             return x.unflatten(0, index.shape), labels[:, :, samples].flatten(1)
 
-        return TaskBatch(*part(slice(None, K), True), *part(slice(self.most_shots, None), False))
+        return TaskBatch(*part(slice(None, K)), *part(slice(self.most_shots, None)))
 
 
 def group_rows(labels: Array, classes: Sequence[int]) -> list[Array]:
@@ -188,6 +186,12 @@ def group_rows(labels: Array, classes: Sequence[int]) -> list[Array]:
     starts = np.searchsorted(labels[order], classes, side="left")
     stops = np.searchsorted(labels[order], classes, side="right")
     return [order[start:stop] for start, stop in zip(starts, stops, strict=True)]
+
+
+def as_task_batch(parts: Sequence[Tensor]) -> TaskBatch:
+    """Four tensors in the order of ``TaskBatch``, from whichever loader, with pixels scaled to [0, 1]."""
+    support_x, support_y, query_x, query_y = parts
+    return TaskBatch(scale_pixels(support_x), support_y, scale_pixels(query_x), query_y)
 
 
 def scale_pixels(x: Tensor) -> Tensor:

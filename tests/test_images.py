@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from meta_lightning import MAML, MLP, ImageTasks
 from meta_lightning.data.cache import LabelledImages
 from meta_lightning.data.transforms import ImageTransforms
 from meta_lightning.loading import MetaBatches
-from meta_lightning.tasks import SPLITS, TaskBatch
+from meta_lightning.tasks import SPLITS, TaskBatch, as_task_batch
 
 SIZES = [9, 10, 11, 12]  # images of the classes, by turns
 
@@ -34,7 +35,7 @@ class Numbered(ImageTasks):
 
 
 def rows_and_classes(x: Tensor) -> tuple[Tensor, Tensor]:
-    pixels = (x * 255).round().long().flatten(-3)
+    pixels = x.long().flatten(-3)
     return pixels[..., 0] * 256 + pixels[..., 1], pixels[..., 2]
 
 
@@ -98,21 +99,41 @@ class Negative(nn.Module):
 
 
 def test_support_and_query_have_their_own_transforms_and_only_training_is_augmented() -> None:
-    plain, augmented = (
-        Numbered(shots=2, queries=3, transforms=transforms)
-        for transforms in (None, ImageTransforms(mean=[0.5], std=[0.25], support=Negative()))
-    )
-    for split in SPLITS:
-        a, b = (data.task_set(split).batch([4, 5]) for data in (plain, augmented))
-        assert torch.allclose((a.query_x - 0.5) / 0.25, b.query_x)
-        moved = b.support_x * 0.25 + 0.5
-        if split == "train":
-            noise = moved - (1 - a.support_x)
-            assert noise.flatten(2).std(2).max() < 1e-6  # one number an image …
-            assert len(noise[:, :, 0, 0, 0].unique()) == 20  # … another for each
-            assert torch.equal(augmented.task_set(split).batch([4, 5]).support_x, b.support_x)
-        else:
-            assert torch.allclose(moved, a.support_x, atol=1e-6)
+    batch = Numbered(shots=2, queries=3).task_set("train").batch([4, 5])
+    pixels = as_task_batch(batch)
+    transforms = ImageTransforms(mean=[0.5], std=[0.25], support=Negative())
+    before = torch.get_rng_state()
+    augmented, again, plain = (transforms(batch, training, seed=3) for training in (True, True, False))
+    assert torch.equal(before, torch.get_rng_state())
+    noise = (augmented.support_x * 0.25 + 0.5) - (1 - pixels.support_x)
+    assert noise.flatten(2).std(2).max() < 1e-6  # one number an image …
+    assert len(noise[:, :, 0, 0, 0].unique()) == 20  # … another for each
+    assert torch.equal(augmented.support_x, again.support_x)
+    for x, expected in ((plain.support_x, pixels.support_x), (augmented.query_x, pixels.query_x)):
+        assert torch.allclose(x * 0.25 + 0.5, expected, atol=1e-6)
+
+
+def test_the_trainer_applies_the_transforms() -> None:
+    class Seen(MAML):
+        means: list[tuple[bool, float, float]]
+
+        def adapt(self, params: Any, x: Tensor, *args: Any) -> Any:
+            self.means.append((self.training, x.min().item(), x.max().item()))
+            return super().adapt(params, x, *args)
+
+    class Zero(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0 * x
+
+    learner = Seen(MLP(in_features=4, out_features=5))
+    learner.means = []
+    transforms = ImageTransforms(mean=[1.0], std=[2.0], support=Zero())
+    data = Numbered(shots=2, queries=3, transforms=transforms, meta_batch_size=2, epoch_length=2, val_tasks=2)
+    trainer(max_steps=2).fit(learner, data)
+    train = [(least, most) for training, least, most in learner.means if training]
+    evaluated = [most for training, _, most in learner.means if not training]
+    assert train == [(-0.5, -0.5)] * 2
+    assert all(most > -0.5 for most in evaluated)
 
 
 def test_tasks_pickle_without_the_images_that_the_other_process_can_map() -> None:

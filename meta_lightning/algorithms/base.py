@@ -16,7 +16,7 @@ from meta_lightning.checks import require, require_choice, require_positive
 from meta_lightning.inner_loop import Params
 from meta_lightning.losses import Loss, score
 from meta_lightning.metrics import TaskMean
-from meta_lightning.tasks import TaskBatch
+from meta_lightning.tasks import TaskBatch, as_task_batch
 
 Decay = Literal["constant", "linear", "cosine"]
 DECAYS: dict[Decay, Callable[[float], float]] = {
@@ -116,7 +116,7 @@ class MetaLearner(Learner, ABC):
 
     def evaluate(self, batch: TaskBatch, stage: str) -> None:
         """Adapt to each task and note its query loss and scores, before and after."""
-        batch = TaskBatch(*batch)
+        batch = as_task_batch(batch)
         theta, adapted = self.adapt_for_evaluation(batch)
         for moment, params in (("_before", theta), ("", adapted)):
             predictions = self.forward_tasks(params, batch.query_x)
@@ -153,7 +153,7 @@ class MetaLearner(Learner, ABC):
 
     def predict_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """Class probabilities (for regression: predictions) of each task's queries.  # T R N, T R D"""
-        batch = TaskBatch(*batch)
+        batch = as_task_batch(batch)
         _, adapted = self.adapt_for_evaluation(batch)
         predictions = self.forward_tasks(adapted, batch.query_x)
         return predictions if batch.query_y.is_floating_point() else predictions.softmax(2)

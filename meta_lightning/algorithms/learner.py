@@ -14,6 +14,7 @@ from meta_lightning.checks import require, require_at_least, require_positive
 from meta_lightning.inner_loop import Adapted, Params
 from meta_lightning.losses import Loss, check_outputs, default_loss
 from meta_lightning.networks import with_batch_statistics
+from meta_lightning.tasks import scale_pixels
 
 
 class Learner(L.LightningModule):
@@ -115,16 +116,17 @@ class Learner(L.LightningModule):
         Reptile. In evaluation mode it takes ``test_inner_steps`` steps and comes detached.
 
         Args:
-            support_x: Support samples.  # S ...
+            support_x: Support samples; uint8 pixels are scaled to [0, 1].  # S ...
             support_y: Support targets.  # S ...
         """
         steps = self.inner_steps if self.training else self.test_inner_steps
         theta = inner_loop.stack(self.meta_parameters(), tasks=1)
         with torch.enable_grad():
-            adapted = self.adapt(theta, support_x[None], support_y[None], steps, self.second_order and self.training)
+            x, y = scale_pixels(support_x)[None], support_y[None]
+            adapted = self.adapt(theta, x, y, steps, self.second_order and self.training)
         params = inner_loop.unstack(adapted.params, 0)
         return params if self.training else {name: p.detach() for name, p in params.items()}
 
     def forward_with_weights(self, query_x: Tensor, adapted_params: Params) -> Tensor:
         """Predictions of one task with the parameters that ``inner_update`` gave.  # R ... -> R ..."""
-        return self.forward_tasks({name: p[None] for name, p in adapted_params.items()}, query_x[None])[0]
+        return self.forward_tasks({name: p[None] for name, p in adapted_params.items()}, scale_pixels(query_x)[None])[0]

@@ -14,7 +14,7 @@ from meta_lightning.algorithms.base import Decay, MetaLearner
 from meta_lightning.checks import require_choice, require_positive
 from meta_lightning.inner_loop import Params, gradient, stack
 from meta_lightning.losses import Loss, score
-from meta_lightning.tasks import TaskBatch
+from meta_lightning.tasks import TaskBatch, as_task_batch
 
 # parameters and learning rate; called so, an optimizer's first two arguments are not options of the command line
 OuterOptimizer = Callable[[Iterable[Tensor], float], Optimizer]
@@ -70,7 +70,7 @@ class MAML(MetaLearner):
 
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """One meta-iteration: adapt to every task, then step θ along the meta-gradient."""
-        batch = TaskBatch(*batch)
+        batch = as_task_batch(batch)
         meta_gradient, losses, predictions = self.meta_gradient(batch)
         loss = self.log_training(losses, score(predictions, batch.query_y), meta_gradient)
         self.outer_step(meta_gradient)

@@ -13,7 +13,7 @@ from meta_lightning.algorithms.base import Decay, MetaLearner
 from meta_lightning.checks import require, require_at_least, require_choice
 from meta_lightning.inner_loop import AdamState, Adapted, Params
 from meta_lightning.losses import Loss
-from meta_lightning.tasks import TaskBatch
+from meta_lightning.tasks import TaskBatch, as_task_batch
 
 
 class Reptile(MetaLearner):
@@ -92,7 +92,7 @@ class Reptile(MetaLearner):
 
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """One meta-iteration: adapt to every task, then move θ towards the tasks' mean."""
-        batch = TaskBatch(*batch)
+        batch = as_task_batch(batch)
         theta = inner_loop.stack(inner_loop.leaves(self.meta_parameters()), len(batch.support_x))
         adapted = self.adapt(theta, batch.support_x, batch.support_y, self.inner_steps)
         loss = self.log_training(adapted.losses[-1], {}, adapted.params)

@@ -1,7 +1,6 @@
 """What the image data sets share: N-way K-shot tasks over one tensor of images, kept in a cache."""
 
 from abc import abstractmethod
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from meta_lightning.checks import require_at_least
 from meta_lightning.data.base import TaskDataModule
 from meta_lightning.data.cache import LabelledImages, default_cache_dir, load_or_build
 from meta_lightning.data.transforms import ImageTransforms
-from meta_lightning.tasks import SPLITS, FewShotTasks, Split
+from meta_lightning.tasks import SPLITS, FewShotTasks, Split, TaskBatch
 
 
 class ImageTasks(TaskDataModule):
@@ -118,9 +117,13 @@ class ImageTasks(TaskDataModule):
             self.seed,
             split,
             block=self.meta_batch_size,
-            finish=partial(finish, self.transforms, train),
             source=Path(str(data.images.filename)) if isinstance(data.images, np.memmap) else None,
         )
+
+    def on_after_batch_transfer(self, batch: TaskBatch, dataloader_idx: int) -> TaskBatch:
+        """Augment and normalise on the device, as ``transforms`` says; the same step looks the same again."""
+        training = self.trainer is not None and self.trainer.training
+        return self.transforms(batch, training, seed=self._meta_iteration())
 
     def place_images(self) -> Tensor:
         """All images, on the device that trains where they take less than a quarter of its free memory.  # M C H W"""
@@ -129,9 +132,3 @@ class ImageTasks(TaskDataModule):
         if device.type == "cuda" and self.num_workers == 0 and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
             return images.to(device)
         return images
-
-
-def finish(transforms: ImageTransforms, train: bool, x: Tensor, support: bool, seed: int) -> Tensor:
-    """What ``transforms`` does to the images of a training or other task's support or query set.  # B C H W"""
-    augmentation = (transforms.support if support else transforms.query) if train else None
-    return transforms(x, augmentation, seed)

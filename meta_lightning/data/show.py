@@ -7,7 +7,7 @@ import numpy as np
 
 from meta_lightning.data.base import TaskDataModule
 from meta_lightning.data.images import ImageTasks
-from meta_lightning.tasks import SPLITS, TaskBatch
+from meta_lightning.tasks import SPLITS, TaskBatch, as_task_batch
 
 
 def describe_data(data: TaskDataModule) -> str:
@@ -41,7 +41,7 @@ def draw_tasks(data: TaskDataModule, path: Path) -> None:
 
 def draw_task(panel: Any, batch: TaskBatch) -> None:
     """Draw the first task of a batch: images in a row a class, or the points of a regression."""
-    support_x, support_y, query_x, query_y = (part[0].cpu() for part in batch)
+    support_x, support_y, query_x, query_y = (part[0].cpu() for part in as_task_batch(batch))
     if support_y.is_floating_point():
         axes = panel.subplots()
         axes.plot(query_x.flatten(), query_y.flatten(), ".", label="query")

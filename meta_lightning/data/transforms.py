@@ -6,16 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from meta_lightning.tasks import TaskBatch, as_task_batch
+
 
 @dataclass(frozen=True)
 class ImageTransforms:
-    """What happens to images, whole batches at once and on the device that holds them.
+    """What happens to images, all of a meta-batch at once and on the device that trains.
 
     Args:
         mean: Subtracted from each channel of the pixels, which are in [0, 1]; together with ``std``.
         std: What each channel is divided by then.
-        support: Augmentation of the training tasks' support images: a module that takes and gives a batch ``B C H W``,
-            such as those of kornia.augmentation, which treat each image of a batch differently.
+        support: Augmentation of the training tasks' support images: a module that takes and gives images ``B C H W`` in
+            [0, 1], such as those of kornia.augmentation, which treat each image of a batch differently.
         query: Augmentation of the training tasks' query images.
     """
 
@@ -24,18 +26,30 @@ class ImageTransforms:
     support: nn.Module | None = None
     query: nn.Module | None = None
 
-    def __call__(self, x: Tensor, augmentation: nn.Module | None, seed: int) -> Tensor:
-        """Augment, then normalise.  # B C H W, float in [0, 1]
+    def __call__(self, batch: TaskBatch, training: bool, seed: int) -> TaskBatch:
+        """Augment, in training, then normalise.
 
         Args:
-            x: The images.
-            augmentation: The module to augment with, if any.
-            seed: Of the augmentation's random numbers, so that the same tasks look the same again.
+            batch: The tasks.
+            training: Whether they are training tasks.
+            seed: Of the augmentation's random numbers; the global ones are neither read nor moved.
         """
-        if augmentation is not None:
-            with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        if self == ImageTransforms():
+            return batch
+        support_x, support_y, query_x, query_y = as_task_batch(batch)
+        if training:
+            with torch.random.fork_rng([support_x.device] if support_x.is_cuda else []):
                 torch.manual_seed(seed)
-                x = augmentation(x)
-        if self.mean is not None and self.std is not None:
-            x = (x - x.new_tensor(self.mean).view(-1, 1, 1)) / x.new_tensor(self.std).view(-1, 1, 1)
-        return x
+                support_x, query_x = augment(self.support, support_x), augment(self.query, query_x)
+        return TaskBatch(self.normalise(support_x), support_y, self.normalise(query_x), query_y)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Pixels less ``mean``, by ``std``.  # T S C H W"""
+        if self.mean is None or self.std is None:
+            return x
+        return (x - x.new_tensor(self.mean).view(-1, 1, 1)) / x.new_tensor(self.std).view(-1, 1, 1)
+
+
+def augment(module: nn.Module | None, x: Tensor) -> Tensor:
+    """Images through an augmentation that takes a batch.  # T S C H W"""
+    return x if module is None else module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
