@@ -186,7 +186,7 @@ def read_drawing(path: Path) -> torch.Tensor:
         with Image.open(path) as image:
             return torch.from_numpy(np.array(image.convert("1")) == 0)
     except OSError as error:
-        raise OSError(f"root must hold readable drawings, but {path} does not read: {error}") from error
+        raise OSError(f"root must hold readable drawings, but {path} does not read: {error}") from None
 
 
 def download_omniglot(root: Path) -> None:
@@ -201,4 +201,4 @@ def download_omniglot(root: Path) -> None:
         raise OSError(
             f"Omniglot could not be downloaded to {root}: {error}. Copy there the folder omniglot-py that "
             "torchvision.datasets.Omniglot leaves on a machine with a network"
-        ) from error
+        ) from None

@@ -1,0 +1,44 @@
+"""FC100."""
+
+from typing import ClassVar
+
+import numpy as np
+
+from meta_lightning.checks import require
+from meta_lightning.data.learn2learn_sets import PublishedSplits, SplitImages, channels_first, reading
+from meta_lightning.tasks import Split
+
+
+class FC100(PublishedSplits):
+    """FC100: the 100 classes of CIFAR-100, 600 photographs each, 32×32 (Oreshkin et al., NeurIPS 2018).
+
+    60 classes to train on, 20 to validate and 20 to test, from 12, 4 and 4 of the 20 superclasses of CIFAR-100, so that
+    no superclass is in two splits: the split of the paper (TADAM, supplementary material), in the files of MetaOptNet
+    (Lee et al., 2019) as learn2learn distributes them. Those number the classes, over all splits, and do not name them:
+    a class is named by its number.
+
+    Files: ``FC100_{train,val,test}.pickle``, each a pickle of ``{"data": uint8 [images, 32, 32, 3], "labels": [number,
+    …]}``. A pickle can run code when it is read: use none that you do not trust.
+
+    The arguments are those of ``PublishedSplits``.
+    """
+
+    title: ClassVar[str] = "FC100"
+    loader: ClassVar[str] = "FC100"
+    files: ClassVar[tuple[str, ...]] = tuple(f"FC100_{split}.pickle" for split in ("train", "val", "test"))
+    origin: ClassVar[str] = "the files that fc100.zip from https://zenodo.org/record/7978538 unpacks to"
+
+    def read_split(self, split: Split) -> SplitImages:
+        """Read one pickle, through learn2learn."""
+        path = self.root / f"FC100_{split}.pickle"
+        with reading(path):
+            dataset = self.dataset(self.root, split)
+            images = np.asarray(dataset.images)
+            numbers, labels = np.unique(dataset.labels, return_inverse=True)
+        require(
+            len(images) == len(labels),
+            f"{path} must have a label for each of its {len(images)} images, got {len(labels)}",
+        )
+        return SplitImages(
+            images=channels_first(images, path), labels=labels.astype(np.int64), classes=[str(n) for n in numbers]
+        )
