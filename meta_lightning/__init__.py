@@ -5,16 +5,20 @@ from meta_lightning.data import (
     CIFARFS,
     FC100,
     Glyphs,
+    ImageFolderTasks,
     ImageTasks,
     ImageTransforms,
     MiniImagenet,
     Omniglot,
+    RegressionTasks,
     Sinusoid,
     TaskDataModule,
+    TensorTasks,
     TieredImagenet,
 )
 from meta_lightning.metrics import TaskMean
 from meta_lightning.networks import MLP, Conv4
+from meta_lightning.resnet import ResNet12
 from meta_lightning.tasks import TaskBatch
 from meta_lightning.train import train_maml
 
@@ -28,16 +32,20 @@ __all__ = [
     "MLP",
     "Conv4",
     "Glyphs",
+    "ImageFolderTasks",
     "ImageTasks",
     "ImageTransforms",
     "MetaLearner",
     "MiniImagenet",
     "Omniglot",
+    "RegressionTasks",
     "Reptile",
+    "ResNet12",
     "Sinusoid",
     "TaskBatch",
     "TaskDataModule",
     "TaskMean",
+    "TensorTasks",
     "TieredImagenet",
     "train_maml",
 ]

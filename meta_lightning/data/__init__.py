@@ -4,10 +4,12 @@ from meta_lightning.data.base import TaskDataModule
 from meta_lightning.data.cifar_fs import CIFARFS
 from meta_lightning.data.fc100 import FC100
 from meta_lightning.data.glyphs import Glyphs
+from meta_lightning.data.image_folder import ImageFolderTasks
 from meta_lightning.data.images import ImageTasks
 from meta_lightning.data.mini_imagenet import MiniImagenet
 from meta_lightning.data.omniglot import Omniglot
 from meta_lightning.data.sinusoid import Sinusoid
+from meta_lightning.data.tensors import RegressionTasks, TensorTasks
 from meta_lightning.data.tiered_imagenet import TieredImagenet
 from meta_lightning.data.transforms import ImageTransforms
 
@@ -15,11 +17,14 @@ __all__ = [
     "CIFARFS",
     "FC100",
     "Glyphs",
+    "ImageFolderTasks",
     "ImageTasks",
     "ImageTransforms",
     "MiniImagenet",
     "Omniglot",
+    "RegressionTasks",
     "Sinusoid",
     "TaskDataModule",
+    "TensorTasks",
     "TieredImagenet",
 ]

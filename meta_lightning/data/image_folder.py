@@ -1,0 +1,276 @@
+"""The user's own pictures, in a folder a class."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import PIL
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from PIL import Image
+
+from meta_lightning.checks import InputError, require, require_at_least
+from meta_lightning.data import pictures
+from meta_lightning.data.cache import LabelledImages
+from meta_lightning.data.images import ImageTasks
+from meta_lightning.data.pictures import prepare_image
+from meta_lightning.data.transforms import ImageTransforms
+from meta_lightning.tasks import SPLITS, Array
+
+LAYOUT = "root must hold pictures as root/{train,val,test}/<class>/* or, for a split drawn here, as root/<class>/*"
+LEFT_OUT = len(SPLITS)  # in place of a class's split; not -1, which would read as the last of SPLITS
+
+
+class Listing(NamedTuple):
+    """The files of a folder of pictures; whether they are pictures shows later."""
+
+    published: bool  # whether the folders split the classes
+    classes: list[str]  # names
+    splits: list[int]  # of each class: its row in SPLITS; 0 where the folders do not split
+    paths: list[Path]
+    labels: list[int]  # of each path: its row in ``classes``
+
+
+class ImageFolderTasks(ImageTasks):
+    """The user's own pictures: every folder is a class, named after it.
+
+    ``root`` is laid out in one of two ways, seen from whether it has a folder ``train``, ``val`` or ``test``:
+
+    * ``root/{train,val,test}/<class>/*``: classes split by the user; all three are needed, and no class is in two.
+    * ``root/<class>/*``: the classes are split here. ``numpy.random.default_rng(split_seed)`` permutes them, sorted by
+      name; the first ``round(C * val)`` validate, the next ``round(C * test)`` test and the rest train. The split
+      depends on the names of the folders alone, so other pictures, ways or shots leave it; another class draws it anew.
+
+    As for torchvision's ``ImageFolder``, pictures lie in the class's folder or at any depth below it, and links are
+    followed; hidden files and folders are ignored. A picture may be in any format that pillow reads, see
+    ``prepare_image``; a file that does not read is left out with a warning. So is a class with fewer pictures than a
+    task of its split takes.
+
+    Args:
+        root: Folder that holds the pictures.
+        image_size: Side of the square that pictures are fitted into, in pixels.
+        channels: 3 for colour, 1 for grey.
+        split_fractions: Shares of the classes that train, validate and test, for ``root/<class>/*``.
+        split_seed: Seed of that split.
+        ways: Classes a task (N).
+        shots: Support images a class (K).
+        queries: Query images a class (Q).
+        train_ways: Classes a task in training. Default: ``ways``.
+        train_shots: Support images a class in training, or the least and most of them, to be drawn for each meta-batch.
+            Default: ``shots``.
+        train_queries: Query images a class in training. Default: ``queries``.
+        meta_batch_size: Tasks a meta-iteration, over all processes together (B).
+        epoch_length: Meta-iterations an epoch.
+        val_tasks: Validation tasks.
+        test_tasks: Test tasks, also those of ``predict``.
+        seed: Seed of the tasks; the split does not depend on it.
+        num_workers: Processes that load; with 0 the training process does.
+        cache_dir: Where the packed images are kept. Default: ``meta_lightning`` in the user's cache folder.
+        transforms: Normalisation, and the augmentation of training tasks.
+
+    Raises:
+        InputError: If an argument is outside its range, ``root`` is laid out in neither way, a class is in two splits,
+            no file is a picture, or a split has too few classes.
+        FileNotFoundError: If ``root`` is missing or has no files in folders.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int = 84,
+        channels: Literal[1, 3] = 3,
+        split_fractions: tuple[float, float, float] = (0.6, 0.2, 0.2),
+        split_seed: int = 0,
+        ways: int = 5,
+        shots: int = 1,
+        queries: int = 15,
+        train_ways: int | None = None,
+        train_shots: int | tuple[int, int] | None = None,
+        train_queries: int | None = None,
+        meta_batch_size: int = 16,
+        epoch_length: int = 500,
+        val_tasks: int = 200,
+        test_tasks: int = 600,
+        seed: int = 0,
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+        transforms: ImageTransforms | None = None,
+    ) -> None:
+        super().__init__(
+            ways,
+            shots,
+            queries,
+            train_ways,
+            train_shots,
+            train_queries,
+            meta_batch_size,
+            epoch_length,
+            val_tasks,
+            test_tasks,
+            seed,
+            num_workers,
+            cache_dir,
+            transforms,
+        )
+        require_at_least(1, image_size=image_size)
+        require_at_least(0, split_seed=split_seed)
+        require(channels in (1, 3), f"channels must be 1 or 3, got {channels}")
+        require(
+            len(split_fractions) == len(SPLITS) and min(split_fractions) > 0 and abs(sum(split_fractions) - 1) < 1e-6,
+            f"split_fractions must be three numbers greater than 0 that sum to 1, got {split_fractions}",
+        )
+        self.root = Path(root).expanduser()
+        self.image_size = image_size
+        self.channels = channels
+        self.split_fractions = split_fractions
+        self.split_seed = split_seed
+
+    @cached_property
+    def listing(self) -> Listing:
+        """The files, looked for once, so that the cache is named after what it is built from."""
+        return list_pictures(self.root)
+
+    @property
+    def cache_name(self) -> str:
+        """A name that changes with every file added, removed or altered, and with the code that prepares them."""
+        parts = [str(self.root.resolve()), str(self.listing.published), Path(pictures.__file__).read_text(), PIL.__version__]
+        parts += [f"{path.relative_to(self.root)} {version(path)}" for path in self.listing.paths]
+        digest = hashlib.blake2b("\0".join(parts).encode(errors="surrogateescape"), digest_size=8).hexdigest()
+        return f"image-folder-{self.image_size}x{self.channels}-{digest}"
+
+    def build(self) -> LabelledImages:
+        """Read the pictures, in parallel: pillow decodes and resizes without Python's global lock."""
+        paths, size = self.listing.paths, self.image_size
+        rank_zero_info(f"Reading {len(paths)} files from {self.root} …")
+        Image.init()  # in one thread: while another loads pillow's formats, a file of a late one may go unrecognised
+        images = np.empty((len(paths), self.channels, size, size), dtype=np.uint8)
+        labels: list[int] = []
+        unread: list[str] = []
+        with ThreadPoolExecutor() as threads:
+            prepared = threads.map(lambda path: try_to_prepare(path, size, self.channels), paths)
+            for label, image in zip(self.listing.labels, prepared, strict=True):
+                if isinstance(image, str):
+                    unread.append(image)
+                else:
+                    images[len(labels)] = image
+                    labels.append(label)
+        if unread:
+            more = f"; and {len(unread) - 10} more" if len(unread) > 10 else ""
+            message = f"{len(unread)} of the {len(paths)} files in root {self.root} are left out: "
+            rank_zero_warn(message + "; ".join(unread[:10]) + more)
+        require(bool(labels), f"{LAYOUT}, but none of the {len(paths)} files in {self.root} reads as a picture")
+        return LabelledImages(
+            images=images[: len(labels)],
+            labels=np.array(labels, dtype=np.int64),
+            classes=np.array(self.listing.classes),
+            splits=np.array(self.listing.splits, dtype=np.int64),
+        )
+
+    def arrange(self, data: LabelledImages) -> LabelledImages:
+        """Split the classes where ``root`` does not, and leave out those with too few pictures for their split."""
+        C = len(data.classes)
+        published = self.listing.published
+        splits = data.splits if published else split_classes(C, self.split_fractions, self.split_seed)
+        most_train_shots = int(np.max(self.train_shots))  # of a range, or the number itself
+        takes = np.array([most_train_shots + self.train_queries] + 2 * [self.shots + self.queries])
+        counts = np.bincount(data.labels, minlength=C)
+        small = counts < takes[splits]
+        if small.any():
+            few = [
+                f"{data.classes[c]} ({SPLITS[splits[c]]}, {counts[c]} of {takes[splits[c]]})"
+                for c in small.nonzero()[0]
+            ]
+            rank_zero_warn(f"Classes with fewer images than shots + queries are left out: {', '.join(few)}.")
+        arranged = data._replace(splits=np.where(small, LEFT_OUT, splits))
+        for row, (split, ways) in enumerate(zip(SPLITS, [self.train_ways, self.ways, self.ways], strict=True)):
+            enough, of_split = len(arranged.members(split)), int(np.sum(splits == row))
+            drawn = "" if published else f" (split_fractions gives it {of_split} of the {C} classes)"
+            require(
+                enough >= ways,
+                f"root must hold at least {ways} classes (ways) of {takes[row]} images (shots + queries) for the "
+                f"{split} split{drawn}, got {enough} and {of_split - enough} with fewer images in {self.root}",
+            )
+        return arranged
+
+
+def list_pictures(root: Path) -> Listing:
+    """Find the classes of ``root`` and their files, sorted by name.
+
+    Raises:
+        InputError: If some but not all of train, val and test are there, or a class is in two of them.
+        FileNotFoundError: If there is nothing in the places where pictures belong.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{LAYOUT}, but {root} is not a folder")
+    folders = [entry for entry in visible(root) if entry.is_dir()]
+    names = [folder.name for folder in folders]
+    there = [split for split in SPLITS if split in names]
+    require(
+        len(there) in (0, len(SPLITS)),
+        f"{LAYOUT}, but {root} has {', '.join(there)} without the other of train, val and test: {', '.join(names)}",
+    )
+    if there:
+        others = sorted({*names} - {*SPLITS})
+        if others:
+            rank_zero_warn(f"root {root} is split into train, val and test; it is not read: {', '.join(others)}.")
+        found = [(c, row) for row, s in enumerate(SPLITS) for c in visible(root / s) if c.is_dir()]
+    else:
+        found = [(folder, 0) for folder in folders]
+    classes = [folder.name for folder, _ in found]
+    twice = [name for name, count in Counter(classes).items() if count > 1]
+    require(
+        not twice,
+        f"root must hold each class in one of train, val and test, but {root} has in more than one: {', '.join(twice)}",
+    )
+    pairs = [(path, label) for label, (folder, _) in enumerate(found) for path in files_below(folder)]
+    if not pairs:
+        raise FileNotFoundError(f"{LAYOUT}, but {root} has {len(classes)} class folders and no files in them")
+    return Listing(
+        bool(there), classes, [row for _, row in found], [p for p, _ in pairs], [label for _, label in pairs]
+    )
+
+
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, sorted by name, without what is hidden."""
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files at any depth below a folder."""
+    for entry in visible(folder):
+        if not entry.is_dir():
+            if entry.is_file() or entry.is_symlink():  # a link to nothing is to be named with what does not read
+                yield entry
+        elif not (entry.is_symlink() and folder.resolve().is_relative_to(entry.resolve())):  # a loop would not end
+            yield from files_below(entry)
+
+
+def version(path: Path) -> str:
+    """What changes when a file does."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:  # a link to nothing
+        return "missing"
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def split_classes(C: int, fractions: tuple[float, float, float], seed: int) -> Array:
+    """Each class's row in SPLITS, drawn with these shares; what rounding leaves goes to training.  # C"""
+    order = np.random.default_rng(seed).permutation(C)
+    val, test = (round(C * fraction) for fraction in fractions[1:])
+    splits = np.zeros(C, dtype=np.int64)
+    splits[order[:val]] = SPLITS.index("val")
+    splits[order[val : val + test]] = SPLITS.index("test")
+    return splits
+
+
+def try_to_prepare(path: Path, image_size: int, channels: int) -> Array | str:
+    """``prepare_image``, or why it cannot be; a disk that fails is not the picture's fault, and raises."""
+    try:
+        return prepare_image(path, image_size, channels)
+    except (InputError, FileNotFoundError) as error:
+        return str(error)

@@ -1,0 +1,503 @@
+"""The user's own pictures: layouts, formats, splits and what is wrong with them."""
+
+import inspect
+import os
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+from PIL import ExifTags, Image
+from torchvision.transforms import v2
+
+from meta_lightning.checks import InputError
+from meta_lightning.data.image_folder import ImageFolderTasks
+from meta_lightning.data.images import ImageTasks
+from meta_lightning.data.pictures import prepare_image
+from meta_lightning.tasks import SPLITS, Array
+
+CALTECH = SHARED / "data" / "caltech101_84_jpeg.npz"
+SMALL = {"image_size": 8, "ways": 2, "shots": 1, "queries": 2}
+
+
+def make_class(folder: Path, pictures: int, colour: tuple[int, int, int] = (10, 20, 30)) -> None:
+    """A class of one-coloured pictures; the blue of each is its number."""
+    folder.mkdir(parents=True)
+    for number in range(pictures):
+        Image.new("RGB", (12, 9), (*colour[:2], number)).save(folder / f"{number}.png")
+
+
+@pytest.fixture
+def split_root(tmp_path: Path) -> Path:
+    """``root/{train,val,test}/<class>/*``: 4, 3 and 2 classes of 4 pictures."""
+    for row, (split, classes) in enumerate(zip(SPLITS, [4, 3, 2], strict=True)):
+        for c in range(classes):
+            make_class(tmp_path / "pictures" / split / f"{split}_{c}", 4, (row, c, 0))
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def flat_root(tmp_path: Path) -> Path:
+    """``root/<class>/*``: 10 classes of 4 pictures."""
+    for c in range(10):
+        make_class(tmp_path / "flat" / f"class {c}", 4, (9, c, 0))
+    return tmp_path / "flat"
+
+
+def tasks(root: Path, **arguments: object) -> ImageFolderTasks:
+    return ImageFolderTasks(str(root), **SMALL | arguments)  # type: ignore[arg-type]
+
+
+def saved(image: Image.Image, form: str, **options: object) -> BytesIO:
+    """The image as a file of this format."""
+    if form == "PPM":  # before version 11 pillow reads 16 bits of it and does not write them
+        return BytesIO(b"P5 %d %d 65535\n" % image.size + np.asarray(image).astype(">u2").tobytes())
+    file = BytesIO()
+    image.save(file, form, **options)
+    file.seek(0)
+    return file
+
+
+def test_folders_that_are_split_keep_their_split_and_names(split_root: Path) -> None:
+    data = tasks(split_root).load()
+    for row, (split, classes) in enumerate(zip(SPLITS, [4, 3, 2], strict=True)):
+        members = data.members(split)
+        assert data.classes[members].tolist() == [f"{split}_{c}" for c in range(classes)]
+        for c, member in enumerate(members):
+            expected = np.array([[row, c, number] for number in range(4)], dtype=np.uint8)[..., None, None]
+            assert np.array_equal(data.images[data.labels == member], np.broadcast_to(expected, (4, 3, 8, 8)))
+    assert data.images.dtype == np.uint8
+    assert data.labels.dtype == np.int64
+
+
+def test_tasks_of_the_pictures_have_the_right_shapes_and_classes(split_root: Path) -> None:
+    data = tasks(split_root, train_ways=3, train_queries=3)
+    batch = data.task_set("train").batch([0, 5])
+    assert [x.shape for x in batch] == [(2, 3, 3, 8, 8), (2, 3), (2, 9, 3, 8, 8), (2, 9)]
+    for x, y in [(batch.support_x, batch.support_y), (batch.query_x, batch.query_y)]:
+        levels = x if x.dtype == torch.uint8 else 255 * x
+        assert torch.all(levels[:, :, 0] == 0)  # the training split's red
+        green = levels[:, :, 1, 0, 0].round()
+        assert len({(t, g, n) for t in range(2) for g, n in zip(green[t].tolist(), y[t].tolist(), strict=True)}) == 6
+    assert tasks(split_root, channels=1).task_set("test").batch([0]).query_x.shape == (1, 4, 1, 8, 8)
+
+
+def test_a_flat_folder_is_split_by_the_seed_alone(flat_root: Path) -> None:
+    data = tasks(flat_root, split_fractions=(0.5, 0.3, 0.2)).load()
+    members = [data.members(split) for split in SPLITS]
+    assert [len(m) for m in members] == [5, 3, 2]
+    assert sorted(c for m in members for c in m) == list(range(10))
+    order = np.random.default_rng(0).permutation(10)
+    assert [set(m) for m in members] == [set(order[5:]), set(order[:3]), set(order[3:5])]
+    # the pictures, the tasks' seed and size leave it, another split_seed does not
+    Image.new("RGB", (5, 5)).save(flat_root / "class 3" / "another.png")
+    again = tasks(flat_root, split_fractions=(0.5, 0.3, 0.2), seed=7, shots=2, image_size=9).load()
+    assert again.splits.tolist() == data.splits.tolist()
+    other = tasks(flat_root, split_fractions=(0.5, 0.3, 0.2), split_seed=1).load()
+    assert other.splits.tolist() != data.splits.tolist()
+
+
+def test_the_default_split_gives_five_ways_of_25_classes(tmp_path: Path) -> None:
+    for c in range(25):
+        make_class(tmp_path / "p" / f"{c}", 2)
+    data = ImageFolderTasks(str(tmp_path / "p"), 8, queries=1).load()
+    assert [len(data.members(split)) for split in SPLITS] == [15, 5, 5]
+
+
+def test_pictures_lie_at_any_depth_and_hidden_ones_are_ignored(split_root: Path) -> None:
+    folder = split_root / "train" / "train_1"
+    (folder / "a" / "b").mkdir(parents=True)
+    Image.new("RGB", (8, 8), (0, 1, 77)).save(folder / "a" / "b" / "deep.png")
+    (folder / "a" / "loop").symlink_to(folder, target_is_directory=True)
+    for hidden in [folder / ".DS_Store", split_root / ".thumbs" / "x.png", split_root / "val" / ".trash" / "x.png"]:
+        hidden.parent.mkdir(exist_ok=True)
+        hidden.write_bytes(b"not a picture")
+    elsewhere = split_root.parent / "elsewhere"
+    make_class(elsewhere, 4)
+    (split_root / "test" / "linked").symlink_to(elsewhere, target_is_directory=True)
+    (split_root / "notes.txt").write_text("beside the classes: not read")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = tasks(split_root).load()
+    assert data.images[data.labels == 1][:, 2, 0, 0].tolist() == [0, 1, 2, 3, 77]
+    assert data.classes[data.members("test")].tolist() == ["linked", "test_0", "test_1"]
+    assert len(data.images) == 4 * 10 + 1
+
+
+def test_a_large_jpeg_decoded_small_looks_as_decoded_whole() -> None:
+    rng = np.random.default_rng(0)
+    rough = np.asarray(Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)).resize((1200, 900)))
+    jpeg = saved(Image.fromarray(rough), "JPEG", quality=95)
+    whole = saved(Image.open(jpeg), "PNG")
+    jpeg.seek(0)
+    difference = prepare_image(jpeg, 84, 3).astype(float) - prepare_image(whole, 84, 3)
+    assert np.abs(difference).mean() < 1
+    assert np.abs(difference).max() < 12
+
+
+@pytest.mark.parametrize("size", [(168, 252), (252, 168), (42, 63), (84, 84)])
+def test_fitting_is_torchvisions_resize_and_centre_crop(size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    expected = v2.Compose([v2.Resize(84), v2.CenterCrop(84)])(image)
+    ours = prepare_image(saved(image, "PNG"), 84, 3)
+    assert ours.shape == (3, 84, 84)
+    # ours cuts before it resizes, so the outermost pixels do not see beyond the edge
+    difference = (ours.transpose(1, 2, 0).astype(int) - np.asarray(expected))[3:-3, 3:-3]
+    assert np.abs(difference).max() <= 1
+
+
+def test_the_middle_is_kept_and_shrinking_is_anti_aliased() -> None:
+    stripes = np.zeros((20, 40, 3), dtype=np.uint8)
+    stripes[:, :10, 0] = stripes[:, 10:30, 1] = stripes[:, 30:, 2] = 255
+    green = np.broadcast_to(np.array([0, 255, 0], dtype=np.uint8)[:, None, None], (3, 20, 20))
+    assert np.array_equal(prepare_image(saved(Image.fromarray(stripes), "PNG"), 20, 3), green)
+    upright = Image.fromarray(stripes.transpose(1, 0, 2))
+    assert np.array_equal(prepare_image(saved(upright, "PNG"), 20, 3), green)
+    board = Image.fromarray((np.indices((320, 320)).sum(0) % 2 * 255).astype(np.uint8))
+    assert np.abs(prepare_image(saved(board, "PNG"), 80, 1).astype(int) - 127).max() <= 3
+
+
+def grey(levels: list[float], dtype: str) -> Image.Image:
+    """A picture of 4 columns of grey, two rows high and pixels doubled, so that a square of 4 shows levels 1 and 2."""
+    return Image.fromarray(np.array([levels] * 2, dtype=dtype).repeat(2, 0).repeat(2, 1))
+
+
+def palette(transparent: bool) -> BytesIO:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([9, 9, 9, 250, 100, 50])
+    return saved(image, "PNG", **{"transparency": 1} if transparent else {})
+
+
+def rgb_png_16() -> BytesIO:
+    """A colour PNG of 16 bits a channel, which pillow reads but does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    rows = zlib.compress((b"\0" + struct.pack(">HHH", 257 * 200, 257 * 100, 257 * 7) * 4) * 4)
+    return BytesIO(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+
+
+def animation() -> BytesIO:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    return saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+PLAIN: dict[str, tuple[Callable[[], BytesIO], tuple[int, int, int]]] = {
+    "grey": (lambda: saved(Image.new("L", (4, 4), 99), "PNG"), (99, 99, 99)),
+    "grey, one level transparent": (lambda: saved(Image.new("L", (4, 4), 9), "PNG", transparency=9), (255, 255, 255)),
+    "black and white": (lambda: saved(Image.new("1", (4, 4), 1), "PNG"), (255, 255, 255)),
+    "palette": (lambda: palette(transparent=False), (250, 100, 50)),
+    "palette, transparent": (lambda: palette(transparent=True), (255, 255, 255)),
+    "alpha": (lambda: saved(Image.new("RGBA", (4, 4), (255, 0, 0, 51)), "PNG"), (255, 204, 204)),
+    "alpha, WebP": (lambda: saved(Image.new("RGBA", (4, 4), (255, 0, 0, 51)), "WEBP", lossless=True), (255, 204, 204)),
+    "grey and alpha": (lambda: saved(Image.new("LA", (4, 4), (0, 51)), "PNG"), (204, 204, 204)),
+    "colour, one transparent": (
+        lambda: saved(Image.new("RGB", (4, 4), (1, 2, 3)), "PNG", transparency=(1, 2, 3)),
+        (255, 255, 255),
+    ),
+    "16-bit colour": (rgb_png_16, (200, 100, 7)),
+    "BMP": (lambda: saved(Image.new("RGB", (4, 4), (5, 6, 7)), "BMP"), (5, 6, 7)),
+    "CMYK TIFF": (lambda: saved(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF"), (255, 0, 0)),
+    "first of an animation": (animation, (255, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_kind_of_picture_becomes_colour(name: str) -> None:
+    make, colour = PLAIN[name]
+    image = prepare_image(make(), 6, 3)
+    assert image.shape == (3, 6, 6)
+    assert image.dtype == np.uint8
+    assert np.array_equal(image, np.broadcast_to(np.array(colour)[:, None, None], (3, 6, 6)))
+    luma = round(0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2])
+    assert np.abs(prepare_image(make(), 6, 1).astype(int) - luma).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "L"])
+def test_jpeg_in_every_colour_space(mode: str) -> None:
+    image = Image.new("RGB", (32, 32), (200, 60, 30)).convert(mode)
+    expected = np.asarray(image.convert("RGB"))[0, 0]
+    ours = prepare_image(saved(image, "JPEG", quality=95), 16, 3)
+    assert np.abs(ours[:, 8, 8].astype(int) - expected).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "levels", "expected"),
+    [
+        ("PNG", "uint16", [0, 257 * 2, 257 * 100, 65535], (2, 100)),  # clipped, both would be 255
+        ("TIFF", "uint16", [0, 257 * 2, 257 * 100, 65535], (2, 100)),
+        ("PPM", "uint16", [0, 257 * 2, 257 * 100, 65535], (2, 100)),
+        ("PNG", "uint16", [0, 257 * 2, 257 * 4, 0], (2, 4)),  # by 257 also where the picture is dark
+        ("TIFF", "int32", [-1000, 0, 1000, 4100], (50, 100)),
+        ("TIFF", "float32", [0, 0.2, 0.4, 0.5], (51, 102)),
+        ("TIFF", "float32", [-100, 0, 100, 410], (50, 100)),
+        ("TIFF", "float32", [0, float("nan"), 0.4, 1], (0, 102)),
+    ],
+)
+def test_many_bits_are_scaled_not_clipped(
+    form: str, dtype: str, levels: list[float], expected: tuple[int, int]
+) -> None:
+    image = prepare_image(saved(grey(levels, dtype), form), 4, 1)
+    assert np.array_equal(image, np.broadcast_to(np.array(expected).repeat(2), (1, 4, 4)))
+
+
+def stored(upright: Array, orientation: int) -> Array:
+    """How a camera stores a picture whose EXIF says this orientation; from the EXIF standard's row 0 and column 0."""
+    return {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),  # row 0 is its left side, column 0 its top
+        6: upright.transpose(1, 0, 2)[::-1],  # right, top
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],  # right, bottom
+        8: upright.transpose(1, 0, 2)[:, ::-1],  # left, bottom
+    }[orientation]
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "JPEG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_exif_says(form: str, orientation: int) -> None:
+    upright = np.zeros((16, 16, 3), dtype=np.uint8)
+    upright[:8, :8, 0] = upright[:8, 8:, 1] = upright[8:, :8, 2] = 240
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image = Image.fromarray(np.ascontiguousarray(stored(upright, orientation)))
+    options = {"quality": 95, "subsampling": 0} if form == "JPEG" else {}
+    ours = prepare_image(saved(image, form, exif=exif, **options), 16, 3)
+    assert np.abs(ours.astype(int) - upright.transpose(2, 0, 1)).max() <= (4 if form == "JPEG" else 0)
+
+
+def test_malformed_exif_neither_stops_the_picture_nor_its_turn() -> None:
+    # an image width in letters: ImageOps.exif_transpose cannot write it back
+    entries = struct.pack("<HHLHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHL4s", 0x0100, 2, 4, b"abc\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + entries + bytes(4)
+    halves = np.zeros((32, 32), dtype=np.uint8)
+    halves[:, :16] = 255
+    plain = saved(Image.fromarray(halves), "JPEG").getvalue()
+    turned = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
+    image = prepare_image(BytesIO(turned), 32, 1)[0]
+    assert image[:14].min() > 240  # the left half is on top after a quarter turn to the right
+    assert image[18:].max() < 15
+
+
+def test_a_picture_of_one_pixel_and_one_very_long(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "one.png")
+    colour = np.broadcast_to(np.array([1, 2, 3])[:, None, None], (3, 84, 84))
+    assert np.array_equal(prepare_image(str(tmp_path / "one.png"), 84, 3), colour)
+    assert np.array_equal(prepare_image(saved(Image.new("RGB", (1, 3000), (1, 2, 3)), "PNG"), 84, 3), colour)
+
+
+def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"a\.jpg does not read as a picture: no format that pillow knows"):
+        prepare_image(path, 8, 3)
+    with path.open("rb") as file, pytest.raises(InputError, match=r"a\.jpg does not read as a picture"):
+        prepare_image(file, 8, 3)
+    with pytest.raises(InputError, match="the file does not read as a picture"):
+        prepare_image(BytesIO(b"x"), 8, 3)
+    with pytest.raises(FileNotFoundError):
+        prepare_image(tmp_path / "missing.png", 8, 3)
+
+
+def test_unreadable_files_are_skipped_counted_and_named(split_root: Path) -> None:
+    folder = split_root / "train" / "train_0"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "notes.txt").write_text("not a picture")
+    (folder / "truncated.jpg").write_bytes(saved(noise, "JPEG").getvalue()[:900])
+    (folder / "truncated.png").write_bytes(saved(noise, "PNG").getvalue()[:900])
+    (folder / "nowhere.png").symlink_to(folder / "nothing")
+    with pytest.warns(UserWarning, match="left out") as caught:
+        data = tasks(split_root).load()
+    (message,) = [str(warning.message) for warning in caught]
+    assert f"5 of the 41 files in root {split_root} are left out" in message
+    for name in ("empty.jpg", "notes.txt", "truncated.jpg", "truncated.png", "nowhere.png"):
+        assert str(folder / name) in message
+    assert "truncated.jpg does not read as a picture: image file is truncated" in message
+    assert len(data.images) == len(data.labels) == 36
+    assert data.images[data.labels == 0][:, 2, 0, 0].tolist() == [0, 1, 2, 3]
+    assert data.images[data.labels == 8][:, 2, 0, 0].tolist() == [0, 1, 2, 3]
+
+    for number in range(8):
+        (folder / f"x{number}.jpg").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"^13 of the 49 files .*empty.jpg .*x4.jpg [^;]*; and 3 more$"):
+        tasks(split_root).load()
+
+
+def test_a_folder_without_one_picture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p" / "a").mkdir(parents=True)
+    (tmp_path / "p" / "a" / "x.jpg").write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="1 of the 1 files"),
+        pytest.raises(InputError, match=r"none of the 1 files .* reads as a picture"),
+    ):
+        tasks(tmp_path / "p").load()
+
+
+def test_a_disk_that_fails_is_an_error_and_nothing_is_cached(
+    split_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_bytes = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name == "2.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(PermissionError, match=r"2\.png"):
+        tasks(split_root, cache_dir=str(tmp_path / "cache")).load()
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_classes_with_too_few_pictures_are_named_and_left_out(
+    split_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_class(split_root / "train" / "tiny", 2)
+    make_class(split_root / "val" / "nothing", 0)
+    data = tasks(split_root, shots=2, train_shots=1)
+    with pytest.warns(UserWarning, match="left out") as caught:
+        data.setup()
+    (message,) = [str(warning.message) for warning in caught]
+    assert "tiny (train, 2 of 3), nothing (val, 0 of 4)" in message
+    loaded = data.load()
+    assert len(loaded.members("train")) == 4
+    assert len(loaded.members("val")) == 3
+    assert "tiny" in loaded.classes  # names and images stay as cached
+
+    # what is left out depends on shots and queries, and the cache does not
+    monkeypatch.setattr(ImageFolderTasks, "build", None)
+    with pytest.warns(UserWarning, match="nothing"):
+        assert len(tasks(split_root, queries=1).load().members("train")) == 5
+    with pytest.warns(UserWarning, match=r"tiny \(train, 2 of 4\)"):
+        tasks(split_root, train_shots=(1, 2)).load()
+
+
+def test_too_few_classes_say_which_split_and_what_it_has(split_root: Path, flat_root: Path) -> None:
+    with pytest.raises(
+        InputError,
+        match=r"at least 3 classes \(ways\) of 3 images \(shots \+ queries\) for the test split, got 2 and 0 with",
+    ):
+        tasks(split_root, ways=3).load()
+    with pytest.raises(InputError, match=r"at least 5 classes \(ways\) .* for the train split, got 4"):
+        tasks(split_root, train_ways=5).load()
+    make_class(split_root / "test" / "tiny", 2)
+    with (
+        pytest.warns(UserWarning, match="tiny"),
+        pytest.raises(InputError, match="for the test split, got 2 and 1 with fewer images"),
+    ):
+        tasks(split_root, ways=3).load()
+    with pytest.raises(InputError, match=r"val split \(split_fractions gives it 2 of the 10 classes\), got 2 and 0"):
+        tasks(flat_root, ways=3).load()
+
+
+def test_a_class_in_two_splits_is_named(split_root: Path) -> None:
+    make_class(split_root / "test" / "train_2", 4)
+    with pytest.raises(InputError, match=r"each class in one of train, val and test.* in more than one: train_2$"):
+        tasks(split_root).load()
+
+
+def test_a_root_that_is_missing_empty_or_laid_out_otherwise_is_refused(tmp_path: Path) -> None:
+    layout = r"root must hold pictures as root/\{train,val,test\}/<class>/\* or, .* as root/<class>/\*, but "
+    root = tmp_path / "p"
+    with pytest.raises(FileNotFoundError, match=layout + ".*p is not a folder"):
+        tasks(root).load()
+    root.mkdir()
+    Image.new("RGB", (8, 8)).save(root / "beside.png")
+    with pytest.raises(FileNotFoundError, match=layout + ".*p has 0 class folders"):
+        tasks(root).load()
+    (root / "cat").mkdir()
+    with pytest.raises(FileNotFoundError, match=layout + ".*p has 1 class folders and no files in them"):
+        tasks(root).load()
+    for split in ("train", "valid", "test"):
+        make_class(root / split / f"{split}_0", 1)
+    with pytest.raises(InputError, match=layout + ".*p has train, test without .*: cat, test, train, valid"):
+        tasks(root).load()
+
+
+def test_folders_beside_the_splits_are_named_and_not_read(split_root: Path) -> None:
+    make_class(split_root / "unlabelled", 4)
+    with pytest.warns(UserWarning, match="is split into train, val and test; it is not read: unlabelled"):
+        data = tasks(split_root).load()
+    assert len(data.classes) == 9
+
+
+def test_the_arguments_are_those_of_image_tasks_after_its_own() -> None:
+    own, shared = (list(inspect.signature(c).parameters.values()) for c in (ImageFolderTasks, ImageTasks))
+    assert own[5:] == shared
+    assert [p.name for p in own[:5]] == ["root", "image_size", "channels", "split_fractions", "split_seed"]
+
+
+def test_arguments_outside_their_range_are_named() -> None:
+    for arguments, message in [
+        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"channels": 2}, "channels must be 1 or 3, got 2"),
+        ({"split_fractions": (0.5, 0.5, 0.5)}, r"split_fractions must be three numbers .* sum to 1, got \(0.5"),
+        ({"split_fractions": (0.5, 0.5, 0.0)}, "split_fractions must be three numbers greater than 0"),
+        ({"split_fractions": (0.5, 0.5)}, "split_fractions must be three numbers"),
+        ({"split_seed": -1}, "split_seed must be at least 0, got -1"),
+        ({"shots": 0}, "shots must be at least 1, got 0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            tasks(Path("p"), **arguments)
+
+
+def test_the_cache_is_used_until_a_picture_changes(split_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def name(**arguments: object) -> str:
+        return tasks(split_root, **arguments).cache_name
+
+    first = name()
+    assert len(tasks(split_root).load().images) == 36
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFolderTasks, "build", None)
+        assert len(tasks(split_root, shots=2, seed=3).load().images) == 36
+    assert name() == name(shots=2, queries=1, seed=3, split_seed=4) == first
+    assert len({first, name(image_size=9), name(channels=1)}) == 3
+
+    folder = split_root / "val" / "val_0"
+    Image.new("RGB", (8, 8), (1, 0, 88)).save(folder / "new.png")
+    added = tasks(split_root).load()
+    assert added.images[added.labels == 4][:, 2, 0, 0].tolist() == [0, 1, 2, 3, 88]
+
+    content = (folder / "0.png").stat()
+    Image.new("RGB", (12, 9), (1, 0, 0)).save(folder / "0.png")  # as it was, but later
+    os.utime(folder / "0.png", ns=(content.st_atime_ns, content.st_mtime_ns + 1))
+    touched = name()
+    (folder / "0.png").rename(folder / "zero.png")
+    renamed = name()
+    moved = tasks(split_root.rename(split_root.parent / "moved")).cache_name
+    assert len({first, touched, renamed, moved}) == 4
+
+
+def test_real_photographs_in_folders(tmp_path: Path) -> None:
+    if not CALTECH.exists():
+        pytest.skip(f"needs the photographs of Caltech-101, which are not at {CALTECH}")
+    root = tmp_path / "caltech"
+    script = SHARED / "tools" / "unpack_caltech.py"
+    subprocess.run([sys.executable, str(script), str(root), "folders"], check=True, stdout=subprocess.DEVNULL)
+    data = ImageFolderTasks(str(root), queries=10, meta_batch_size=4)
+    loaded = data.load()
+    assert [len(loaded.members(split)) for split in SPLITS] == [64, 16, 20]
+    paths = [path for split in SPLITS for path in sorted((root / split).glob("*/*.jpg"))]
+    assert len(loaded.images) == len(paths) == 8677 - 435  # Faces_easy stays out
+    for row in range(0, len(paths), 500):  # 84×84 as they are: nothing is resampled
+        photograph = np.asarray(Image.open(paths[row]).convert("RGB")).transpose(2, 0, 1)
+        assert np.array_equal(loaded.images[row], photograph)
+        assert loaded.classes[loaded.labels[row]] == paths[row].parent.name
+    batch = data.task_set("test").batch(range(4))
+    assert batch.support_x.shape == (4, 5, 3, 84, 84)
+    assert batch.query_x.shape == (4, 50, 3, 84, 84)
+    assert 0.3 < batch.query_x.float().mean() / (255 if batch.query_x.dtype == torch.uint8 else 1) < 0.7
