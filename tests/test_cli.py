@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from meta_lightning.cli import configs_dir, main
@@ -110,6 +111,19 @@ def test_any_optimizer_by_class_path() -> None:
 def test_any_loss_by_function_or_class_path(loss: str) -> None:
     main(["fit", "--config", TINY, "--model.loss", *loss.split(), "--trainer.max_steps", "1"])
     main(["test", "--ckpt_path", str(RUN / "checkpoints/last.ckpt"), "--trainer.accelerator", "cpu"])
+
+
+@pytest.mark.parametrize("data", ["Glyphs", "Sinusoid"])
+def test_print_data_shows_what_a_configuration_uses(data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "maml.yaml", "--data", data, "--print_data"])
+    shown = capsys.readouterr().out
+    expected = "test  296 classes, 5920 images, 600 tasks" if data == "Glyphs" else "test  600 tasks"
+    assert expected in shown
+    with Image.open("data.png") as picture:
+        assert picture.size == (1440, 540)
+        assert len(picture.convert("L").getcolors() or []) > 50
+    assert not RUN.exists()
 
 
 def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,13 +87,14 @@ def test_maml_learns_from_ones_own_sets_of_points() -> None:
 
 @pytest.mark.parametrize(("make", "features"), [(numbered, 1), (numbered_sets, 2)])
 def test_a_checkpoint_holds_the_arguments_but_not_the_data(make: Any, features: int, tmp_path: Path) -> None:
-    data = make()
+    data = make(splits={"train": np.arange(4), "val": range(4, 7)})
     fit = trainer(max_epochs=1)
     fit.fit(MAML(MLP(features, [2], 3 if make is numbered else 1)), data)
     fit.save_checkpoint(tmp_path / "last.ckpt")
     hparams = torch.load(tmp_path / "last.ckpt", weights_only=True)["datamodule_hyper_parameters"]
     assert hparams["shots"] == data.shots
     assert hparams["meta_batch_size"] == 4
+    assert hparams["splits"] == {"train": [0, 1, 2, 3], "val": [4, 5, 6]}
     assert not {"x", "y", "tasks"} & {*hparams, *data.hparams, *data.hparams_initial}
 
 
@@ -257,7 +258,7 @@ def test_errors_of_classes_name_argument_expected_and_got() -> None:
     refused("ways must be from 2 to the 4 classes of the val split, got 5", ways=5)
     refused(r"shots \+ queries must be at most 12, the samples of the smallest class of the train split", queries=12)
     refused("train_ways must be at least 2, got 1", train_ways=1)
-    refused("shots must be at least 1, got 0", train_shots=0)
+    refused("shots must be at least 1, or a range .*, got 0", train_shots=0)
     refused("split_seed must be at least 0, got -1", split_seed=-1)
     spoilt = x.copy()
     spoilt[[7, 9], 2] = math.nan, math.inf

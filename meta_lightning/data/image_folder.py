@@ -137,7 +137,8 @@ class ImageFolderTasks(ImageTasks):
     @property
     def cache_name(self) -> str:
         """A name that changes with every file added, removed or altered, and with the code that prepares them."""
-        parts = [str(self.root.resolve()), str(self.listing.published), Path(pictures.__file__).read_text(), PIL.__version__]
+        code = Path(pictures.__file__).read_text()
+        parts = [str(self.root.resolve()), str(self.listing.published), code, PIL.__version__]
         parts += [f"{path.relative_to(self.root)} {version(path)}" for path in self.listing.paths]
         digest = hashlib.blake2b("\0".join(parts).encode(errors="surrogateescape"), digest_size=8).hexdigest()
         return f"image-folder-{self.image_size}x{self.channels}-{digest}"

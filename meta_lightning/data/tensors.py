@@ -71,6 +71,7 @@ class TensorTasks(TaskDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
+        splits = as_lists(splits)  # also what is saved: a checkpoint loaded with weights_only holds no arrays
         super().__init__(meta_batch_size, epoch_length, val_tasks, test_tasks, seed, num_workers)
         self.save_hyperparameters(logger=False, ignore=["x", "y"])  # a checkpoint is not the place of the data
         self.ways = ways
@@ -159,6 +160,7 @@ class RegressionTasks(TaskDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
+        splits = as_lists(splits)  # also what is saved: a checkpoint loaded with weights_only holds no arrays
         super().__init__(meta_batch_size, epoch_length, val_tasks, test_tasks, seed, num_workers)
         self.save_hyperparameters(logger=False, ignore=["tasks"])  # a checkpoint is not the place of the data
         self.shots = shots
@@ -241,9 +243,20 @@ class PointTasks(TaskSet):
         return self.rng(turn).spawn(1)[0].permutation(len(self.sets))
 
 
+def as_lists(splits: Mapping[Split, Sequence[int]] | None) -> Splits | None:
+    """Splits as plain lists, whatever holds the numbers.
+
+    Raises:
+        InputError: If there are others than train, val and test.
+    """
+    unknown = [name for name in splits or () if name not in SPLITS]
+    require(not unknown, f"splits must have the keys 'train', 'val' and 'test', got {unknown}")
+    return None if splits is None else {split: [int(number) for number in part] for split, part in splits.items()}
+
+
 def split_numbers(
     numbers: Sequence[int],
-    splits: Mapping[Split, Sequence[int]] | None,
+    splits: Splits | None,
     fractions: Fractions,
     seed: int,
     what: str,
@@ -269,15 +282,12 @@ def split_numbers(
         bounds = [round(sum(fractions[:i]) * len(numbers)) for i in (1, 2)]
         parts = np.split(np.random.default_rng(seed).permutation(np.array(numbers, dtype=np.int64)), bounds)
         return {split: sorted(part.tolist()) for split, part in zip(SPLITS, parts, strict=True)}
-    unknown = [name for name in splits if name not in SPLITS]
-    require(not unknown, f"splits must have the keys 'train', 'val' and 'test', got {unknown}")
-    given: Splits = {split: [int(number) for number in splits.get(split, ())] for split in SPLITS}
-    counts = Counter(number for part in given.values() for number in part)
+    counts = Counter(number for part in splits.values() for number in part)
     missing = sorted(set(counts) - set(numbers))
     require(not missing, f"splits must hold {what}, got {missing}, which do not occur")
     repeated = sorted(number for number, count in counts.items() if count > 1)
     require(not repeated, f"splits must hold {what} once each, got {repeated} more than once")
-    return given
+    return {split: splits.get(split, []) for split in SPLITS}
 
 
 def points(x: Tensor | Array, y: Tensor | Array, number: int) -> tuple[Tensor, Tensor]:
