@@ -11,8 +11,7 @@ import pytest
 import torch
 from conftest import trainer
 
-from meta_lightning import MAML, MLP, TaskBatch
-from meta_lightning.data.tensors import RegressionTasks, TensorTasks
+from meta_lightning import MAML, MLP, RegressionTasks, TaskBatch, TensorTasks
 from meta_lightning.tasks import SPLITS, Array, as_task_batch
 
 # Lightning on what is meant: quick training, without workers, resumed by the command line elsewhere

@@ -8,8 +8,9 @@ from meta_lightning.data.image_folder import ImageFolderTasks
 from meta_lightning.data.images import ImageTasks
 from meta_lightning.data.mini_imagenet import MiniImagenet
 from meta_lightning.data.omniglot import Omniglot
+from meta_lightning.data.regression import RegressionTasks
 from meta_lightning.data.sinusoid import Sinusoid
-from meta_lightning.data.tensors import RegressionTasks, TensorTasks
+from meta_lightning.data.tensors import TensorTasks
 from meta_lightning.data.tiered_imagenet import TieredImagenet
 from meta_lightning.data.transforms import ImageTransforms
 

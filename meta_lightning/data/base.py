@@ -29,6 +29,8 @@ class TaskDataModule(L.LightningDataModule, ABC):
         InputError: If an argument is outside its range.
     """
 
+    data_arguments: tuple[str, ...] = ()  # arguments that hold data: a checkpoint keeps the others
+
     def __init__(
         self, meta_batch_size: int, epoch_length: int, val_tasks: int, test_tasks: int, seed: int, num_workers: int
     ) -> None:
@@ -37,7 +39,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
             1, meta_batch_size=meta_batch_size, epoch_length=epoch_length, val_tasks=val_tasks, test_tasks=test_tasks
         )
         require_at_least(0, seed=seed, num_workers=num_workers)
-        self.save_hyperparameters(logger=False)
+        self.save_hyperparameters(ignore=self.data_arguments, logger=False)
         self.meta_batch_size = meta_batch_size
         self.epoch_length = epoch_length
         self.val_tasks = val_tasks

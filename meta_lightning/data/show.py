@@ -40,13 +40,13 @@ def draw_tasks(data: TaskDataModule, path: Path) -> None:
 
 
 def draw_task(panel: Any, batch: TaskBatch) -> None:
-    """Draw the first task of a batch: images in a row a class, or the points of a regression."""
+    """Draw the first task of a batch: images in a row a class, or else points."""
     support_x, support_y, query_x, query_y = (part[0].cpu() for part in as_task_batch(batch))
-    if support_y.is_floating_point():
+    if support_x.ndim != 4:  # vectors: the first number of each against its target
         axes = panel.subplots()
-        axes.plot(query_x.flatten(), query_y.flatten(), ".", label="query")
-        axes.plot(support_x.flatten(), support_y.flatten(), "o", label="support")
-        axes.legend()
+        for x, y, marker in ((query_x, query_y, "."), (support_x, support_y, "o")):
+            axes.plot(x.reshape(len(x), -1)[:, 0], y.reshape(len(y), -1)[:, 0], marker)
+        axes.legend(["query", "support"])
         return
     # six classes, three support and five query images each, are enough to see
     labels = support_y.unique()[:6]
