@@ -1,0 +1,45 @@
+"""The usual augmentation of few-shot papers, by kornia."""
+
+from torch import Tensor, nn
+
+
+class FlipCropJitter(nn.Module):
+    """Random horizontal flip, crop after padding, and colour jitter, each image of a batch differently.
+
+    What Chen et al. (2019, https://arxiv.org/abs/1904.04232) and many after them do to training images; made by kornia,
+    which the extra ``augment`` installs, on the device that holds the images.
+
+    Args:
+        padding: Pixels of zeros around the image before it is cropped to its size again; 0 does not crop.
+        jitter: Greatest relative change of brightness, contrast and saturation; 0 leaves the colours. For three
+            channels only.
+        flip: Probability of the flip.
+
+    Raises:
+        ImportError: If kornia is not installed.
+
+    Shapes:
+        Input and output ``B C H W``, in [0, 1].
+    """
+
+    def __init__(self, padding: int = 8, jitter: float = 0.4, flip: float = 0.5) -> None:
+        super().__init__()
+        try:
+            from kornia import augmentation
+        except ImportError as error:
+            raise ImportError("FlipCropJitter needs kornia: pip install 'meta-lightning[augment]'") from error
+        self.padding = padding
+        self.crop = augmentation.RandomCrop
+        layers: list[nn.Module] = [augmentation.RandomHorizontalFlip(p=flip)]
+        if jitter:
+            layers.append(augmentation.ColorJitter(jitter, jitter, jitter, p=1.0))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Augmented images.  # B C H W"""
+        x = self.layers(x)
+        if not self.padding:
+            return x
+        crop: nn.Module = self.crop(x.shape[-2:], padding=self.padding)
+        cropped: Tensor = crop(x)
+        return cropped
