@@ -68,8 +68,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
         return self.test_dataloader()
 
     def _loader(self, split: Split, num_tasks: int | None) -> TaskLoader:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        batches = MetaBatches(self.task_set(split), self.meta_batch_size, num_tasks, rank, world_size)
+        batches = MetaBatches(self.task_set(split), self.meta_batch_size, num_tasks, *self._rank())
         length = self.epoch_length if num_tasks is None else len(batches)
         return TaskLoader(
             batches,
@@ -79,6 +78,9 @@ class TaskDataModule(L.LightningDataModule, ABC):
             pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _meta_iteration(self) -> int:
         return self.trainer.global_step if self.trainer else 0

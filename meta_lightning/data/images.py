@@ -13,6 +13,8 @@ from meta_lightning.data.cache import LabelledImages, default_cache_dir, load_or
 from meta_lightning.data.transforms import ImageTransforms
 from meta_lightning.tasks import SPLITS, FewShotTasks, Split, TaskBatch
 
+STAGE_SPLITS: dict[str, tuple[Split, ...]] = {"validate": ("val",), "test": ("test",), "predict": ("test",)}
+
 
 class ImageTasks(TaskDataModule):
     """N-way K-shot classification of images; a data set of one's own needs only ``build`` and ``cache_name``.
@@ -67,6 +69,7 @@ class ImageTasks(TaskDataModule):
         self.transforms = transforms or ImageTransforms()
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.data: LabelledImages | None = None
+        self.images: Tensor | None = None
         self.task_sets: dict[Split, FewShotTasks] = {}
 
     @property
@@ -83,9 +86,11 @@ class ImageTasks(TaskDataModule):
         self.load(verify=True)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the images, and see that every split can give its tasks."""
-        images = self.place_images()
-        self.task_sets = {split: self.make_task_set(split, images) for split in SPLITS}
+        """Load the images, and see that each split that the stage needs can give its tasks; fitting needs all."""
+        self.images = self.place_images()
+        self.task_sets = {}
+        for split in STAGE_SPLITS.get(stage or "fit", SPLITS):
+            self.task_set(split)
 
     def load(self, verify: bool = False) -> LabelledImages:
         """The data set, from the cache where there is one."""
@@ -99,16 +104,18 @@ class ImageTasks(TaskDataModule):
 
     def task_set(self, split: Split) -> FewShotTasks:
         """N-way K-shot tasks of the split's classes."""
-        if not self.task_sets:
-            self.setup()
+        if split not in self.task_sets:
+            self.task_sets[split] = self.make_task_set(split)
         return self.task_sets[split]
 
-    def make_task_set(self, split: Split, images: Tensor) -> FewShotTasks:
+    def make_task_set(self, split: Split) -> FewShotTasks:
         """The tasks of a split, from the images."""
         data = self.load()
+        if self.images is None:
+            self.images = self.place_images()
         train = split == "train"
         return FewShotTasks(
-            images,
+            self.images,
             torch.from_numpy(data.labels),
             data.members(split),
             self.train_ways if train else self.ways,
@@ -123,7 +130,8 @@ class ImageTasks(TaskDataModule):
     def on_after_batch_transfer(self, batch: TaskBatch, dataloader_idx: int) -> TaskBatch:
         """Augment and normalise on the device, as ``transforms`` says; the same step looks the same again."""
         training = self.trainer is not None and self.trainer.training
-        return self.transforms(batch, training, seed=self._meta_iteration())
+        rank, world_size = self._rank()
+        return self.transforms(batch, training, seed=self._meta_iteration() * world_size + rank)
 
     def place_images(self) -> Tensor:
         """All images, on the device that trains where they take less than a quarter of its free memory.  # M C H W"""
