@@ -175,6 +175,6 @@ def test_a_checkpoint_is_tested_on_another_data_module(tmp_path: Path) -> None:
 def test_a_test_needs_no_training_tasks() -> None:
     data = Numbered(shots=5, queries=4, train_shots=9, train_queries=9)
     data.setup("test")
-    assert len(list(data.test_dataloader())[0].support_x) == 16
+    assert len(next(iter(data.test_dataloader())).support_x) == 16
     with pytest.raises(ValueError, match="of the train split, got 9"):
         data.setup("fit")
