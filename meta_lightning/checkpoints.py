@@ -54,6 +54,28 @@ class Checkpoints(ModelCheckpoint):
             "for regression give --checkpoint.monitor val/mse --checkpoint.mode min",
         )
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the best and, where validation does not end an epoch, the last."""
+        super().on_validation_end(trainer, pl_module)
+        if not self._should_save_on_train_epoch_end(trainer):
+            self.keep_last(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the best and the last, whether or not it is the best."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._should_save_on_train_epoch_end(trainer):
+            self.keep_last(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep where training ended."""
+        super().on_train_end(trainer, pl_module)
+        self.keep_last(trainer)
+
+    def keep_last(self, trainer: L.Trainer) -> None:
+        """Save ``last.ckpt`` unless it is of this step already: ModelCheckpoint does so after a best one only."""
+        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save the last checkpoint when training is interrupted; an error leaves the last good one as it is."""
         interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)

@@ -118,6 +118,9 @@ class FewShotTasks(TaskSet):
         super().__init__(seed, split)
         rows = group_rows(labels.numpy(), classes)
         fewest = min(map(len, rows), default=0)
+        require(
+            isinstance(shots, int) or len(shots) == 2, f"shots must be a number or a range (least, most), got {shots}"
+        )
         least, most = (shots, shots) if isinstance(shots, int) else shots
         require(
             2 <= ways <= len(rows),

@@ -65,6 +65,15 @@ def test_fit_validate_test_predict(algorithm: str, capsys: pytest.CaptureFixture
     assert all(sum(float(row[f"output_{n}"]) for n in range(5)) == pytest.approx(1, abs=1e-5) for row in rows)
 
 
+def test_the_last_checkpoint_is_the_last_though_the_best_came_early() -> None:
+    # "tasks" is the same at each validation, so that none is better than the first
+    main(["fit", "--config", TINY, "--checkpoint.monitor", "val/tasks", "--trainer.max_steps", "5"])
+    steps = [
+        torch.load(RUN / f"checkpoints/{name}.ckpt", weights_only=True)["global_step"] for name in ("best", "last")
+    ]
+    assert steps == [2, 5]
+
+
 def test_command_line_beats_checkpoint_and_checkpoint_beats_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config", TINY, "--model.inner_lr", "0.03", "--trainer.max_steps", "2"])
     checkpoint = str(RUN / "checkpoints/last.ckpt")

@@ -178,3 +178,33 @@ def test_a_test_needs_no_training_tasks() -> None:
     assert len(next(iter(data.test_dataloader())).support_x) == 16
     with pytest.raises(ValueError, match="of the train split, got 9"):
         data.setup("fit")
+
+
+def test_a_data_module_pickles_after_it_was_loaded() -> None:
+    data = Numbered(shots=2, queries=3)
+    data.prepare_data()
+    again = pickle.loads(pickle.dumps(data))
+    tasks = pickle.loads(pickle.dumps(again.task_set("val")))
+    assert torch.equal(tasks.batch([1]).support_x, data.task_set("val").batch([1]).support_x)
+
+
+def test_checkpoints_of_python_objects_load_with_weights_only(tmp_path: Path) -> None:
+    transforms = ImageTransforms(mean=[0.5], std=[0.25], support=Negative())
+    data = Numbered(queries=3, seed=np.int64(3), transforms=transforms, cache_dir=tmp_path, test_tasks=4)  # type: ignore[arg-type]
+    learner = MAML(MLP(in_features=4, out_features=5))
+    fit = trainer(max_steps=1, limit_val_batches=0)
+    fit.fit(learner, data)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    kept = torch.load(tmp_path / "a.ckpt", weights_only=True)["datamodule_hyper_parameters"]
+    assert kept["transforms"] == {"mean": [0.5], "std": [0.25], "support": None, "query": None}
+    assert (kept["seed"], kept["cache_dir"]) == (3, str(tmp_path))
+    trainer().test(learner, data, ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False)
+
+
+def test_a_mean_without_a_deviation_a_channel_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"mean and std must have a number a channel each, got \[0.5\] and \[\]"):
+        ImageTransforms(mean=[0.5])
+    with pytest.raises(ValueError, match=r"std must be greater than 0, got 0.0"):
+        ImageTransforms(mean=[0.5], std=[0.0])
+    with pytest.raises(ValueError, match=r"mean must have 1 numbers, one a channel, got \[0.5, 0.5, 0.5\]"):
+        ImageTransforms(mean=[0.5] * 3, std=[1.0] * 3)(Numbered(queries=3).task_set("val").batch([0]), False, 0)

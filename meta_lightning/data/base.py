@@ -1,8 +1,12 @@
 """What every data module shares: numbered tasks, loaded by meta-iteration."""
 
 from abc import ABC, abstractmethod
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 
 from meta_lightning.checks import require_at_least
@@ -40,6 +44,8 @@ class TaskDataModule(L.LightningDataModule, ABC):
         )
         require_at_least(0, seed=seed, num_workers=num_workers)
         self.save_hyperparameters(ignore=self.data_arguments, logger=False)
+        for name, value in list(self.hparams.items()):
+            self.hparams[name] = plain(value)
         self.meta_batch_size = meta_batch_size
         self.epoch_length = epoch_length
         self.val_tasks = val_tasks
@@ -84,3 +90,18 @@ class TaskDataModule(L.LightningDataModule, ABC):
 
     def _meta_iteration(self) -> int:
         return self.trainer.global_step if self.trainer else 0
+
+
+def plain(value: Any) -> Any:
+    """An argument as a checkpoint that is loaded with weights_only can hold it; None in place of other objects."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, Path):
+        return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    return value if isinstance(value, bool | int | float | str) else None

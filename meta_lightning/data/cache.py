@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -46,11 +47,12 @@ def load_or_build(folder: Path, build: Callable[[], LabelledImages], verify: boo
     if folder.exists():
         try:
             return read(folder, verify)
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
             rank_zero_warn(f"The cache {folder} is spoilt ({error}): it is built anew.")
-            shutil.rmtree(folder, ignore_errors=True)
+            spoilt = folder.rename(folder.with_name(f"{folder.name}.{uuid4().hex}.part"))
+            spoilt.unlink() if spoilt.is_file() else shutil.rmtree(spoilt, ignore_errors=True)
     data = build()
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    part = folder.with_name(f"{folder.name}.{uuid4().hex}.part")  # of this build alone, on other machines too
     try:
         write(part, data)
         try:
@@ -81,7 +83,7 @@ def read(folder: Path, verify: bool) -> LabelledImages:
     """Map a data set that ``write`` left.
 
     Raises:
-        OSError, ValueError, KeyError, EOFError: If it is not what ``write`` left.
+        OSError, ValueError, KeyError, EOFError, TypeError: If it is not what ``write`` left.
     """
     checksums = json.loads((folder / "checksums.json").read_text())
     arrays = {}
@@ -93,8 +95,8 @@ def read(folder: Path, verify: bool) -> LabelledImages:
 
 
 def checksum(array: Array) -> int:
-    """CRC-32 of an array's bytes, a few images at a time."""
-    crc = 0
+    """CRC-32 of an array's form and bytes, a few images at a time."""
+    crc = zlib.crc32(f"{array.dtype} {array.shape}".encode())
     for start in range(0, len(array), 4096):
         crc = zlib.crc32(np.ascontiguousarray(array[start : start + 4096]).tobytes(), crc)
     return crc

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,14 +82,18 @@ class ImageTasks(TaskDataModule):
     def build(self) -> LabelledImages:
         """Make the data set from its source; called once, its result is cached."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the images, which the other process maps for itself."""
+        return self.__dict__ | {"data": None, "images": None, "task_sets": {}}
+
     def prepare_data(self) -> None:
         """Fill the cache and verify its checksums, in one process a machine."""
         self.load(verify=True)
 
     def setup(self, stage: str | None = None) -> None:
         """Load the images, and see that each split that the stage needs can give its tasks; fitting needs all."""
+        self.images, self.task_sets = None, {}  # what a device held before is free before it holds them again
         self.images = self.place_images()
-        self.task_sets = {}
         for split in STAGE_SPLITS.get(stage or "fit", SPLITS):
             self.task_set(split)
 
@@ -124,14 +129,16 @@ class ImageTasks(TaskDataModule):
             self.seed,
             split,
             block=self.meta_batch_size,
-            source=Path(str(data.images.filename)) if isinstance(data.images, np.memmap) else None,
+            source=Path(data.images.filename)
+            if isinstance(data.images, np.memmap) and data.images.filename is not None
+            else None,
         )
 
     def on_after_batch_transfer(self, batch: TaskBatch, dataloader_idx: int) -> TaskBatch:
         """Augment and normalise on the device, as ``transforms`` says; the same step looks the same again."""
         training = self.trainer is not None and self.trainer.training
-        rank, world_size = self._rank()
-        return self.transforms(batch, training, seed=self._meta_iteration() * world_size + rank)
+        seed = np.random.SeedSequence((self.seed, self._meta_iteration(), self._rank()[0]))
+        return self.transforms(batch, training, int(seed.generate_state(1)[0]))
 
     def place_images(self) -> Tensor:
         """All images, on the device that trains where they take less than a quarter of its free memory.  # M C H W"""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from meta_lightning.checks import require, require_positive
 from meta_lightning.tasks import TaskBatch, as_task_batch
 
 
@@ -19,12 +20,22 @@ class ImageTransforms:
         support: Augmentation of the training tasks' support images: a module that takes and gives images ``B C H W`` in
             [0, 1], such as those of kornia.augmentation, which treat each image of a batch differently.
         query: Augmentation of the training tasks' query images.
+
+    Raises:
+        InputError: If ``mean`` and ``std`` are not a number a channel each, or a deviation is not greater than 0.
     """
 
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     support: nn.Module | None = None
     query: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no mean and standard deviation a channel."""
+        mean, std = list(self.mean or []), list(self.std or [])
+        require(len(mean) == len(std), f"mean and std must have a number a channel each, got {mean} and {std}")
+        for value in std:
+            require_positive(std=value)
 
     def __call__(self, batch: TaskBatch, training: bool, seed: int) -> TaskBatch:
         """Augment, in training, then normalise.
@@ -45,8 +56,9 @@ class ImageTransforms:
 
     def normalise(self, x: Tensor) -> Tensor:
         """Pixels less ``mean``, by ``std``.  # T S C H W"""
-        if self.mean is None or self.std is None:
+        if not self.mean or not self.std:
             return x
+        require(len(self.mean) == x.shape[-3], f"mean must have {x.shape[-3]} numbers, one a channel, got {self.mean}")
         return (x - x.new_tensor(self.mean).view(-1, 1, 1)) / x.new_tensor(self.std).view(-1, 1, 1)
 
 
