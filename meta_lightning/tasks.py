@@ -135,7 +135,6 @@ class FewShotTasks(TaskSet):
         self.images = images
         self.ways, self.least_shots, self.most_shots, self.queries = ways, least, most, queries
         self.block, self.source = block, source
-        self.classes = list(classes)
         self.rows_by_class = np.stack(rows) if len({*map(len, rows)}) == 1 else rows
         self.describe()
 
@@ -186,8 +185,8 @@ class FewShotTasks(TaskSet):
 def group_rows(labels: Array, classes: Sequence[int]) -> list[Array]:
     """The rows of each of these classes, in the order of ``classes``."""
     order = np.argsort(labels, kind="stable")
-    starts = np.searchsorted(labels[order], classes, side="left")
-    stops = np.searchsorted(labels[order], classes, side="right")
+    in_order = labels[order]
+    starts, stops = (np.searchsorted(in_order, classes, side=side) for side in ("left", "right"))
     return [order[start:stop] for start, stop in zip(starts, stops, strict=True)]
 
 
