@@ -135,6 +135,7 @@ class FewShotTasks(TaskSet):
         self.images = images
         self.ways, self.least_shots, self.most_shots, self.queries = ways, least, most, queries
         self.block, self.source = block, source
+        self.classes = list(classes)
         self.rows_by_class = np.stack(rows) if len({*map(len, rows)}) == 1 else rows
         self.describe()
 
