@@ -117,9 +117,9 @@ def test_the_trainer_applies_the_transforms() -> None:
     class Seen(MAML):
         means: list[tuple[bool, float, float]]
 
-        def adapt(self, params: Any, x: Tensor, *args: Any) -> Any:
+        def adapt_tasks(self, params: Any, x: Tensor, *args: Any) -> Any:
             self.means.append((self.training, x.min().item(), x.max().item()))
-            return super().adapt(params, x, *args)
+            return super().adapt_tasks(params, x, *args)
 
     class Zero(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class MetaLearner(Learner, ABC):
         with torch.inference_mode(False), torch.enable_grad():
             x, y = batch.support_x.clone(), batch.support_y.clone()
             theta = inner_loop.stack(inner_loop.leaves(self.meta_parameters()), len(x))
-            return theta, self.adapt(theta, x, y, self.test_inner_steps).params
+            return theta, self.adapt_tasks(theta, x, y, self.test_inner_steps).params
 
     def evaluate(self, batch: TaskBatch, stage: str) -> None:
         """Adapt to each task and note its query loss and scores, before and after."""

@@ -21,7 +21,7 @@ class FOMAML(MAML):
     def meta_gradient(self, batch: TaskBatch) -> tuple[Params, Tensor, Tensor]:
         """``mean_i ∇_θ' L_query,i(θ'_i)``, with the query losses and predictions of the tasks.  # ..., T, T R ..."""
         theta = stack(self.meta_parameters(), len(batch.support_x))
-        adapted = leaves(self.adapt(theta, batch.support_x, batch.support_y, self.inner_steps).params)
+        adapted = leaves(self.adapt_tasks(theta, batch.support_x, batch.support_y, self.inner_steps).params)
         predictions = self.forward_tasks(adapted, batch.query_x)
         losses = self.task_losses(predictions, batch.query_y)
         return mean_over_tasks(gradient(losses.sum(), adapted)), losses, predictions

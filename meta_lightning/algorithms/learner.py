@@ -20,8 +20,8 @@ from meta_lightning.tasks import scale_pixels
 class Learner(L.LightningModule):
     """A network that adapts to tasks by gradient steps from its initialisation θ.
 
-    Its one inner loop, ``adapt``, serves training, validation, test, prediction and use from Python. The arguments are
-    described in the algorithms.
+    Its one inner loop, ``adapt_tasks``, serves training, validation, test, prediction and use from Python. The
+    arguments are described in the algorithms.
 
     Raises:
         InputError: If an argument is outside its range.
@@ -90,7 +90,7 @@ class Learner(L.LightningModule):
         """The support samples and targets of each inner step: all of them.  # T S ..., T S ..."""
         return [(x, y)] * steps
 
-    def adapt(self, params: Params, x: Tensor, y: Tensor, steps: int, create_graph: bool = False) -> Adapted:
+    def adapt_tasks(self, params: Params, x: Tensor, y: Tensor, steps: int, create_graph: bool = False) -> Adapted:
         """The inner loop: gradient steps on the support sets of all tasks at once.
 
         Args:
@@ -123,7 +123,7 @@ class Learner(L.LightningModule):
         theta = inner_loop.stack(self.meta_parameters(), tasks=1)
         with torch.enable_grad():
             x, y = scale_pixels(support_x)[None], support_y[None]
-            adapted = self.adapt(theta, x, y, steps, self.second_order and self.training)
+            adapted = self.adapt_tasks(theta, x, y, steps, self.second_order and self.training)
         params = inner_loop.unstack(adapted.params, 0)
         return params if self.training else {name: p.detach() for name, p in params.items()}
 

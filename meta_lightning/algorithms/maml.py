@@ -79,7 +79,7 @@ class MAML(MetaLearner):
     def meta_gradient(self, batch: TaskBatch) -> tuple[Params, Tensor, Tensor]:
         """``∇_θ mean_i L_query,i(θ'_i(θ))``, with the query losses and predictions of the tasks.  # ..., T, T R ..."""
         theta = self.meta_parameters()
-        adapted = self.adapt(
+        adapted = self.adapt_tasks(
             stack(theta, len(batch.support_x)), batch.support_x, batch.support_y, self.inner_steps, self.second_order
         )
         predictions = self.forward_tasks(adapted.params, batch.query_x)

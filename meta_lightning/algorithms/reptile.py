@@ -94,7 +94,7 @@ class Reptile(MetaLearner):
         """One meta-iteration: adapt to every task, then move θ towards the tasks' mean."""
         batch = as_task_batch(batch)
         theta = inner_loop.stack(inner_loop.leaves(self.meta_parameters()), len(batch.support_x))
-        adapted = self.adapt(theta, batch.support_x, batch.support_y, self.inner_steps)
+        adapted = self.adapt_tasks(theta, batch.support_x, batch.support_y, self.inner_steps)
         loss = self.log_training(adapted.losses[-1], {}, adapted.params)
         self.outer_step(adapted)
         return loss
