@@ -117,9 +117,10 @@ def test_the_trainer_applies_the_transforms() -> None:
     class Seen(MAML):
         means: list[tuple[bool, float, float]]
 
-        def adapt_tasks(self, params: Any, x: Tensor, *args: Any) -> Any:
+        def adapt_tasks(self, params: Any, support: Any, *args: Any, **kwargs: Any) -> Any:
+            x = support[0][0]
             self.means.append((self.training, x.min().item(), x.max().item()))
-            return super().adapt_tasks(params, x, *args)
+            return super().adapt_tasks(params, support, *args, **kwargs)
 
     class Zero(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
