@@ -1,5 +1,6 @@
 """Omniglot, on the real drawings where they are at hand."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from conftest import SHARED
 from PIL import Image
 
 from meta_lightning import Omniglot
+from meta_lightning.data.cache import fingerprint
 from meta_lightning.data.omniglot import read_drawing, read_omniglot
 from meta_lightning.tasks import Split
 
@@ -75,6 +77,15 @@ def test_the_background_split_is_the_data_sets_own(omniglot: Omniglot, root: str
     alphabets = [{name.split("/")[0] for name in data.classes[members]} for members in (train, val, test)]
     assert [len(names) for names in alphabets] == [25, 5, 20]
     assert len(set.union(*alphabets)) == 50
+
+
+def test_a_drawing_that_changes_is_noticed(root: str, omniglot: Omniglot) -> None:
+    assert len(omniglot.sources()) == 32460
+    before = fingerprint(omniglot.sources())
+    path = omniglot.sources()[7]
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    assert fingerprint(Omniglot(root).sources()) != before
+    assert Omniglot("elsewhere").sources() == []
 
 
 def test_a_folder_that_is_missing_empty_or_truncated_is_refused(tmp_path: Path) -> None:

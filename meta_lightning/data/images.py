@@ -1,6 +1,7 @@
 """What the image data sets share: N-way K-shot tasks over one tensor of images, kept in a cache."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from meta_lightning.checks import require_at_least
 from meta_lightning.data.base import TaskDataModule
-from meta_lightning.data.cache import LabelledImages, default_cache_dir, load_or_build
+from meta_lightning.data.cache import FORMAT, LabelledImages, default_cache_dir, load_or_build
 from meta_lightning.data.transforms import ImageTransforms
 from meta_lightning.tasks import SPLITS, FewShotTasks, Split, TaskBatch
 
@@ -76,11 +77,15 @@ class ImageTasks(TaskDataModule):
     @property
     @abstractmethod
     def cache_name(self) -> str:
-        """Name of the cache folder; it has to change with whatever ``build`` depends on."""
+        """Name of the cache folder; it has to change with whatever ``build`` depends on, but for ``sources``."""
 
     @abstractmethod
     def build(self) -> LabelledImages:
         """Make the data set from its source; called once, its result is cached."""
+
+    def sources(self) -> Sequence[Path]:
+        """The files that ``build`` reads, so that it is called again when one changes; none where they are gone."""
+        return []
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the images, which the other process maps for itself."""
@@ -100,7 +105,8 @@ class ImageTasks(TaskDataModule):
     def load(self, verify: bool = False) -> LabelledImages:
         """The data set, from the cache where there is one."""
         if self.data is None:
-            self.data = self.arrange(load_or_build(self.cache_dir / self.cache_name, self.build, verify))
+            folder = self.cache_dir / f"{self.cache_name}-v{FORMAT}"
+            self.data = self.arrange(load_or_build(folder, self.build, self.sources, verify))
         return self.data
 
     def arrange(self, data: LabelledImages) -> LabelledImages:

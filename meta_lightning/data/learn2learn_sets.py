@@ -109,6 +109,11 @@ class PublishedSplits(ImageTasks):
         """A name for each ``root``, so that a wrong one is not answered from another's cache."""
         return f"{self.title.lower()}-{zlib.crc32(str(self.root.resolve()).encode()):08x}"
 
+    def sources(self) -> list[Path]:
+        """The files, where all of them are there; of a folder those in it."""
+        paths = [] if self.missing() else [self.root / file for file in self.files]
+        return [file for path in paths for file in (sorted(path.rglob("*.*")) if path.is_dir() else [path])]
+
     @abstractmethod
     def read_split(self, split: Split) -> SplitImages:
         """Read one split from ``root``, where all ``files`` are."""
