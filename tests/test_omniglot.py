@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,27 @@ def test_a_download_that_fails_says_how_else_to_get_it(tmp_path: Path, monkeypat
     with pytest.raises(OSError, match=r"could not be downloaded .* no network.* Copy there the folder omniglot-py"):
         Omniglot(str(tmp_path), download=True, cache_dir=str(tmp_path)).prepare_data()
     assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_an_archive_of_a_wrong_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def wrong(url: str, path: Path, *args: object) -> None:
+        tried.append(url)
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("images_background/Greek/character01/0001_01.png", "no drawing")
+
+    (tmp_path / "omniglot-py").mkdir()
+    wrong("by hand", tmp_path / "omniglot-py" / "images_background.zip")  # where torchvision looks
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", wrong)
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **options: url)
+    data = Omniglot(str(tmp_path), download=True, cache_dir=str(tmp_path / "cache"))
+    message = r"could not be downloaded to .*: File not found or corrupted\..* Copy there the folder omniglot-py"
+    with pytest.raises(OSError, match=message):
+        data.prepare_data()
+    assert len(tried) == 2  # the one by hand was not believed
+    assert not list(tmp_path.rglob("*.png"))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_drawing_that_does_not_read_is_named(tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ class PublishedSplits(ImageTasks):
     A subclass names its ``title``, learn2learn's class (``loader``), the ``files`` under ``root`` and where to get them
     (``origin``), and reads one split.
 
+    learn2learn has no checksums of these files: what it downloads is taken when all of it reads and fits together. A
+    file that ends early or is another, and a class in two splits, are noticed so; altered pixels are not.
+
     Most of these files are pickles, and a pickle can run code when it is read: use none that you do not trust.
 
     Args:
