@@ -148,7 +148,8 @@ class Learner(L.LightningModule):
         Reptile. In evaluation mode it takes ``test_inner_steps`` steps and comes detached.
 
         Args:
-            support_x: Support samples; uint8 pixels are scaled to [0, 1].  # S ...
+            support_x: Support samples; uint8 pixels are scaled to [0, 1], and normalised by whoever trained with
+                ``ImageTransforms(mean, std)``: see there.  # S ...
             support_y: Support targets.  # S ...
         """
         steps = self.inner_steps if self.training else self.test_inner_steps

@@ -98,7 +98,6 @@ class ImageTasks(TaskDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Load the images, and see that each split that the stage needs can give its tasks; fitting needs all."""
         self.images, self.task_sets = None, {}  # what a device held before is free before it holds them again
-        self.images = self.place_images()
         for split in STAGE_SPLITS.get(stage or "fit", SPLITS):
             self.task_set(split)
 
@@ -123,7 +122,7 @@ class ImageTasks(TaskDataModule):
         """The tasks of a split, from the images."""
         data = self.load()
         if self.images is None:
-            self.images = self.place_images()
+            self.images = self.place(torch.from_numpy(data.images))
         train = split == "train"
         return FewShotTasks(
             self.images,
@@ -138,18 +137,11 @@ class ImageTasks(TaskDataModule):
             source=Path(data.images.filename)
             if isinstance(data.images, np.memmap) and data.images.filename is not None
             else None,
+            names=data.classes[data.members(split)].tolist(),
         )
 
     def on_after_batch_transfer(self, batch: TaskBatch, dataloader_idx: int) -> TaskBatch:
-        """Augment and normalise on the device, as ``transforms`` says; the same step looks the same again."""
+        """Augment and normalise on the device, as ``transforms`` says; the same step of a rank looks the same again."""
         training = self.trainer is not None and self.trainer.training
         seed = np.random.SeedSequence((self.seed, self._meta_iteration(), self._rank()[0]))
         return self.transforms(batch, training, int(seed.generate_state(1)[0]))
-
-    def place_images(self) -> Tensor:
-        """All images, on the device that trains where they take less than a quarter of its free memory.  # M C H W"""
-        images = torch.from_numpy(self.load().images)
-        device = self.trainer.strategy.root_device if self.trainer else images.device
-        if device.type == "cuda" and self.num_workers == 0 and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-            return images.to(device)
-        return images
