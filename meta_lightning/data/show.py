@@ -78,7 +78,7 @@ def draw_task(panel: Any, batch: TaskBatch, names: Sequence[str]) -> None:
     left, right = len(rows[0][1]), len(rows[0][2])
     grid = panel.subplots(len(rows), left + right, squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
     for axes_row, (label, support, query) in zip(grid, rows, strict=True):
-        name = f"{label}: {textwrap.shorten(names[label], 16, placeholder='…')}" if names else label
+        name = textwrap.fill(f"{label}: {names[label]}" if names else str(label), 16, max_lines=3, placeholder="…")
         axes_row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
         for column, (axes, image) in enumerate(zip(axes_row, [*support, *query], strict=True)):
             pixels = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-8)
