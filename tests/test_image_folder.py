@@ -442,7 +442,7 @@ def test_a_root_that_is_missing_empty_or_laid_out_otherwise_is_refused(tmp_path:
     with pytest.raises(FileNotFoundError, match=layout + ".*p has 1 class folders and no files in them"):
         tasks(root).load()
     for split in ("train", "valid", "test"):
-        make_class(root / split / f"{split}_0", 1)
+        make_class(root / split / f"{split}_0", 2)
     with (
         pytest.warns(UserWarning, match="p is split into train and test; it is not read: cat, valid"),
         pytest.raises(InputError, match=r"at least 2 classes .* for the val split, got 0 and 0"),
