@@ -1,6 +1,6 @@
 """How long a task takes to sample and gather, ours against learn2learn's, and what share of `fit` waits for data.
 
-    OMP_NUM_THREADS=1 python benchmarks/data.py [--omniglot ROOT] [--gathers]
+    OMP_NUM_THREADS=1 python benchmarks/data.py [--omniglot ROOT] [--gathers]    # what was measured: results/data.md
 
 Both draw N-way tasks of K + 15 samples of the same images: 28×28 grey 5-way 1-shot (Omniglot where its folder is given,
 else the glyphs) and 84×84 colour 5-way 5-shot (random pixels). learn2learn's Taskset.sample() collates single images,
@@ -74,6 +74,7 @@ def compare(name: str, data: ImageTasks, batches: int) -> None:
     theirs = learn2learn_taskset(data)
     ours = data.task_set("train")
     assert isinstance(ours, FewShotTasks)
+    ours.images.sum()  # every page is mapped, as in a training's later minutes; learn2learn's images are in memory
     size = data.meta_batch_size
     tasks = batches * size
     start = [0]
@@ -174,6 +175,6 @@ if __name__ == "__main__":
         gathers(colour)
         raise SystemExit
     grey: ImageTasks = Omniglot(str(root)) if root else Glyphs()
-    compare(f"{type(grey).__name__} 28×28, 5-way 1-shot 15-query", grey, batches=8)
-    compare("84×84 colour, 5-way 5-shot 15-query", colour, batches=4)
+    compare(f"{type(grey).__name__} 28×28, 5-way 1-shot 15-query", grey, batches=16)
+    compare("84×84 colour, 5-way 5-shot 15-query", colour, batches=24)
     share_of_waiting(200)
