@@ -110,11 +110,11 @@ class MetaLearner(Learner, ABC):
     def predict_tasks(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Predictions of every task's queries, before and after adaptation.  # T R ..., T R ..."""
 
-        def predict(support: Support, query_x: Tensor) -> tuple[None, Tensor, Tensor]:
+        def predict(support: Support, query_x: Tensor) -> tuple[tuple[()], Tensor, Tensor]:
             theta = inner_loop.leaves(inner_loop.stack(self.meta_parameters(), len(query_x)))
             adapted = self.adapt_tasks(theta, support).params
             with torch.no_grad():
-                return None, self.forward_tasks(theta, query_x), self.forward_tasks(adapted, query_x)
+                return (), self.forward_tasks(theta, query_x), self.forward_tasks(adapted, query_x)
 
         # Lightning evaluates in inference mode, whose tensors autograd refuses even in enable_grad: hence the clones
         with torch.inference_mode(False), torch.enable_grad():

@@ -12,7 +12,7 @@ from meta_lightning import inner_loop
 from meta_lightning.algorithms.base import Decay, MetaLearner
 from meta_lightning.algorithms.learner import Support
 from meta_lightning.checks import require, require_at_least, require_choice
-from meta_lightning.inner_loop import AdamState, Params, mean_over_tasks
+from meta_lightning.inner_loop import AdamState, Params
 from meta_lightning.losses import Loss
 from meta_lightning.tasks import TaskBatch, as_task_batch
 
@@ -105,26 +105,22 @@ class Reptile(MetaLearner):
         self.outer_step(*mean)
         return loss
 
-    def adapt_pass(self, support: Support) -> tuple[tuple[Params, Any], Tensor]:
-        """``mean_i θ'_i`` of one pass and the mean state of its inner optimizers, with the last step's losses."""
+    def adapt_pass(self, support: Support) -> tuple[list[Params], Tensor]:
+        """``mean_i θ'_i`` of one pass, with the means of the inner Adam's moments, and the last step's losses.  # T"""
         theta = inner_loop.leaves(inner_loop.stack(self.meta_parameters(), len(support[0][0])))
-        adapted = self.adapt_tasks(theta, support)
-        state = adapted.state
-        if isinstance(state, AdamState):
-            state = AdamState(state.step, mean_over_tasks(state.first), mean_over_tasks(state.second))
-        return (mean_over_tasks(adapted.params), state), adapted.losses[-1]
+        params, losses, state = self.adapt_tasks(theta, support)
+        moments = [] if self.moments is None else [state.first, state.second]
+        return [inner_loop.mean_over_tasks(values) for values in (params, *moments)], losses[-1]
 
     @torch.no_grad()
-    def outer_step(self, mean: Params, state: AdamState | None) -> None:
+    def outer_step(self, mean: Params, *moments: Params) -> None:
         """θ ← θ + ε mean_i (θ'_i − θ), the mean over the tasks of all ranks; no optimizer."""
         epsilon = self.outer_lr * self.outer_lr_factor(self.global_step)
         mean = self.mean_over_ranks(mean)
         for name, p in self.meta_parameters().items():
             p.lerp_(mean[name], epsilon)
-        if self.moments is not None and state is not None:
-            self.moments.store(
-                AdamState(state.step, self.mean_over_ranks(state.first), self.mean_over_ranks(state.second))
-            )
+        if self.moments is not None:
+            self.moments.store(self.moments.step + self.inner_steps, *map(self.mean_over_ranks, moments))
         # without an optimizer Lightning gives a stand-in, whose step moves nothing and counts global_step
         stand_in = self.optimizers()
         assert isinstance(stand_in, LightningOptimizer)
@@ -176,10 +172,10 @@ class Moments(nn.Module):
         """The state that every task starts with."""
         return AdamState(self.step, *({n: m.get_buffer(b) for n, b in self.names.items()} for m in self.orders()))
 
-    def store(self, state: AdamState) -> None:
+    def store(self, step: Tensor, first: Params, second: Params) -> None:
         """Keep the state that a meta-iteration left."""
-        self.step.copy_(state.step)
-        for module, moments in zip(self.orders(), (state.first, state.second), strict=True):
+        self.step.copy_(step)
+        for module, moments in zip(self.orders(), (first, second), strict=True):
             for name, buffer in self.names.items():
                 module.get_buffer(buffer).copy_(moments[name])
 
