@@ -12,6 +12,7 @@ from conftest import trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import meta_lightning.algorithms.learner as learner_module
 from meta_lightning import FOMAML, MAML, MetaLearner, Reptile, TaskBatch
 
 TASKS = 5
@@ -89,6 +90,20 @@ def test_out_of_memory_halves_the_tasks_of_a_pass_and_the_checkpoint_remembers(
     fit.save_checkpoint(tmp_path / "last.ckpt")
     again = algorithm.load_from_checkpoint(tmp_path / "last.ckpt", network=network)
     assert again.tasks_per_pass == 2
+
+
+def test_on_a_cpu_the_caches_bound_a_pass(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, sizes = classification(0), []
+    monkeypatch.setattr(learner_module, "CACHED_VALUES", 2 * batch.query_x[0].numel() + 1)
+    forward = MetaLearner.forward_tasks
+
+    def noted(self: MetaLearner, params: Any, x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return forward(self, params, x)
+
+    monkeypatch.setattr(MetaLearner, "forward_tasks", noted)
+    FOMAML(network, inner_steps=1).meta_gradient(batch)
+    assert sizes == [2, 2, 2, 2, 1, 1]  # support and query of each pass
 
 
 def test_a_single_task_that_does_not_fit_is_an_error(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,9 @@ from meta_lightning.tasks import scale_pixels
 
 Support = list[tuple[Tensor, Tensor]]  # samples and targets of each inner step: K of T S ..., T S ...
 
+# Input values of a pass on a CPU: with more, its maps outgrow the caches (benchmarks/results/speed.md)
+CACHED_VALUES = 2**19
+
 
 class Learner(L.LightningModule):
     """A network that adapts to tasks by gradient steps from its initialisation θ.
@@ -86,9 +89,11 @@ class Learner(L.LightningModule):
         Returns:
             The mean over all tasks, and what else there is, task-stacked.
         """
-        tasks = len(tree_leaves(stacked)[0])
+        parts = tree_leaves(stacked)
+        tasks, on_cpu = len(parts[0]), parts[0].device.type == "cpu"
+        cached = max(1, CACHED_VALUES // max(part[0].numel() for part in parts))
         while True:
-            size = min(self.tasks_per_pass or tasks, tasks)
+            size = min(self.tasks_per_pass or (cached if on_cpu else tasks), tasks)
             parts = [tree_map(operator.itemgetter(slice(i, i + size)), stacked) for i in range(0, tasks, size)]
             try:
                 means, *others = zip(*(function(*part) for part in parts), strict=True)

@@ -52,7 +52,7 @@ class MAML(MetaLearner):
         recompute_inner_steps: Recompute each inner step on the way back instead of keeping the graph of all of them:
             exact, more time, and memory that does not grow with ``inner_steps``.
         tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time and memory.
-            Default: all of them, and fewer after running out of memory.
+            Default: on a CPU as many as its caches hold, elsewhere all; fewer after running out of memory.
 
     Raises:
         InputError: If an argument is outside its range.

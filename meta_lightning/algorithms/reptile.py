@@ -44,7 +44,7 @@ class Reptile(MetaLearner):
             None takes all of them in every step.
         test_inner_batch_size: The same in validation, test and prediction.
         tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time and memory.
-            Default: all of them, and fewer after running out of memory.
+            Default: on a CPU as many as its caches hold, elsewhere all; fewer after running out of memory.
         optimizer: Not accepted: Reptile's outer loop is an interpolation.
 
     Raises:
