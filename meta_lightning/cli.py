@@ -6,18 +6,19 @@ import warnings
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
+import lightning as L
+import yaml
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from meta_lightning.algorithms import MetaLearner
-from meta_lightning.checkpoints import Checkpoints
-from meta_lightning.checks import InputError, require
+from meta_lightning.checkpoints import Checkpoints, read_checkpoint, verify_checkpoint
+from meta_lightning.checks import InputError
 from meta_lightning.data import TaskDataModule
 from meta_lightning.data.show import show_data
 from meta_lightning.predictions import PredictionTable
+from meta_lightning.resuming import LAST, PREVIOUS, continue_logs
 
 PACKAGE = Path(__file__).parent
 
@@ -35,9 +36,10 @@ IGNORED_WARNINGS = {
     r"Couldn't infer the batch indices": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/loops/prediction_loop.py#L307",
 }
 
-IGNORED_OUTSIDE_FIT = {
-    # a test has a log folder of its own; a resumed fit does begin anew to look for its best checkpoint
-    r"The dirpath has changed": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/callbacks/model_checkpoint.py#L566",
+IGNORED_WHEN_RESUMED = {
+    # they are the run's own
+    r"Checkpoint directory .* exists and is not empty": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/callbacks/"
+    "model_checkpoint.py#L724",
 }
 
 
@@ -61,7 +63,7 @@ class MetaLightningCLI(LightningCLI):
         """Parse, with configurations found and the checkpoint's hyperparameters before what the user gives."""
         arguments = sys.argv[1:] if args is None else args
         if isinstance(arguments, Sequence):
-            arguments = with_checkpoint_defaults(with_configs([str(a) for a in arguments]))
+            arguments = with_checkpoint_defaults(with_last_checkpoint(with_configs([str(a) for a in arguments])))
         super().parse_arguments(parser, arguments)
 
     def after_instantiate_classes(self) -> None:
@@ -72,10 +74,18 @@ class MetaLightningCLI(LightningCLI):
             sys.stdout.write(f"{show_data(self.datamodule, path)}\n  drawn in {path.resolve()}\n")
             sys.exit()
 
-    def before_instantiate_classes(self) -> None:
-        """Ignore what says something in ``fit`` only."""
-        if self.subcommand != "fit":
-            ignore(IGNORED_OUTSIDE_FIT)
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Refuse a checkpoint that does not fit, before anything is written, and go on in the logs of the last one."""
+        trainer = super().instantiate_trainer(**kwargs)
+        path = Path(self._get(self.config, "ckpt_path") or "")
+        if path.is_file():
+            resume = self.subcommand == "fit"
+            checkpoint = read_checkpoint(path, "--ckpt_path", resume)
+            verify_checkpoint(checkpoint, type(self.model).__name__, self.model.state_dict())
+            if resume and path.stem.startswith((LAST, PREVIOUS)):
+                ignore(IGNORED_WHEN_RESUMED)
+                continue_logs(trainer.loggers, path, checkpoint)
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone.
@@ -117,16 +127,27 @@ def with_configs(args: list[str]) -> list[str]:
     return found
 
 
+def with_last_checkpoint(args: list[str]) -> list[str]:
+    """The arguments, ``--ckpt_path last`` found: the newest of those that the runs of these settings leave.
+
+    Without any, Lightning says so and begins anew, so that one command serves the first start and every restart.
+    """
+    if setting(args, "ckpt_path") != "last":
+        return args
+    root = Path(setting(args, "trainer.logger.save_dir") or setting(args, "trainer.default_root_dir") or "")
+    runs = root / (setting(args, "trainer.logger.name") or "lightning_logs")
+    folder = setting(args, "checkpoint.dirpath")
+    folders = [Path(folder)] if folder else [root / "checkpoints", *runs.glob("*/checkpoints")]
+    found = [path for folder in folders for name in (LAST, PREVIOUS) for path in folder.glob(f"{name}*.ckpt")]
+    return [*args, "--ckpt_path", str(max(found, key=lambda path: path.stat().st_mtime))] if found else args
+
+
 def with_checkpoint_defaults(args: list[str]) -> list[str]:
     """The arguments, with the model and data of the checkpoint that they name before them: later ones win."""
     path = value_of(args, "--ckpt_path")
     if path is None or args[0].startswith("-") or path in ("best", "last", "hpc") or path.startswith("registry:"):
         return args
-    require(Path(path).is_file(), f"--ckpt_path must name a checkpoint, got {path}, which is no file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
-        raise InputError(f"--ckpt_path must name a checkpoint, got {path}, which does not read: {error}") from None
+    checkpoint = read_checkpoint(path, "--ckpt_path")
     defaults = ["--weights_only=true"]
     for option, key in (("--model", "hyper_parameters"), ("--data", "datamodule_hyper_parameters")):
         hparams: dict[str, Any] = dict(checkpoint.get(key, {}))
@@ -141,6 +162,22 @@ def value_of(args: list[str], option: str) -> str | None:
     values = [b for a, b in pairwise(args) if a == option]
     values += [a.removeprefix(f"{option}=") for a in args if a.startswith(f"{option}=")]
     return values[-1] if values else None
+
+
+def setting(args: list[str], key: str) -> str | None:
+    """What the arguments, or else their configurations, say of a setting; of a list, what its first has."""
+    owner, _, name = key.rpartition(".")
+    given = value_of(args, f"--{key}") or value_of(args, f"--{owner}.init_args.{name}")
+    configs = [Path(b) for a, b in pairwise(args) if a in ("-c", "--config")]
+    configs += [Path(a.removeprefix("--config=")) for a in args if a.startswith("--config=")]
+    for config in reversed(configs if given is None else []):
+        value = yaml.safe_load(config.read_text())
+        for part in key.split("."):
+            value = value[0] if isinstance(value, list) and value else value
+            value = {**value, **value.get("init_args", {})}.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            return str(value)
+    return given
 
 
 def main(args: ArgsType = None) -> None:

@@ -110,13 +110,14 @@ class TaskDataModule(L.LightningDataModule, ABC):
             num_workers=self.num_workers,
             pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # the global one is the network's: a resumed run must draw the same from it
         )
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _meta_iteration(self) -> int:
-        return self.trainer.global_step if self.trainer else 0
+        return self.trainer.fit_loop.total_batch_idx + 1 if self.trainer else 0
 
 
 def plain(value: Any) -> Any:
