@@ -38,11 +38,11 @@ if __name__ == "__main__":
     known, rest = parser.parse_known_args()
     seconds = int(known.minutes * 60)
     duration = f"{seconds // 86400:02}:{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-    options = f"""fit --config maml.yaml --model.outer_lr_decay constant --trainer.max_steps -1 --trainer.max_time {duration}
-    --trainer.val_check_interval 100 --data.val_tasks 48 --data.queries 5 --trainer.log_every_n_steps 10
+    options = f"""fit --config maml.yaml --model.outer_lr_decay constant
+    --trainer.max_steps -1 --trainer.max_time {duration} --trainer.val_check_interval 100 --trainer.log_every_n_steps 10
     --trainer.enable_progress_bar false --trainer.logger+=TensorBoardLogger --trainer.logger.save_dir=.
-    --trainer.logger+=CSVLogger --trainer.logger.save_dir=table --checkpoint.every_n_steps 50
-    --trainer.callbacks+=__main__.Memory"""
+    --trainer.logger+=CSVLogger --trainer.logger.save_dir=table --trainer.callbacks+=__main__.Memory
+    --data.val_tasks 48 --data.queries 5 --checkpoint.every_n_steps 50"""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         main([*options.split(), *rest])
     minutes, steps, resident = np.array(Memory.notes).T

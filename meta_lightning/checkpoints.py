@@ -156,9 +156,7 @@ class Checkpoints(ModelCheckpoint):
 
     # ------------------------------------------------------------------------------------------------ what is saved
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random states of all processes and the folders of the logs, and settle Lightning's progress."""
         states = [self.random_states or random_states(pl_module.device)]
         if trainer.world_size > 1:
@@ -169,9 +167,7 @@ class Checkpoints(ModelCheckpoint):
         if trainer.state.fn == TrainerFn.FITTING:
             settle_progress(checkpoint["loops"]["fit_loop"], trainer.num_training_batches)
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take this process' random states, which ``on_train_start`` sets."""
         states = checkpoint.get("random_states", [])
         if trainer.state.fn == TrainerFn.FITTING and trainer.global_rank < len(states):

@@ -1,4 +1,4 @@
-"""The command line, killed after so many meta-iterations and seconds: killed_fit.py STEP SECONDS fit …; -1 for never."""
+"""The command line, killed so many seconds into a meta-iteration: killed_fit.py STEP SECONDS fit …; -1 for never."""
 
 import os
 import signal

@@ -16,7 +16,7 @@ FIT = ["fit", "--config", str(TESTS / "long.yaml"), "--ckpt_path", "last"]
 ALGORITHMS = {
     "MAML": ["--model", "MAML"],
     "FOMAML": ["--model", "FOMAML"],
-    "Reptile": "--model Reptile --model.inner_optimizer adam --model.inner_batch_size 3".split(),
+    "Reptile": ["--model", "Reptile", "--model.inner_optimizer", "adam", "--model.inner_batch_size", "3"],
 }
 
 
@@ -88,6 +88,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_many_kills(algorithm: str, num_workers: int, tmp_path: Path, record_property: Any) -> None:
-    kills = killed_again_and_again(tmp_path, num_workers, 5, *ALGORITHMS[algorithm], f"--data.num_workers={num_workers}")
+    args = [*ALGORITHMS[algorithm], f"--data.num_workers={num_workers}"]
+    kills = killed_again_and_again(tmp_path, num_workers, 5, *args)
     record_property("kills", kills)
     assert kills >= 4

@@ -13,6 +13,7 @@ from meta_lightning import inner_loop
 from meta_lightning.algorithms.learner import Learner, Support
 from meta_lightning.checkpoints import verify_checkpoint
 from meta_lightning.checks import require, require_choice, require_positive
+from meta_lightning.hardware import require_precision, require_whole_network
 from meta_lightning.inner_loop import Params
 from meta_lightning.losses import Loss, score
 from meta_lightning.metrics import TaskMean
@@ -68,13 +69,13 @@ class MetaLearner(Learner, ABC):
         # the number of steps is known only once the Trainer has its data
         return DECAYS[self.outer_lr_decay](step / self.trainer.estimated_stepping_batches if step else 0.0)
 
+    def setup(self, stage: str) -> None:
+        """Refuse a precision or strategy in which nothing can be adapted."""
+        require_precision(str(self.trainer.precision))
+        require_whole_network(self.trainer.strategy)
+
     def on_fit_start(self) -> None:
         """Refuse what cannot work, before anything is trained."""
-        require(
-            self.trainer.precision != "16-mixed",
-            "trainer.precision must not be 16-mixed: its scaler covers the outer loss only, and gradients of the inner "
-            "loop underflow; bf16-mixed works",
-        )
         require(
             self.outer_lr_decay == "constant" or math.isfinite(self.trainer.estimated_stepping_batches),
             f"outer_lr_decay {self.outer_lr_decay!r} needs an end of training: expected trainer.max_steps or "
