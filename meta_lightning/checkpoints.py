@@ -18,7 +18,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from meta_lightning.checks import InputError, require, require_at_least
-from meta_lightning.resuming import WholeFiles, log_folders, random_states, set_random_states, settle_progress
+from meta_lightning.resuming import (
+    PREVIOUS,
+    WholeFiles,
+    log_folders,
+    random_states,
+    set_random_states,
+    settle_progress,
+)
 
 # what fit cannot go on without
 STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers")
@@ -134,8 +141,7 @@ class Checkpoints(ModelCheckpoint):
         self.keep_last(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep where training ended."""
-        super().on_train_end(trainer, pl_module)
+        """Keep where training ended; ModelCheckpoint does so even in a ``fast_dev_run``."""
         self.keep_last(trainer)
 
     def keep_last(self, trainer: L.Trainer) -> None:
@@ -202,15 +208,14 @@ def read_checkpoint(path: str | Path, argument: str, resume: bool = False) -> di
         resume: Whether training is to go on from it.
 
     Raises:
-        InputError: If there is no such file, or it is no whole checkpoint; the message names the newest beside it that
-            is.
+        InputError: If there is no such file, or it is no whole checkpoint; the message names the one before it that is.
     """
     path = Path(path)
     require(path.is_file(), f"{argument} must name a checkpoint, got {path}, which is no file")
     checkpoint = load(path)
     if isinstance(checkpoint, str):
-        others = sorted(path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime, reverse=True)
-        whole = next((other for other in others if other != path and not isinstance(load(other), str)), None)
+        others = sorted(path.parent.glob("*.ckpt"), key=lambda other: (other.stem == PREVIOUS, other.stat().st_mtime))
+        whole = next((other for other in reversed(others) if other != path and isinstance(load(other), dict)), None)
         offered = f"; the one before it that does is {whole}" if whole else ""
         raise InputError(f"{argument} must name a checkpoint, got {path}, which does not read: {checkpoint}{offered}")
     missing = [key for key in ("state_dict", *(STATE if resume else ())) if key not in checkpoint]

@@ -32,6 +32,9 @@ IGNORED_WARNINGS = {
     r"Using ModelCheckpoint with manual optimization": f"{LIGHTNING}/pull/21239",
     # the arguments are the process' own, with configurations found
     r"LightningCLI's args parameter": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/cli.py#L552",
+    # tasks are numbered, not shuffled; overfitting takes the first ones
+    r"You requested to overfit but enabled": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/trainer/connectors/"
+    "data_connector.py#L261",
     # predictions come in the order of the tasks
     r"Couldn't infer the batch indices": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/loops/prediction_loop.py#L307",
 }

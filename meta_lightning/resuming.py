@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
+
+from meta_lightning.data.base import plain
 
 LAST, PREVIOUS = "last", "previous"
 
@@ -57,8 +59,8 @@ class WholeFiles(TorchCheckpointIO):
 
 def random_states(device: torch.device) -> dict[str, Any]:
     """The states of the random numbers of python, numpy and torch, of types that ``weights_only`` loads."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002  # which a network of the user's may draw from
-    states = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    numpy = plain(np.random.get_state(legacy=False))  # noqa: NPY002  # which a network of the user's may draw from
+    states = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
     return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
@@ -125,8 +127,14 @@ def continue_logs(loggers: list[Logger], path: Path, checkpoint: dict[str, Any])
         if isinstance(logger, TensorBoardLogger):
             logger._kwargs["purge_step"] = step
             logger._default_hp_metric = False  # it was logged when the run began
-        elif rank_zero_only.rank == 0:
-            logger._experiment = ContinuedTable(str(before), step)
+        else:
+            continue_table(logger, before, step)
+
+
+@rank_zero_only
+def continue_table(logger: CSVLogger, folder: Path, step: int) -> None:
+    """Let a CSVLogger go on with the table of a folder; of several processes one writes it."""
+    logger._experiment = ContinuedTable(str(folder), step)
 
 
 class ContinuedTable(ExperimentWriter):
