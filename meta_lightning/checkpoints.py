@@ -71,7 +71,8 @@ class Checkpoints(ModelCheckpoint):
         )
         require_at_least(0, every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
-        self.signal: int | None = None
+        self.signal: int | None = None  # what came
+        self.stop = False  # what the processes agreed on, at the end of a meta-iteration
         self.random_states: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -97,6 +98,7 @@ class Checkpoints(ModelCheckpoint):
         if self.random_states is not None:
             set_random_states(self.random_states, pl_module.device)
             self.random_states = None
+        self.signal, self.stop = None, False
         if threading.current_thread() is threading.main_thread():  # which alone may; Lightning puts back what was
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self.on_signal)
@@ -111,10 +113,8 @@ class Checkpoints(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the random states if a checkpoint is due: the next batch is augmented before it can be saved."""
-        # the ranks stop together or not at all
-        stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
-        self.signal = (self.signal or signal.SIGTERM) if stop else None
-        if stop or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
+        self.stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
+        if self.stop or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             self.random_states = random_states(pl_module.device)
 
     def on_train_batch_start(
@@ -124,8 +124,8 @@ class Checkpoints(ModelCheckpoint):
         if self.random_states is not None:
             self.keep_last(trainer)
             self.random_states = None
-        if self.signal is not None:
-            raise SIGTERMException(128 + self.signal)
+        if self.stop:
+            raise SIGTERMException(128 + (self.signal or signal.SIGTERM))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the best and, where validation does not end an epoch, the last."""

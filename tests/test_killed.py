@@ -92,3 +92,9 @@ def test_many_kills(algorithm: str, num_workers: int, tmp_path: Path, record_pro
     kills = killed_again_and_again(tmp_path, num_workers, 5, *args)
     record_property("kills", kills)
     assert kills >= 4
+
+
+@pytest.mark.slow
+def test_killed_ranks(tmp_path: Path) -> None:
+    ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    assert killed_again_and_again(tmp_path, 3, 3, *ALGORITHMS["Reptile"], *ranks) == 3

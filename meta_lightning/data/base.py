@@ -86,7 +86,8 @@ class TaskDataModule(L.LightningDataModule, ABC):
 
     def train_dataloader(self) -> TaskLoader:
         """An epoch of the stream of training tasks, from the meta-iteration at which the Trainer stands."""
-        return self._loader("train", None)
+        overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # on the first tasks, again and again
+        return self._loader("train", self.epoch_length * self.meta_batch_size if overfit else None)
 
     def val_dataloader(self) -> TaskLoader:
         """The validation tasks."""
