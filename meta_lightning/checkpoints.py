@@ -23,6 +23,7 @@ from meta_lightning.resuming import (
     WholeFiles,
     log_folders,
     random_states,
+    restart_epoch,
     set_random_states,
     settle_progress,
 )
@@ -95,6 +96,7 @@ class Checkpoints(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw on as the run did that is resumed, and let signals stop training between two meta-iterations."""
         super().on_train_start(trainer, pl_module)
+        restart_epoch(trainer.fit_loop.epoch_loop)
         if self.random_states is not None:
             set_random_states(self.random_states, pl_module.device)
             self.random_states = None

@@ -15,6 +15,7 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities import rank_zero_only
 
 from meta_lightning.data.base import plain
@@ -77,25 +78,36 @@ def settle_progress(fit_loop: dict[str, Any], epoch_length: float) -> None:
     """Let Lightning's progress in a checkpoint say that all of the steps so far is done: training, validation and logs.
 
     Lightning counts on from where in a step the checkpoint was saved, and from most places off by one in the logs, in
-    the epochs or in the validations (https://github.com/Lightning-AI/pytorch-lightning/pull/20379); from the one that
-    this makes of them all, the end of a step that no validation follows, it goes on exactly.
+    the epochs or in the validations (https://github.com/Lightning-AI/pytorch-lightning/pull/20379). From these two it
+    goes on exactly: within an epoch after ``on_train_batch_end``, and before an epoch, with ``restart_epoch``.
 
     Args:
         fit_loop: The state of the fit loop, which is changed.
         epoch_length: Meta-iterations an epoch.
     """
     epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
-    ended = batches["current"]["processed"] >= epoch_length
+    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
+    current = batches["current"]
+    ended = current["processed"] >= epoch_length
+    if ended and current["completed"] < current["processed"]:
+        return  # of another callback, before a validation
     for counts in (epochs["total"], epochs["current"]):
-        done = counts["started"] if ended else counts["started"] - 1
-        counts.update(ready=done + 1, started=done + (not ended), processed=done, completed=done)
-    for counts, done in (
-        (batches["total"], batches["total"]["processed"]),
-        (batches["current"], 0 if ended else batches["current"]["processed"]),
-    ):
-        counts.update(ready=done, started=done, processed=done, completed=done - 1)
-    batches["is_last_batch"] = False
+        begun = counts["started"]
+        done = begun if ended else begun - 1
+        counts.update(ready=begun, started=begun, processed=done, completed=done)
+    steps = batches["total"]["processed"]
+    for counts, done in ((batches["total"], steps), (current, 0 if ended else current["processed"])):
+        counts.update(ready=done, started=done, processed=done, completed=done if ended else done - 1)
+    for counts in (validation["total"], validation["current"]):
+        counts.update(ready=0, started=0, processed=0, completed=0)
+    batches["is_last_batch"] = validation["is_last_batch"] = False
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = batches["total"]["completed"]
+
+
+def restart_epoch(epoch_loop: _TrainingEpochLoop) -> None:
+    """Let training that goes on at the beginning of an epoch begin it, where Lightning looks for a validation to skip."""
+    if epoch_loop.batch_progress.current.ready == 0:
+        epoch_loop.restarting = False
 
 
 def log_folders(loggers: list[Logger], folder: str) -> list[str | None]:

@@ -86,7 +86,7 @@ class TaskDataModule(L.LightningDataModule, ABC):
 
     def train_dataloader(self) -> TaskLoader:
         """An epoch of the stream of training tasks, from the meta-iteration at which the Trainer stands."""
-        overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # on the first tasks, again and again
+        overfit = getattr(self.trainer, "overfit_batches", 0) > 0  # on the first tasks, again and again
         return self._loader("train", self.epoch_length * self.meta_batch_size if overfit else None)
 
     def val_dataloader(self) -> TaskLoader:
