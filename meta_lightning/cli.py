@@ -6,15 +6,13 @@ import warnings
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from meta_lightning.algorithms import MetaLearner
-from meta_lightning.checkpoints import Checkpoints
-from meta_lightning.checks import InputError, require
+from meta_lightning.checkpoints import Checkpoints, read_checkpoint
+from meta_lightning.checks import InputError
 from meta_lightning.data import TaskDataModule
 from meta_lightning.data.show import show_data
 from meta_lightning.predictions import PredictionTable
@@ -73,9 +71,12 @@ class MetaLightningCLI(LightningCLI):
             sys.exit()
 
     def before_instantiate_classes(self) -> None:
-        """Ignore what says something in ``fit`` only."""
+        """Ignore what says something in ``fit`` only, and do without the origin of weights that a checkpoint brings."""
         if self.subcommand != "fit":
             ignore(IGNORED_OUTSIDE_FIT)
+        config = self.config[self.subcommand]
+        if config.ckpt_path is not None and not Path(config.get("model.init_args.init_from") or "").is_file():
+            config.model.init_args.init_from = None
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone.
@@ -122,11 +123,7 @@ def with_checkpoint_defaults(args: list[str]) -> list[str]:
     path = value_of(args, "--ckpt_path")
     if path is None or args[0].startswith("-") or path in ("best", "last", "hpc") or path.startswith("registry:"):
         return args
-    require(Path(path).is_file(), f"--ckpt_path must name a checkpoint, got {path}, which is no file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
-        raise InputError(f"--ckpt_path must name a checkpoint, got {path}, which does not read: {error}") from None
+    checkpoint = read_checkpoint(path, "--ckpt_path")
     defaults = ["--weights_only=true"]
     for option, key in (("--model", "hyper_parameters"), ("--data", "datamodule_hyper_parameters")):
         hparams: dict[str, Any] = dict(checkpoint.get(key, {}))

@@ -1,32 +1,24 @@
-"""What MAML, FOMAML and Reptile share as Lightning modules: the outer loop's frame, evaluation, checkpoints."""
+"""What MAML, FOMAML and Reptile share as Lightning modules, beside the outer loop: evaluation and checkpoints."""
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Literal
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
 
 from meta_lightning import inner_loop
-from meta_lightning.algorithms.learner import Learner, Support
-from meta_lightning.checkpoints import verify_checkpoint
-from meta_lightning.checks import require, require_choice, require_positive
-from meta_lightning.inner_loop import Params
+from meta_lightning.algorithms.learner import Support
+from meta_lightning.algorithms.outer import OuterLoop
+from meta_lightning.checkpoints import load_network, verify_checkpoint
 from meta_lightning.losses import Loss, score
 from meta_lightning.metrics import TaskMean
+from meta_lightning.outer_loop import Decay, Scheduler
 from meta_lightning.tasks import TaskBatch, as_task_batch
 
-Decay = Literal["constant", "linear", "cosine"]
-DECAYS: dict[Decay, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2.0,
-}
 
-
-class MetaLearner(Learner, ABC):
+class MetaLearner(OuterLoop):
     """A learner whose initialisation θ is itself learnt, so that a few gradient steps on a new task suffice.
 
     The base of the algorithms, which differ in ``training_step``. The arguments are described there.
@@ -45,65 +37,37 @@ class MetaLearner(Learner, ABC):
         outer_lr: float,
         outer_lr_decay: Decay,
         tasks_per_pass: int | None,
+        scheduler: Scheduler | None,
+        inner_freeze: Sequence[str],
+        outer_freeze: Sequence[str],
+        init_from: str | None,
+        max_skipped: int,
     ) -> None:
-        super().__init__(network, loss, inner_lr, inner_steps, test_inner_steps, tasks_per_pass)
-        require_positive(outer_lr=outer_lr)
-        require_choice(DECAYS, outer_lr_decay=outer_lr_decay)
+        super().__init__(
+            network,
+            loss,
+            inner_lr,
+            inner_steps,
+            test_inner_steps,
+            tasks_per_pass,
+            inner_freeze,
+            outer_freeze,
+            outer_lr,
+            outer_lr_decay,
+            scheduler,
+            max_skipped,
+        )
         # a configuration describes objects in plain words; from Python they are objects, which a checkpoint that is
-        # loaded with weights_only cannot hold
-        self.save_hyperparameters(ignore=[] if _given_hyperparameters.get() else ["network", "loss", "optimizer"])
-        self.automatic_optimization = False
-        self.outer_lr = outer_lr
-        self.outer_lr_decay: Decay = outer_lr_decay
+        # loaded with weights_only cannot hold. A checkpoint has the weights, and so does not need init_from
+        objects = [] if _given_hyperparameters.get() else ["network", "loss", "optimizer", "scheduler"]
+        self.save_hyperparameters(ignore=["init_from", *objects])
+        if init_from is not None:
+            load_network(self.network, init_from)
         self.evaluation: dict[str, TaskMean] = {}
 
     @abstractmethod
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """One meta-iteration; returns the mean loss of the meta-batch."""
-
-    # ------------------------------------------------------------------------------------------------ the outer loop
-
-    def outer_lr_factor(self, step: int) -> float:
-        """What ``outer_lr`` is multiplied by at this meta-iteration, by ``outer_lr_decay``."""
-        # the number of steps is known only once the Trainer has its data
-        return DECAYS[self.outer_lr_decay](step / self.trainer.estimated_stepping_batches if step else 0.0)
-
-    def on_fit_start(self) -> None:
-        """Refuse what cannot work, before anything is trained."""
-        require(
-            self.trainer.precision != "16-mixed",
-            "trainer.precision must not be 16-mixed: its scaler covers the outer loss only, and gradients of the inner "
-            "loop underflow; bf16-mixed works",
-        )
-        require(
-            self.outer_lr_decay == "constant" or math.isfinite(self.trainer.estimated_stepping_batches),
-            f"outer_lr_decay {self.outer_lr_decay!r} needs an end of training: expected trainer.max_steps or "
-            "trainer.max_epochs, got neither",
-        )
-
-    def log_training(self, losses: Tensor, scores: dict[str, Tensor], update: Params) -> Tensor:
-        """Log a meta-batch's mean loss and scores, and stop before what is not finite spoils θ.
-
-        Args:
-            losses: Every task's loss.  # T
-            scores: Every task's scores by name.  # T
-            update: What θ is about to be moved by: the meta-gradient, or the adapted parameters.
-
-        Raises:
-            FloatingPointError: If a task's loss or the update is NaN or infinite.
-        """
-        loss = losses.detach().mean()
-        if not torch.stack([loss, *(u.detach().sum() for u in update.values())]).isfinite().all():
-            checkpoint = self.trainer.checkpoint_callback
-            kept = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
-            raise FloatingPointError(
-                f"the loss became {loss.item()}, or its gradient not finite, at step {self.global_step}: inner_lr "
-                f"{self.inner_lr} or outer_lr {self.outer_lr} is probably too large, or the data are not finite. θ was "
-                f"left as it was before this step; last checkpoint: {kept or 'none yet'}"
-            )
-        values = {"train/loss": loss} | {f"train/{name}": value.mean() for name, value in scores.items()}
-        self.log_dict(values, prog_bar=True, batch_size=len(losses))
-        return loss
 
     # ------------------------------------------------------------------------------------------------ evaluation
 
@@ -178,8 +142,10 @@ class MetaLearner(Learner, ABC):
         """Name the algorithm in the checkpoint, and keep how many tasks fit in a pass."""
         checkpoint["algorithm"] = type(self).__name__
         checkpoint["tasks_per_pass"] = self.tasks_per_pass
+        super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another algorithm or network (InputError)."""
         verify_checkpoint(checkpoint, type(self).__name__, self.state_dict())
         self.tasks_per_pass = self.tasks_per_pass or checkpoint.get("tasks_per_pass")
+        super().on_load_checkpoint(checkpoint)

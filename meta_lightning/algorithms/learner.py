@@ -1,7 +1,8 @@
 """What adapts: a network, its initialisation θ and the inner loop over the tasks of a batch."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -12,11 +13,11 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from meta_lightning import inner_loop
-from meta_lightning.checks import require, require_at_least, require_positive
+from meta_lightning.checks import require, require_at_least, require_matches, require_positive
 from meta_lightning.inner_loop import Adapted, Params
 from meta_lightning.losses import Loss, check_outputs, default_loss
 from meta_lightning.networks import with_batch_statistics
-from meta_lightning.tasks import scale_pixels
+from meta_lightning.tasks import TaskBatch, scale_pixels
 
 Support = list[tuple[Tensor, Tensor]]  # samples and targets of each inner step: K of T S ..., T S ...
 
@@ -41,6 +42,8 @@ class Learner(L.LightningModule):
         inner_steps: int,
         test_inner_steps: int | None,
         tasks_per_pass: int | None,
+        inner_freeze: Sequence[str],
+        outer_freeze: Sequence[str],
     ) -> None:
         super().__init__()
         test_inner_steps = inner_steps if test_inner_steps is None else test_inner_steps
@@ -54,12 +57,28 @@ class Learner(L.LightningModule):
         self.inner_steps = inner_steps
         self.test_inner_steps = test_inner_steps
         self.tasks_per_pass = tasks_per_pass
+        names = [name for name, p in network.named_parameters() if p.requires_grad]
+        self.inner_frozen = require_matches(names, inner_freeze=inner_freeze)
+        self.outer_frozen = require_matches(names, outer_freeze=outer_freeze)
+        for argument, frozen in (("inner_freeze", self.inner_frozen), ("outer_freeze", self.outer_frozen)):
+            require(not names or len(frozen) < len(names), f"{argument} must leave a parameter, got patterns of all")
+        # cuDNN's kernels have no second derivative, and no first one in evaluation mode
+        self.recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
         self.loops_over_tasks = inner_loop.wrong_under_vmap(self.network)
         self.outputs_checked = False
 
     def meta_parameters(self) -> Params:
-        """θ: the network's parameters that are trained."""
-        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        """θ: the network's parameters that are trained or adapted."""
+        frozen = self.inner_frozen & self.outer_frozen
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad and name not in frozen}
+
+    def adapted(self, params: Params) -> Params:
+        """What the inner steps move."""
+        return {name: p for name, p in inner_loop.weights(params).items() if name not in self.inner_frozen}
+
+    def learned(self, params: Params) -> Params:
+        """What the outer steps move."""
+        return {name: p for name, p in params.items() if name not in self.outer_frozen}
 
     def over_tasks(self, function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
         """A function of one task on all tasks at once or, when vmap has refused it, one after another.  # -> T ..."""
@@ -106,7 +125,10 @@ class Learner(L.LightningModule):
 
     def forward_tasks(self, params: Params, x: Tensor) -> Tensor:
         """Predictions of every task with its own parameters.  # T S ... -> T S ..."""
-        return self.over_tasks(lambda params, x: functional_call(self.network, params, (x,)), params, x)
+        with torch.backends.cudnn.flags(enabled=False) if self.recurrent else nullcontext():
+            return self.over_tasks(
+                lambda params, x: functional_call(self.network, params, (x,)), inner_loop.weights(params), x
+            )
 
     def task_losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Every task's loss.  # T S ..., T S ... -> T"""
@@ -139,7 +161,16 @@ class Learner(L.LightningModule):
             create_graph: Keep the graph of the inner gradients (see ``inner_loop.adapt``).
         """
         optimizer, state = self.inner_optimizer()
-        return inner_loop.adapt(self.support_losses(support), params, len(support), optimizer, state, create_graph)
+        losses, adapted = self.support_losses(support), self.adapted(params)
+        return inner_loop.adapt(losses, params, len(support), optimizer, state, adapted, create_graph)
+
+    def without_gradient(self, batch: TaskBatch) -> list[str]:
+        """The names in θ that the support loss of the first task does not depend on."""
+        theta = inner_loop.leaves(inner_loop.stack(inner_loop.weights(self.meta_parameters()), 1))
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # no step draws otherwise
+            losses = self.task_losses(self.forward_tasks(theta, batch.support_x[:1]), batch.support_y[:1])
+        grads = torch.autograd.grad(losses.sum(), list(theta.values()), allow_unused=True)
+        return [name for name, g in zip(theta, grads, strict=True) if g is None]
 
     def inner_update(self, support_x: Tensor, support_y: Tensor) -> Params:
         """θ' of one task.
@@ -157,7 +188,7 @@ class Learner(L.LightningModule):
         with torch.enable_grad():
             support = self.inner_batches(scale_pixels(support_x)[None], support_y[None], steps)
             adapted = self.adapt_tasks(theta, support, self.second_order and self.training)
-        params = inner_loop.unstack(adapted.params, 0)
+        params = inner_loop.unstack(inner_loop.weights(adapted.params), 0)
         return params if self.training else {name: p.detach() for name, p in params.items()}
 
     def forward_with_weights(self, query_x: Tensor, adapted_params: Params) -> Tensor:
