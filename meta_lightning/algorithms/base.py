@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from lightning import LightningDataModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
 
 from meta_lightning import inner_loop
 from meta_lightning.algorithms.learner import Learner
-from meta_lightning.checkpoints import verify_checkpoint
+from meta_lightning.checkpoints import network_description, verify_checkpoint
 from meta_lightning.checks import require, require_choice, require_positive
+from meta_lightning.data.form import form_of
 from meta_lightning.inner_loop import Params
 from meta_lightning.losses import Loss, score
 from meta_lightning.metrics import TaskMean
@@ -44,6 +46,7 @@ class MetaLearner(Learner, ABC):
         test_inner_steps: int | None,
         outer_lr: float,
         outer_lr_decay: Decay,
+        transductive: bool = True,
     ) -> None:
         super().__init__(network, loss, inner_lr, inner_steps, test_inner_steps)
         require_positive(outer_lr=outer_lr)
@@ -54,6 +57,8 @@ class MetaLearner(Learner, ABC):
         self.automatic_optimization = False
         self.outer_lr = outer_lr
         self.outer_lr_decay: Decay = outer_lr_decay
+        self.transductive = transductive
+        self.description = network_description(self.hparams)
         self.evaluation: dict[str, TaskMean] = {}
 
     @abstractmethod
@@ -68,7 +73,7 @@ class MetaLearner(Learner, ABC):
         return DECAYS[self.outer_lr_decay](step / self.trainer.estimated_stepping_batches if step else 0.0)
 
     def on_fit_start(self) -> None:
-        """Refuse what cannot work, before anything is trained."""
+        """Refuse what cannot work, before anything is trained, and note what the samples look like."""
         require(
             self.trainer.precision != "16-mixed",
             "trainer.precision must not be 16-mixed: its scaler covers the outer loss only, and gradients of the inner "
@@ -79,6 +84,9 @@ class MetaLearner(Learner, ABC):
             f"outer_lr_decay {self.outer_lr_decay!r} needs an end of training: expected trainer.max_steps or "
             "trainer.max_epochs, got neither",
         )
+        data: LightningDataModule | None = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            self.form = form_of(data.hparams, type(data))
 
     def log_training(self, losses: Tensor, scores: dict[str, Tensor], update: Params) -> Tensor:
         """Log a meta-batch's mean loss and scores, and stop before what is not finite spoils θ.
@@ -119,7 +127,7 @@ class MetaLearner(Learner, ABC):
         batch = as_task_batch(batch)
         theta, adapted = self.adapt_for_evaluation(batch)
         for moment, params in (("_before", theta), ("", adapted)):
-            predictions = self.forward_tasks(params, batch.query_x)
+            predictions = self.forward_queries(params, batch.support_x, batch.query_x, self.transductive)
             values = {"loss": self.task_losses(predictions, batch.query_y)} | score(predictions, batch.query_y)
             for name, tasks in values.items():
                 key = f"{stage}/{name}{moment}"
@@ -155,7 +163,7 @@ class MetaLearner(Learner, ABC):
         """Class probabilities (for regression: predictions) of each task's queries.  # T R N, T R D"""
         batch = as_task_batch(batch)
         _, adapted = self.adapt_for_evaluation(batch)
-        predictions = self.forward_tasks(adapted, batch.query_x)
+        predictions = self.forward_queries(adapted, batch.support_x, batch.query_x, self.transductive)
         return predictions if batch.query_y.is_floating_point() else predictions.softmax(2)
 
     def on_validation_epoch_end(self) -> None:
@@ -173,5 +181,7 @@ class MetaLearner(Learner, ABC):
         checkpoint["algorithm"] = type(self).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another algorithm or network (InputError)."""
+        """Refuse a checkpoint of another algorithm or network (InputError), and note what its samples looked like."""
         verify_checkpoint(checkpoint, type(self).__name__, self.state_dict())
+        self.form = form_of(checkpoint.get("datamodule_hyper_parameters", {}))
+        self.description = network_description(checkpoint.get("hyper_parameters", {}))

@@ -40,6 +40,8 @@ class MAML(MetaLearner):
         optimizer: The outer optimizer, called with the parameters and ``outer_lr``.
         gradient_clip_val: Clip the meta-gradient at this value; None leaves it as it is.
         gradient_clip_algorithm: Clip the meta-gradient's norm, or each of its values.
+        transductive: Whether evaluation sends a task's queries forward together, so that batch norm takes their common
+            statistics, or each alone with the support set.
 
     Raises:
         InputError: If an argument is outside its range.
@@ -59,8 +61,9 @@ class MAML(MetaLearner):
         optimizer: OuterOptimizer = Adam,
         gradient_clip_val: float | None = 1.0,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        transductive: bool = True,
     ) -> None:
-        super().__init__(network, loss, inner_lr, inner_steps, test_inner_steps, outer_lr, outer_lr_decay)
+        super().__init__(network, loss, inner_lr, inner_steps, test_inner_steps, outer_lr, outer_lr_decay, transductive)
         if gradient_clip_val is not None:
             require_positive(gradient_clip_val=gradient_clip_val)
         require_choice(("norm", "value"), gradient_clip_algorithm=gradient_clip_algorithm)

@@ -43,6 +43,8 @@ class Reptile(MetaLearner):
             None takes all of them in every step.
         test_inner_batch_size: The same in validation, test and prediction.
         optimizer: Not accepted: Reptile's outer loop is an interpolation.
+        transductive: Whether evaluation sends a task's queries forward together, so that batch norm takes their common
+            statistics, or each alone with the support set.
 
     Raises:
         InputError: If an argument is outside its range, or an optimizer is given.
@@ -62,13 +64,14 @@ class Reptile(MetaLearner):
         inner_batch_size: int | None = None,
         test_inner_batch_size: int | None = None,
         optimizer: Any = None,
+        transductive: bool = True,
     ) -> None:
         require(
             optimizer is None,
             "optimizer must be left out: Reptile moves θ towards the adapted parameters by outer_lr, with no gradient "
             f"for an optimizer to step along, got {optimizer!r}",
         )
-        super().__init__(network, loss, inner_lr, inner_steps, test_inner_steps, outer_lr, outer_lr_decay)
+        super().__init__(network, loss, inner_lr, inner_steps, test_inner_steps, outer_lr, outer_lr_decay, transductive)
         require(outer_lr <= 1, f"outer_lr must be in (0, 1]: it is Reptile's interpolation ε, got {outer_lr}")
         require_choice(("sgd", "adam"), inner_optimizer=inner_optimizer)
         require(0 <= inner_beta1 < 1, f"inner_beta1 must be in [0, 1), got {inner_beta1}")
