@@ -59,7 +59,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def predict(self, X: Array) -> Array:
         """The most probable class of each sample.  # M ... -> M"""
-        classes: Array = self.classes_[self.predict_proba(X).argmax(1)]
+        numbers = self.predict_proba(X).argmax(1)
+        classes: Array = self.classes_[numbers]
         return classes
 
     def unflattened(self, X: Array) -> Array:
