@@ -193,8 +193,8 @@ def main(args: ArgsType = None) -> None:
         )
     except (ValueError, OSError, FloatingPointError) as error:
         # what the user gave is answered in a sentence; anything else is the program's fault and shows its traceback
-        cause = first_cause(error)
-        if not isinstance(cause, InputError | OSError | FloatingPointError):
+        cause = users_error(error)
+        if cause is None:
             raise
         sys.exit(f"error: {cause}")
 
@@ -205,8 +205,8 @@ def ignore(messages: Iterable[str]) -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def first_cause(error: BaseException) -> BaseException:
-    """The error that began it: jsonargparse wraps those of the classes that it instantiates."""
-    while error.__cause__ is not None:
+def users_error(error: BaseException | None) -> BaseException | None:
+    """The error that a user can mend, if one is at the bottom: jsonargparse wraps those of what it instantiates."""
+    while error is not None and not isinstance(error, InputError | OSError | FloatingPointError):
         error = error.__cause__
     return error
