@@ -1,14 +1,16 @@
 """How long a task takes to sample and gather, ours against learn2learn's, and what share of `fit` waits for data.
 
-    OMP_NUM_THREADS=1 python benchmarks/data.py [--omniglot ROOT]
+    OMP_NUM_THREADS=1 python benchmarks/data.py [--omniglot ROOT] [--gathers]    # what was measured: results/data.md
 
 Both draw N-way tasks of K + 15 samples of the same images: 28×28 grey 5-way 1-shot (Omniglot where its folder is given,
 else the glyphs) and 84×84 colour 5-way 5-shot (random pixels). learn2learn's Taskset.sample() collates single images,
 which it holds as float tensors; ours gathers uint8, and the learner scales it on its device, which is timed beside it.
-Milliseconds a task, medians of repeats.
+Milliseconds a task, medians of repeats. With --gathers: other ways to gather the colour images, without the drawing of
+the tasks.
 """
 
 import argparse
+import itertools
 import logging
 import statistics
 import time
@@ -72,6 +74,7 @@ def compare(name: str, data: ImageTasks, batches: int) -> None:
     theirs = learn2learn_taskset(data)
     ours = data.task_set("train")
     assert isinstance(ours, FewShotTasks)
+    ours.images.sum()  # every page is mapped, as in a training's later minutes; learn2learn's images are in memory
     size = data.meta_batch_size
     tasks = batches * size
     start = [0]
@@ -83,17 +86,59 @@ def compare(name: str, data: ImageTasks, batches: int) -> None:
 
     learn2learn = milliseconds(lambda: [theirs.sample() for _ in range(tasks)], tasks)  # type: ignore[attr-defined]
     single = milliseconds(draw_ours, tasks)
-    loader = DataLoader(MetaBatches(ours, size), None, sampler=range(10**6), num_workers=2, persistent_workers=True)
-    iterator = iter(loader)
-    workers = milliseconds(lambda: [next(iterator) for _ in range(batches)], tasks)
+    workers = {context: with_workers(ours, size, batches, context) for context in ("fork", "spawn")}
     batch = ours.batch(range(size))
     scaled = milliseconds(lambda: as_task_batch(batch), size)
     described = milliseconds(lambda: [ours.rows(i) for i in range(tasks)], tasks)
     print(
         f"{name:44} learn2learn {learn2learn:6.3f}   ours {single:6.3f} ({learn2learn / single:4.1f} x)   "
-        f"2 workers {workers:6.3f} ({learn2learn / workers:4.1f} x)   "
+        f"2 workers {', '.join(f'{name} {ms:6.3f} ({learn2learn / ms:4.1f} x)' for name, ms in workers.items())}   "
         f"of ours, description {described:6.3f}; scaling on this CPU afterwards {scaled:6.3f}"
     )
+
+
+def with_workers(tasks: FewShotTasks, size: int, batches: int, context: str) -> float:
+    """Milliseconds a task from two workers that keep running."""
+    sampler = range(10**6)
+    iterator = iter(
+        DataLoader(MetaBatches(tasks, size), None, False, sampler, None, 2, multiprocessing_context=context)
+    )
+    return milliseconds(lambda: [next(iterator) for _ in range(batches)], batches * size)
+
+
+def gathers(data: ImageTasks) -> None:
+    """Ways to gather the images of a meta-batch, each on the same rows in turn."""
+    tasks = data.task_set("train")
+    size, K = data.meta_batch_size, data.shots
+    images = tasks.images
+    images.sum()  # every page is mapped
+    drawn = [
+        torch.tensor([tasks.rows(size * j + t) for t in range(size)]).view(-1, K + data.queries) for j in range(40)
+    ]
+    rows = [torch.cat([r[:, :K].flatten(), r[:, K:].flatten()]) for r in drawn]  # support, query
+    cut = size * data.ways * K
+    kept = torch.empty((len(rows[0]), *images.shape[1:]), dtype=torch.uint8)
+    # numpy asks for huge pages
+    huge = torch.from_numpy(np.array(data.load().images))
+    ways: dict[str, Callable[[torch.Tensor], object]] = {
+        "index_select of support and of query, as FewShotTasks": lambda r: [
+            images.index_select(0, part) for part in (r[:cut], r[cut:])
+        ],
+        "one index_select": lambda r: images.index_select(0, r),
+        "one index_select into a buffer that is used again": lambda r: torch.index_select(images, 0, r, out=kept),
+        "index_select from memory of huge pages": lambda r: huge.index_select(0, r),
+        "the same into that buffer": lambda r: torch.index_select(huge, 0, r, out=kept),
+        "one np.take": lambda r: np.take(images.numpy(), r.numpy(), 0),
+        "one np.take without checks, into that buffer": lambda r: np.take(
+            images.numpy(), r.numpy(), 0, out=kept.numpy(), mode="clip"
+        ),
+        "one np.take from memory of huge pages": lambda r: np.take(huge.numpy(), r.numpy(), 0),
+        "as 64-bit words, one index_select": lambda r: images.flatten(1).view(torch.int64).index_select(0, r),
+    }
+    for name, gather in ways.items():
+        stream = itertools.cycle(rows)
+        times = [milliseconds(lambda s=stream, g=gather: g(next(s)), size, repeats=1) for _ in rows]  # type: ignore[misc]
+        print(f"{name:56} {statistics.median(times):6.3f}   least {min(times):6.3f}")
 
 
 def share_of_waiting(steps: int) -> None:
@@ -119,11 +164,17 @@ def share_of_waiting(steps: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--omniglot", type=Path, help="folder that holds torchvision's omniglot-py")
-    root = parser.parse_args().omniglot
+    parser.add_argument("--gathers", action="store_true", help="only compare ways to gather")
+    arguments = parser.parse_args()
+    root = arguments.omniglot
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ms a task")
+    colour = Colour(shots=5, meta_batch_size=4)
+    if arguments.gathers:
+        gathers(colour)
+        raise SystemExit
     grey: ImageTasks = Omniglot(str(root)) if root else Glyphs()
-    compare(f"{type(grey).__name__} 28×28, 5-way 1-shot 15-query", grey, batches=8)
-    compare("84×84 colour, 5-way 5-shot 15-query", Colour(shots=5, meta_batch_size=4), batches=4)
+    compare(f"{type(grey).__name__} 28×28, 5-way 1-shot 15-query", grey, batches=16)
+    compare("84×84 colour, 5-way 5-shot 15-query", colour, batches=24)
     share_of_waiting(200)

@@ -36,8 +36,8 @@ def adapt_learner(
         theta = learner.meta_parameters()
         if names is not None:
             theta |= head_for(learner, len(names), inputs)
-        stacked = inner_loop.stack(inner_loop.leaves(theta), tasks=1)
-        adapted = learner.adapt_tasks(stacked, inputs[None], targets.to(learner.device)[None], steps)
+        support = learner.inner_batches(inputs[None], targets.to(learner.device)[None], steps)
+        adapted = learner.adapt_tasks(inner_loop.leaves(inner_loop.stack(theta, tasks=1)), support)
         params = inner_loop.unstack(adapted.params, 0)
         if not torch.stack([p.detach().sum() for p in params.values()]).isfinite().all():
             raise FloatingPointError(f"the adaptation diverged: its {steps} steps of {learner.inner_lr} are too large")

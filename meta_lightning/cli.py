@@ -16,7 +16,7 @@ from meta_lightning.algorithms import MetaLearner
 from meta_lightning.checkpoints import Checkpoints, read_checkpoint
 from meta_lightning.checks import InputError
 from meta_lightning.data import TaskDataModule
-from meta_lightning.data.show import describe_data, draw_tasks
+from meta_lightning.data.show import show_data
 from meta_lightning.predictions import PredictionTable
 
 PACKAGE = Path(__file__).parent
@@ -79,7 +79,9 @@ class MetaLightningCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Show the data instead of running, if that was asked for."""
         if self.config_init[self.subcommand].print_data:
-            show_data(self.datamodule)
+            self.datamodule.prepare_data()
+            path = Path("data.png")
+            sys.stdout.write(f"{show_data(self.datamodule, path)}\n  drawn in {path.resolve()}\n")
             sys.exit()
 
     def before_instantiate_classes(self) -> None:
@@ -93,14 +95,6 @@ class MetaLightningCLI(LightningCLI):
         Lightning lets a checkpoint's hyperparameters silently override the command line
         (https://github.com/Lightning-AI/pytorch-lightning/pull/21455).
         """
-
-
-def show_data(data: TaskDataModule) -> None:
-    """Describe the data on the screen and draw them into ``data.png``."""
-    data.prepare_data()
-    path = Path("data.png")
-    draw_tasks(data, path)
-    sys.stdout.write(f"{describe_data(data)}\n  drawn in {path.resolve()}\n")
 
 
 def configs_dir() -> Path:

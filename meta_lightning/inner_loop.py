@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from meta_lightning.task_parallel import TasksAsChannels
 
 Params = dict[str, Tensor]
 State = TypeVar("State")
@@ -43,6 +46,14 @@ def gradient(value: Tensor, params: Params, create_graph: bool = False) -> Param
     """∇_params of a scalar; zeros for parameters that it does not depend on."""
     grads = torch.autograd.grad(value, list(params.values()), create_graph=create_graph, materialize_grads=True)
     return dict(zip(params, grads, strict=True))
+
+
+def vector_jacobian(outputs: Params, inputs: Params, v: Params) -> Params:
+    """vᵀ ∂outputs/∂inputs; zeros for inputs that the outputs do not depend on."""
+    grads = torch.autograd.grad(
+        list(outputs.values()), list(inputs.values()), [v[name] for name in outputs], materialize_grads=True
+    )
+    return dict(zip(inputs, grads, strict=True))
 
 
 @contextmanager
@@ -80,7 +91,7 @@ def together(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tens
         RuntimeError: If the function does what vmap refuses: in-place writes into fresh tensors, control flow that
             depends on data, recurrent layers. ``one_by_one`` takes those.
     """
-    with differentiable_attention():
+    with differentiable_attention(), TasksAsChannels():
         result: Tensor = vmap(function, randomness="different")(*stacked)
     return result
 
@@ -176,3 +187,44 @@ def adapt(
         params = {name: p + change[name] for name, p in params.items()}
         trace.append(losses.detach())
     return Adapted(params, torch.stack(trace), state)
+
+
+def adapt_recomputing(
+    support_losses: Callable[[Params, int], Tensor],
+    params: Params,
+    steps: int,
+    optimizer: InnerOptimizer[None],
+) -> tuple[Adapted, Callable[[Params], Params]]:
+    """``adapt``, and its pull-back ``v ↦ vᵀ ∂θ'_K/∂θ`` without the graph of the K steps.
+
+    It keeps θ'_0 … θ'_{K-1} alone and recomputes one step after another on the way back, each a product of v with
+    ``I − α ∇²L_support(θ'_k)``: exact, and of a memory that does not grow with the activations of K steps (Griewank and
+    Walther, 2008, chapter 12).
+
+    Args:
+        support_losses: Parameters and the step's number to every task's loss.  # T
+        params: Task-stacked parameters to start from.
+        steps: Number of steps (K).
+        optimizer: The inner optimizer, one that has no state.
+    """
+
+    def inner_step(params: Params, step: int, create_graph: bool) -> Adapted:
+        return adapt(lambda params, _: support_losses(params, step), params, 1, optimizer, None, create_graph)
+
+    trajectory, trace = [], []
+    for step in range(steps):
+        trajectory.append((params, torch.get_rng_state(), get_device_states(*params.values())))
+        params, losses, _ = inner_step(leaves(params), step, create_graph=False)
+        params = {name: p.detach() for name, p in params.items()}
+        trace.append(losses)
+
+    def pull_back(v: Params) -> Params:
+        for step, (params, random, devices) in reversed([*enumerate(trajectory)]):
+            start = leaves(params)
+            with torch.random.fork_rng(devices[0]):  # dropout drops what it dropped
+                torch.set_rng_state(random)
+                set_device_states(*devices)
+                v = vector_jacobian(inner_step(start, step, create_graph=True).params, start, v)
+        return v
+
+    return Adapted(params, torch.cat(trace), None), pull_back

@@ -43,6 +43,7 @@ class Conv4(nn.Module):
         require_choice(("stride", "max_pool"), downsample=downsample)
         strided = downsample == "stride"
         require(strided or image_size >= 16, f"image_size must be at least 16 for four poolings, got {image_size}")
+        self.channels, self.image_size, self.strided = channels, image_size, strided
         layers: list[nn.Module] = []
         for block in range(4):
             inputs = channels if block == 0 else filters
@@ -58,8 +59,31 @@ class Conv4(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of images.  # S C H W -> S N"""
+        require_images(x, self.channels)
+        require(
+            self.strided or all(side // 16 == self.image_size // 16 for side in x.shape[2:]),
+            f"network must be made for the images of the data: expected image_size {self.image_size}, as it has, got "
+            f"{tuple(x.shape[2:])}",
+        )
         logits: Tensor = self.head(self.features(x))
         return logits
+
+
+def require_images(x: Tensor, channels: int) -> None:
+    """Refuse images that a network was not made for, of which torch would speak in shapes of weights.
+
+    Args:
+        x: What the network was given.  # S C H W
+        channels: The channels that it was made for.
+
+    Raises:
+        InputError: If these are not images of so many channels.
+    """
+    require(
+        x.ndim == 4 and x.shape[1] == channels,
+        f"network must be made for the images of the data: expected channels {channels}, as it has, got samples of "
+        f"shape (C, H, W) = {tuple(x.shape[1:])}",
+    )
 
 
 class MLP(nn.Module):
@@ -82,9 +106,16 @@ class MLP(nn.Module):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(sizes[-1], out_features)
+        self.in_features = in_features
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of samples.  # S ... -> S out_features"""
+        came = x.shape[1:].numel()
+        require(
+            came == self.in_features,
+            f"network must be made for the samples of the data: expected in_features {self.in_features}, got samples "
+            f"of shape {tuple(x.shape[1:])}, {came} numbers each",
+        )
         outputs: Tensor = self.head(self.features(x))
         return outputs
 

@@ -10,11 +10,15 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from meta_lightning.loading import MetaBatches
 from meta_lightning.tasks import TaskBatch
 
 
 class PredictionTable(BasePredictionWriter):
-    """Writes ``predictions.csv`` into the logger's folder: a row a query, with its task, target and probabilities."""
+    """Writes ``predictions.csv`` into the logger's folder: a row a query, with its task, target and probabilities.
+
+    Where the classes have names, the target's stands beside its number, which means another class in every task.
+    """
 
     def __init__(self) -> None:
         super().__init__(write_interval="epoch")
@@ -40,15 +44,19 @@ class PredictionTable(BasePredictionWriter):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         task = trainer.global_rank
+        batches: Any = getattr(trainer.predict_dataloaders, "dataset", None)
+        class_names = batches.tasks.class_names if isinstance(batches, MetaBatches) else lambda task: []
         with part.open("w", newline="") as file:
             table = csv.writer(file)
             targets, outputs = (part[0][0, 0].numel() for part in (self.targets, predictions))
-            names = [*(f"target_{n}" for n in range(targets)), *(f"output_{n}" for n in range(outputs))]
-            table.writerow(["task", "query", *names])
+            named = ["target_class"] if class_names(task) else []
+            columns = [*(f"target_{n}" for n in range(targets)), *named, *(f"output_{n}" for n in range(outputs))]
+            table.writerow(["task", "query", *columns])
             for batch, batch_targets in zip(predictions, self.targets, strict=True):
                 for rows, ys in zip(batch.flatten(2), batch_targets, strict=True):
+                    names = class_names(task)
                     for query, (row, y) in enumerate(zip(rows.tolist(), ys.tolist(), strict=True)):
-                        table.writerow([task, query, *y, *row])
+                        table.writerow([task, query, *y, *([names[y[0]]] if names else []), *row])
                     task += trainer.world_size
         part.replace(path)
         self.targets.clear()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meta_lightning.checks import require, require_at_least
+from meta_lightning.networks import require_images
 
 SLOPE = 0.1
 
@@ -47,9 +48,11 @@ class ResNet12(nn.Module):
         blocks = [ResidualBlock(inputs, outputs, drop) for inputs, outputs in pairwise([channels, *filters])]
         self.features = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(filters[-1], ways)
+        self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of images.  # S C H W -> S N"""
+        require_images(x, self.channels)
         require(min(x.shape[-2:]) >= 16, f"images must be at least 16×16 for four poolings, got {tuple(x.shape[-2:])}")
         logits: Tensor = self.head(self.features(x))
         return logits

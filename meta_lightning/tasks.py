@@ -51,6 +51,10 @@ class TaskSet(ABC):
     def batch(self, tasks: Sequence[int]) -> TaskBatch:
         """The tasks of these numbers, stacked in that order."""
 
+    def class_names(self, task: int) -> list[str]:
+        """The names of a task's classes 0 … N-1; none where they have none."""
+        return []
+
 
 class FewShotTransform:
     """learn2learn task transform: draws N ways and, of each, its samples without replacement.
@@ -72,12 +76,16 @@ class FewShotTransform:
 
     def __call__(self, description: Any) -> list[Any]:
         """A new task description: ``ways * samples`` learn2learn data descriptions, class by class."""
-        classes = self.rng.choice(len(self.rows_by_class), self.ways, replace=False)
+        classes = self.choose(self.rng)
         if isinstance(self.rows_by_class, list):
             drawn = np.stack([self.rng.permuted(self.rows_by_class[c])[: self.samples] for c in classes])
         else:
             drawn = self.rng.permuted(self.rows_by_class[classes], axis=1)[:, : self.samples]  # N K+Q
         return [*map(import_learn2learn().data.DataDescription, drawn.flatten().tolist())]
+
+    def choose(self, rng: np.random.Generator) -> Array:
+        """A task's classes, the first that is drawn of it, as numbers in ``rows_by_class``.  # N"""
+        return rng.choice(len(self.rows_by_class), self.ways, replace=False)
 
 
 class FewShotTasks(TaskSet):
@@ -97,6 +105,7 @@ class FewShotTasks(TaskSet):
         split: The split's name.
         block: Tasks that share a number of shots: those of a meta-batch.
         source: The ``.npy`` file that ``images`` is mapped from, if it is; another process maps it too.
+        names: The names of ``classes``. Default: their numbers.
 
     Raises:
         InputError: If the split has fewer than ``ways`` classes, or a class fewer than ``shots + queries`` samples.
@@ -114,6 +123,7 @@ class FewShotTasks(TaskSet):
         split: Split,
         block: int = 1,
         source: Path | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(seed, split)
         rows = group_rows(labels.numpy(), classes)
@@ -136,6 +146,7 @@ class FewShotTasks(TaskSet):
         self.ways, self.least_shots, self.most_shots, self.queries = ways, least, most, queries
         self.block, self.source = block, source
         self.classes = list(classes)
+        self.names = [str(name) for name in (classes if names is None else names)]
         self.rows_by_class = np.stack(rows) if len({*map(len, rows)}) == 1 else rows
         self.describe()
 
@@ -161,6 +172,10 @@ class FewShotTasks(TaskSet):
         self.transform.rng = self.rng(task)
         # never index the Taskset: it ignores the index, draws in visiting order and caches
         return [description.index for description in self.taskset.sample_task_description()]
+
+    def class_names(self, task: int) -> list[str]:
+        """The names of a task's classes 0 … N-1."""
+        return [self.names[c] for c in self.transform.choose(self.rng(task))]
 
     def shots(self, task: int) -> int:
         """Support samples a class in the block that a task belongs to."""

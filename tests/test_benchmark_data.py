@@ -166,8 +166,13 @@ def test_images_classes_and_splits_are_those_of_the_files(
     assert all((every == image).flatten(1).all(1).any() for image in scale_pixels(batch.query_x).flatten(0, 1))
     assert below(root) == files  # root is left as it was, and may be write-protected
     assert not tried
+    other = write_all(root, write, {split: [*reversed(members)] for split, members in names.items()}, size)
+    again = kind(str(root)).load()  # other files of the same names
+    c = again.members("test")[0]
+    ours = again.images[again.labels == c].transpose(0, 2, 3, 1)
+    assert np.array_equal(ours, other["test"][str(again.classes[c])])
     shutil.rmtree(root)
-    assert np.array_equal(kind(str(root)).load().images, data.images)  # from the cache
+    assert np.array_equal(kind(str(root)).load().images, again.images)  # from the cache
 
 
 @pytest.mark.parametrize(("kind", "write", "names", "size"), SETS)

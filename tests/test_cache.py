@@ -30,7 +30,7 @@ def test_it_is_built_once_and_mapped(tmp_path: Path) -> None:
     assert same(first, build())
     assert same(again, build())
     assert isinstance(first.images, np.memmap)
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".b.lock", "b"]
 
 
 @pytest.mark.parametrize("name", ["images.npy", "labels.npy", "classes.npy", "splits.npy", "checksums.json"])
@@ -79,7 +79,7 @@ def test_two_processes_that_build_at_once_are_both_right(tmp_path: Path) -> None
     for process in both:
         process.join(60)
         assert process.exitcode == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".cache.lock", "cache"]
     assert same(load_or_build(tmp_path / "cache", must_not_build), build())
 
 
@@ -93,4 +93,42 @@ def test_a_build_that_is_killed_leaves_nothing_that_is_taken_for_whole(tmp_path:
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert not (tmp_path / "cache").exists()
+    assert len(list(tmp_path.glob("cache.*.part"))) == 1
+    (tmp_path / "cache2.1.part").mkdir()  # of another cache, whose build may be under way
     assert same(load_or_build(tmp_path / "cache", build), build())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".cache.lock", "cache", "cache2.1.part"]
+
+
+def test_a_cache_is_as_old_as_its_sources_and_serves_when_they_are_gone(tmp_path: Path) -> None:
+    file, folder = tmp_path / "source", tmp_path / "cache"
+
+    def sources() -> list[Path]:
+        return [file] if file.exists() else []
+
+    assert same(load_or_build(folder, build, sources), build())  # as where the build downloads
+    file.write_text("one")
+    assert same(load_or_build(folder, lambda: build(1), sources), build(1))
+    assert same(load_or_build(folder, must_not_build, sources), build(1))
+    for change in (
+        lambda: file.write_text("another size"),
+        lambda: os.utime(file, ns=(0, file.stat().st_mtime_ns + 1)),
+    ):
+        change()
+        old = load_or_build(folder, must_not_build)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert same(load_or_build(folder, lambda: build(2), sources), build(2))
+        assert old.images.max() == 255  # who has mapped the old one keeps it
+    file.unlink()
+    assert same(load_or_build(folder, must_not_build, sources), build(2))
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_build_that_fails_keeps_the_cache_that_is_there(tmp_path: Path) -> None:
+    file, folder = tmp_path / "source", tmp_path / "cache"
+    file.write_text("one")
+    load_or_build(folder, build, lambda: [file])
+    file.write_text("two, spoilt")
+    with pytest.raises(AssertionError):
+        load_or_build(folder, must_not_build, lambda: [file])
+    assert same(load_or_build(folder, must_not_build), build())

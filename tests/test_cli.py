@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from meta_lightning import Glyphs
 from meta_lightning.cli import configs_dir, main
 
 TINY = str(Path(__file__).parent / "tiny.yaml")
@@ -63,6 +64,10 @@ def test_fit_validate_test_predict(algorithm: str, capsys: pytest.CaptureFixture
     assert len(rows) == 5 * 5 * 2
     assert [row["task"] for row in rows[::10]] == ["0", "1", "2", "3", "4"]
     assert all(sum(float(row[f"output_{n}"]) for n in range(5)) == pytest.approx(1, abs=1e-5) for row in rows)
+    data = Glyphs()
+    names = [data.task_set("test").class_names(task) for task in range(5)]
+    assert set(names[0]) <= set(data.load().classes[data.load().members("test")])
+    assert all(row["target_class"] == names[int(row["task"])][int(row["target_0"])] for row in rows)
 
 
 def test_the_last_checkpoint_is_the_last_though_the_best_came_early() -> None:
@@ -175,6 +180,7 @@ def test_misspelt_options_are_refused(args: list[str], message: str, capsys: pyt
             ["--model.loss", "torch.nn.CrossEntropyLoss", "--model.loss.reduction", "none"],
             "loss must give a scalar a t",
         ),
+        (["--model.network.channels", "3"], r"expected channels 3, as it has, got .* \(C, H, W\) = \(1, 28, 28\)"),
         (["--data", "Sinusoid", "--model.network", "meta_lightning.MLP"], "checkpoint.monitor must be .* val/mse"),
         (["--config", "nothing.yaml"], f"nothing.yaml: no such file, .* own configurations are: {', '.join(OWN)}"),
         (["--ckpt_path", "typo.ckpt"], "--ckpt_path must name a checkpoint, got typo.ckpt, which is no file"),

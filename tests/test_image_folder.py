@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -391,17 +392,35 @@ def test_too_few_classes_say_which_split_and_what_it_has(split_root: Path, flat_
         InputError,
         match=r"at least 3 classes \(ways\) of 3 images \(shots \+ queries\) for the test split, got 2 and 0 with",
     ):
-        tasks(split_root, ways=3).load()
+        tasks(split_root, ways=3).setup("test")
     with pytest.raises(InputError, match=r"at least 5 classes \(ways\) .* for the train split, got 4"):
-        tasks(split_root, train_ways=5).load()
+        tasks(split_root, train_ways=5).setup("fit")
     make_class(split_root / "test" / "tiny", 2)
     with (
         pytest.warns(UserWarning, match="tiny"),
         pytest.raises(InputError, match="for the test split, got 2 and 1 with fewer images"),
     ):
-        tasks(split_root, ways=3).load()
+        tasks(split_root, ways=3).setup("predict")
     with pytest.raises(InputError, match=r"val split \(split_fractions gives it 2 of the 10 classes\), got 2 and 0"):
-        tasks(flat_root, ways=3).load()
+        tasks(flat_root, ways=3).setup("validate")
+
+
+def test_a_split_that_is_not_asked_for_may_be_small_or_missing(split_root: Path, flat_root: Path) -> None:
+    tasks(split_root, ways=3).setup("validate")  # the test split has 2
+    wholly = tasks(flat_root, ways=10, split_fractions=(0.0, 0.0, 1.0))
+    wholly.setup("test")
+    assert sorted(wholly.load().members("test")) == list(range(10))
+    with pytest.raises(InputError, match=r"train split \(split_fractions gives it 0 of the 10 classes\), got 0 and 0"):
+        wholly.setup("fit")
+
+    shutil.rmtree(split_root / "train")
+    shutil.rmtree(split_root / "val")
+    only = tasks(split_root)
+    only.setup("test")
+    assert only.load().classes.tolist() == ["test_0", "test_1"]
+    assert only.task_set("test").batch([0]).query_x.shape == (1, 4, 3, 8, 8)
+    with pytest.raises(InputError, match="for the train split, got 0 and 0 with fewer"):
+        only.setup("fit")
 
 
 def test_a_class_in_two_splits_is_named(split_root: Path) -> None:
@@ -423,14 +442,17 @@ def test_a_root_that_is_missing_empty_or_laid_out_otherwise_is_refused(tmp_path:
     with pytest.raises(FileNotFoundError, match=layout + ".*p has 1 class folders and no files in them"):
         tasks(root).load()
     for split in ("train", "valid", "test"):
-        make_class(root / split / f"{split}_0", 1)
-    with pytest.raises(InputError, match=layout + ".*p has train, test without .*: cat, test, train, valid"):
-        tasks(root).load()
+        make_class(root / split / f"{split}_0", 2)
+    with (
+        pytest.warns(UserWarning, match="p is split into train and test; it is not read: cat, valid"),
+        pytest.raises(InputError, match=r"at least 2 classes .* for the val split, got 0 and 0"),
+    ):
+        tasks(root, queries=1).task_set("val")
 
 
 def test_folders_beside_the_splits_are_named_and_not_read(split_root: Path) -> None:
     make_class(split_root / "unlabelled", 4)
-    with pytest.warns(UserWarning, match="is split into train, val and test; it is not read: unlabelled"):
+    with pytest.warns(UserWarning, match="is split into train and val and test; it is not read: unlabelled"):
         data = tasks(split_root).load()
     assert len(data.classes) == 9
 
@@ -446,7 +468,7 @@ def test_arguments_outside_their_range_are_named() -> None:
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
         ({"channels": 2}, "channels must be 1 or 3, got 2"),
         ({"split_fractions": (0.5, 0.5, 0.5)}, r"split_fractions must be three numbers .* sum to 1, got \(0.5"),
-        ({"split_fractions": (0.5, 0.5, 0.0)}, "split_fractions must be three numbers greater than 0"),
+        ({"split_fractions": (0.5, 0.6, -0.1)}, "split_fractions must be three numbers of at least 0 that sum to 1"),
         ({"split_fractions": (0.5, 0.5)}, "split_fractions must be three numbers"),
         ({"split_seed": -1}, "split_seed must be at least 0, got -1"),
         ({"shots": 0}, "shots must be at least 1, got 0"),
@@ -465,21 +487,31 @@ def test_the_cache_is_used_until_a_picture_changes(split_root: Path, monkeypatch
         patch.setattr(ImageFolderTasks, "build", None)
         assert len(tasks(split_root, shots=2, seed=3).load().images) == 36
     assert name() == name(shots=2, queries=1, seed=3, split_seed=4) == first
-    assert len({first, name(image_size=9), name(channels=1)}) == 3
+    assert len({first, name(image_size=9), name(channels=1), tasks(split_root.parent).cache_name}) == 4
 
     folder = split_root / "val" / "val_0"
     Image.new("RGB", (8, 8), (1, 0, 88)).save(folder / "new.png")
     added = tasks(split_root).load()
     assert added.images[added.labels == 4][:, 2, 0, 0].tolist() == [0, 1, 2, 3, 88]
 
-    content = (folder / "0.png").stat()
-    Image.new("RGB", (12, 9), (1, 0, 0)).save(folder / "0.png")  # as it was, but later
-    os.utime(folder / "0.png", ns=(content.st_atime_ns, content.st_mtime_ns + 1))
-    touched = name()
-    (folder / "0.png").rename(folder / "zero.png")
-    renamed = name()
-    moved = tasks(split_root.rename(split_root.parent / "moved")).cache_name
-    assert len({first, touched, renamed, moved}) == 4
+    def change() -> None:
+        content = (folder / "0.png").stat()
+        Image.new("RGB", (12, 9), (1, 0, 0)).save(folder / "0.png")  # as it was, but later
+        os.utime(folder / "0.png", ns=(content.st_atime_ns, content.st_mtime_ns + 1))
+
+    for alter in (change, lambda: (folder / "0.png").rename(folder / "zero.png"), (folder / "1.png").unlink):
+        alter()
+        built = []
+        with monkeypatch.context() as patch:
+            build = ImageFolderTasks.build
+            patch.setattr(ImageFolderTasks, "build", lambda self: built.append(1) or build(self))  # noqa: B023
+            tasks(split_root).load()
+            tasks(split_root).load()
+        assert built == [1]
+
+    shutil.rmtree(split_root)
+    assert len(tasks(split_root).load().images) == 36  # with one more and one less, from the cache
+    assert len(tasks(split_root).load().members("val")) == 3
 
 
 def test_real_photographs_in_folders(tmp_path: Path) -> None:

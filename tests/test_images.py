@@ -3,7 +3,8 @@
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,13 +12,17 @@ import torch
 from conftest import trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from meta_lightning import MAML, MLP, ImageTasks
+from meta_lightning import MAML, MLP, ImageTasks, TaskDataModule, TensorTasks
+from meta_lightning.checks import InputError
 from meta_lightning.data.cache import LabelledImages
+from meta_lightning.data.show import show_data
 from meta_lightning.data.transforms import ImageTransforms
 from meta_lightning.loading import MetaBatches
-from meta_lightning.tasks import SPLITS, TaskBatch, as_task_batch
+from meta_lightning.tasks import SPLITS, Split, TaskBatch, as_task_batch
 
 SIZES = [9, 10, 11, 12]  # images of the classes, by turns
 
@@ -42,7 +47,7 @@ def rows_and_classes(x: Tensor) -> tuple[Tensor, Tensor]:
 @settings(max_examples=60, deadline=None)
 @given(
     ways=st.integers(2, 12),
-    shots=st.integers(1, 5),
+    shots=st.one_of(st.integers(1, 5), st.tuples(st.integers(1, 3), st.integers(3, 5))),
     queries=st.integers(1, 4),
     world_size=st.integers(1, 3),
     share=st.integers(1, 3),
@@ -51,28 +56,127 @@ def rows_and_classes(x: Tensor) -> tuple[Tensor, Tensor]:
     iteration=st.integers(0, 10**6),
 )
 def test_tasks_are_what_few_shot_tasks_are(
-    ways: int, shots: int, queries: int, world_size: int, share: int, workers: int, split: str, iteration: int
+    ways: int,
+    shots: int | tuple[int, int],
+    queries: int,
+    world_size: int,
+    share: int,
+    workers: int,
+    split: Split,
+    iteration: int,
 ) -> None:
-    data = Numbered(ways=ways, shots=shots, queries=queries, meta_batch_size=world_size * share, num_workers=workers)
-    tasks = data.task_set(split)  # type: ignore[arg-type]
-    ranks = [MetaBatches(tasks, world_size * share, rank=rank, world_size=world_size) for rank in range(world_size)]
-    batches = [rank[iteration] for rank in ranks]
-    if workers:
-        data.val_tasks = 3 * world_size
-        batches += list(data.val_dataloader())
-    for number, batch in enumerate(batches):
-        first = 12 * SPLITS.index(split) if number < world_size else 12
+    B = world_size * share
+    data = Numbered(
+        ways=ways,
+        shots=shots if isinstance(shots, int) else shots[0],
+        queries=queries,
+        train_shots=shots,
+        meta_batch_size=B,
+    )
+    tasks = data.task_set(split)
+    least, most = (shots, shots) if isinstance(shots, int) else (shots if split == "train" else (shots[0], shots[0]))
+    ranks = [
+        list(DataLoader(MetaBatches(tasks, B, None, rank, world_size), None, sampler=[iteration], num_workers=workers))
+        for rank in range(world_size)
+    ]
+    drawn = {batch.support_y.shape[1] // ways for (batch,) in ranks}
+    assert len(drawn) == 1  # one number of shots a meta-batch, on every rank
+    (K,) = drawn
+    assert least <= K <= most
+    first = 12 * SPLITS.index(split)
+    for (batch,) in ranks:
         for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
-            assert sorted(support_y.tolist()) == sorted(list(range(ways)) * shots)
+            assert sorted(support_y.tolist()) == sorted(list(range(ways)) * K)
             assert sorted(query_y.tolist()) == sorted(list(range(ways)) * queries)
             rows, classes = rows_and_classes(torch.cat([support_x, query_x]))
             labels = torch.cat([support_y, query_y])
             assert len(set(rows.tolist())) == len(rows)  # support and query share no image
-            assert len(set(zip(classes.tolist(), labels.tolist(), strict=True))) == ways  # labels stand for classes
+            pairs = set(zip(classes.tolist(), labels.tolist(), strict=True))
+            assert len(pairs) == len({c for c, _ in pairs}) == ways  # the labels are the classes, numbered anew
             assert all(first <= c < first + 12 for c in classes.tolist())  # no class of another split
-    together = torch.stack([batch.support_x for batch in batches[:world_size]], 1).flatten(0, 1)
-    first_task = iteration * world_size * share
-    assert torch.equal(together, tasks.batch(range(first_task, first_task + world_size * share)).support_x)
+    together = torch.stack([batch.support_x for (batch,) in ranks], 1).flatten(0, 1)
+    assert torch.equal(together, tasks.batch(range(iteration * B, (iteration + 1) * B)).support_x)
+
+
+def test_tasks_name_their_classes() -> None:
+    tasks = Numbered(shots=2, queries=3).task_set("test")
+    batch = tasks.batch(range(20))
+    for task, (x, y) in enumerate(zip(batch.query_x, batch.query_y, strict=True)):
+        _, classes = rows_and_classes(x)
+        names = tasks.class_names(task)
+        assert [names[label] for label in y.tolist()] == [str(c) for c in classes.tolist()]
+
+
+def test_a_picture_of_the_data_is_what_training_sees_and_leaves_out_what_is_not_there(tmp_path: Path) -> None:
+    class Seen(nn.Module):
+        batches: ClassVar[list[Tensor]] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.batches.append(x)
+            return x
+
+    class TwoSplits(Numbered):
+        cache_name = "two splits"
+
+        def build(self) -> LabelledImages:
+            data = super().build()
+            return data._replace(splits=np.where(data.splits == 1, 0, data.splits))
+
+    shown = show_data(TwoSplits(queries=3, transforms=ImageTransforms(support=Seen())), tmp_path / "data.png")
+    assert len(Seen.batches) == 1  # of training only
+    assert Seen.batches[0].shape == (5, 1, 2, 2)
+    assert "  train 24 classes, 252 images, endless tasks, support [5, 1, 2, 2], query [15, 1, 2, 2]" in shown
+    assert "  val   left out: ways must be from 2 to the 0 classes of the val split, got 5" in shown
+    assert "  test  12 classes, 126 images, 600 tasks" in shown
+    with Image.open(tmp_path / "data.png") as picture:
+        assert picture.size == (2 * 480, 540)
+    with pytest.raises(ValueError, match="ways must be from 2 to the 12 classes of the test split, got 30"):
+        show_data(TwoSplits(ways=30, queries=3), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def on_a_gpu(data: TaskDataModule, free: int, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Let a data module believe in a GPU with so many bytes free; what it moves there is noted and stays."""
+    moved: list[object] = []
+    gpu = torch.device("cuda", 0)
+    data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=gpu))  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    monkeypatch.setattr(Tensor, "to", lambda self, device: moved.append(device) or self)
+    return moved
+
+
+@pytest.mark.parametrize("make", [Numbered, lambda **o: TensorTasks(torch.rand(378, 4), torch.arange(378) % 20, **o)])
+def test_samples_go_to_the_gpu_where_they_fit(
+    make: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    options = {"ways": 2, "queries": 3}
+    data = make(**options)
+    nbytes = 378 * 4 * (1 if make is Numbered else 4)
+    moved = on_a_gpu(data, 5 * nbytes, monkeypatch)
+    data.setup("fit")
+    assert moved == [torch.device("cuda", 0)]
+    assert "stay outside" not in caplog.text
+
+    data = make(**options)
+    moved = on_a_gpu(data, 4 * nbytes, monkeypatch)
+    data.setup("fit")
+    assert moved == []
+    assert caplog.text.count("stay outside of cuda:0, of which 0.0 GB are free: training waits while a batch") == 1
+
+    data = make(**options, num_workers=1)  # which could not read it there
+    moved = on_a_gpu(data, 5 * nbytes, monkeypatch)
+    data.setup("fit")
+    assert moved == []
+    assert caplog.text.count("stay outside") == 1
+
+
+def test_samples_that_are_on_a_gpu_have_no_workers() -> None:
+    there = torch.empty(3, device="meta")
+    message = r"num_workers must be 0 for samples on meta, from where nothing else loads faster, got 2"
+    with pytest.raises(InputError, match=message):
+        Numbered(num_workers=2).place(there)
+    assert Numbered().place(there) is there
 
 
 def test_other_ways_and_shots_in_training() -> None:
@@ -117,9 +221,10 @@ def test_the_trainer_applies_the_transforms() -> None:
     class Seen(MAML):
         means: list[tuple[bool, float, float]]
 
-        def adapt_tasks(self, params: Any, x: Tensor, *args: Any) -> Any:
+        def adapt_tasks(self, params: Any, support: Any, *args: Any, **kwargs: Any) -> Any:
+            x = support[0][0]
             self.means.append((self.training, x.min().item(), x.max().item()))
-            return super().adapt_tasks(params, x, *args)
+            return super().adapt_tasks(params, support, *args, **kwargs)
 
     class Zero(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

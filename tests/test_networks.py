@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from meta_lightning import MLP, Conv4
+from meta_lightning import MAML, MLP, Conv4, ResNet12
+from meta_lightning.checks import InputError
 from meta_lightning.networks import with_batch_statistics
 
 
@@ -29,6 +30,31 @@ def test_errors_name_the_argument() -> None:
         Conv4(downsample="pool")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="image_size must be at least 16 for four poolings, got 8"):
         Conv4(image_size=8, downsample="max_pool")
+
+
+def test_samples_that_a_network_was_not_made_for_are_refused() -> None:
+    pooled = Conv4(channels=3, image_size=84, filters=4, downsample="max_pool")
+    message = r"network must be made for the images of the data: expected {}, as it has, got .*{}"
+    with pytest.raises(InputError, match=message.format("channels 3", r"\(1, 84, 84\)")):
+        pooled(torch.rand(2, 1, 84, 84))
+    with pytest.raises(InputError, match=message.format("image_size 84", r"\(28, 28\)")):
+        pooled(torch.rand(2, 3, 28, 28))
+    with pytest.raises(InputError, match=message.format("channels 3", r"\(1, 32, 32\)")):
+        ResNet12(filters=(1, 1, 1, 1))(torch.rand(2, 1, 32, 32))
+    with pytest.raises(InputError, match=message.format("channels 1", r"\(28,\)")):
+        Conv4(filters=4)(torch.rand(2, 28))
+    with pytest.raises(InputError, match=r"expected in_features 12, got samples of shape \(3, 2\), 6 numbers each"):
+        MLP(in_features=12)(torch.rand(4, 3, 2))
+    learner = MAML(pooled)
+    with pytest.raises(InputError, match="expected channels 3"):  # where the tasks' images meet it
+        learner.inner_update(torch.rand(5, 1, 84, 84), torch.arange(5))
+    assert not learner.loops_over_tasks  # not taken for vmap's refusal
+
+
+def test_images_of_any_size_serve_where_the_map_is_averaged() -> None:
+    assert Conv4(filters=4)(torch.rand(2, 1, 40, 32)).shape == (2, 5)
+    pooled = Conv4(channels=3, image_size=84, filters=4, downsample="max_pool")
+    assert pooled(torch.rand(2, 3, 80, 95)).shape == (2, 5)
 
 
 def test_the_copy_for_batch_statistics_shares_the_parameters() -> None:

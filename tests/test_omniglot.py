@@ -1,7 +1,9 @@
 """Omniglot, on the real drawings where they are at hand."""
 
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from conftest import SHARED
 from PIL import Image
 
 from meta_lightning import Omniglot
+from meta_lightning.data.cache import fingerprint
 from meta_lightning.data.omniglot import read_drawing, read_omniglot
 from meta_lightning.tasks import Split
 
@@ -77,6 +80,15 @@ def test_the_background_split_is_the_data_sets_own(omniglot: Omniglot, root: str
     assert len(set.union(*alphabets)) == 50
 
 
+def test_a_drawing_that_changes_is_noticed(root: str, omniglot: Omniglot) -> None:
+    assert len(omniglot.sources()) == 32460
+    before = fingerprint(omniglot.sources())
+    path = omniglot.sources()[7]
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    assert fingerprint(Omniglot(root).sources()) != before
+    assert Omniglot("elsewhere").sources() == []
+
+
 def test_a_folder_that_is_missing_empty_or_truncated_is_refused(tmp_path: Path) -> None:
     message = "root must hold Omniglot: expected 32460 drawings of 1623 characters .*, got {} of {}.* download"
     with pytest.raises(FileNotFoundError, match=message.format(0, 0)):
@@ -96,6 +108,27 @@ def test_a_download_that_fails_says_how_else_to_get_it(tmp_path: Path, monkeypat
     with pytest.raises(OSError, match=r"could not be downloaded .* no network.* Copy there the folder omniglot-py"):
         Omniglot(str(tmp_path), download=True, cache_dir=str(tmp_path)).prepare_data()
     assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_an_archive_of_a_wrong_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def wrong(url: str, path: Path, *args: object) -> None:
+        tried.append(url)
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("images_background/Greek/character01/0001_01.png", "no drawing")
+
+    (tmp_path / "omniglot-py").mkdir()
+    wrong("by hand", tmp_path / "omniglot-py" / "images_background.zip")  # where torchvision looks
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", wrong)
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **options: url)
+    data = Omniglot(str(tmp_path), download=True, cache_dir=str(tmp_path / "cache"))
+    message = r"could not be downloaded to .*: File not found or corrupted\..* Copy there the folder omniglot-py"
+    with pytest.raises(OSError, match=message):
+        data.prepare_data()
+    assert len(tried) == 2  # the one by hand was not believed
+    assert not list(tmp_path.rglob("*.png"))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_drawing_that_does_not_read_is_named(tmp_path: Path) -> None:

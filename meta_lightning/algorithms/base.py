@@ -11,7 +11,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
 
 from meta_lightning import inner_loop
-from meta_lightning.algorithms.learner import Learner
+from meta_lightning.algorithms.learner import Learner, Support
 from meta_lightning.checkpoints import network_description, verify_checkpoint
 from meta_lightning.checks import require, require_choice, require_positive
 from meta_lightning.data.form import form_of
@@ -46,9 +46,10 @@ class MetaLearner(Learner, ABC):
         test_inner_steps: int | None,
         outer_lr: float,
         outer_lr_decay: Decay,
+        tasks_per_pass: int | None,
         transductive: bool = True,
     ) -> None:
-        super().__init__(network, loss, inner_lr, inner_steps, test_inner_steps)
+        super().__init__(network, loss, inner_lr, inner_steps, test_inner_steps, tasks_per_pass)
         require_positive(outer_lr=outer_lr)
         require_choice(DECAYS, outer_lr_decay=outer_lr_decay)
         # a configuration describes objects in plain words; from Python they are objects, which a checkpoint that is
@@ -114,20 +115,29 @@ class MetaLearner(Learner, ABC):
 
     # ------------------------------------------------------------------------------------------------ evaluation
 
-    def adapt_for_evaluation(self, batch: TaskBatch) -> tuple[Params, Params]:
-        """θ and θ' of every task, outside of any graph to the network's parameters."""
+    def predict_tasks(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+        """Predictions of every task's queries, before and after adaptation.  # T R ..., T R ..."""
+
+        def predict(support: Support, support_x: Tensor, query_x: Tensor) -> tuple[tuple[()], Tensor, Tensor]:
+            theta = inner_loop.leaves(inner_loop.stack(self.meta_parameters(), len(query_x)))
+            adapted = self.adapt_tasks(theta, support).params
+            with torch.no_grad():
+                before, after = (
+                    self.forward_queries(params, support_x, query_x, self.transductive) for params in (theta, adapted)
+                )
+            return (), before, after
+
         # Lightning evaluates in inference mode, whose tensors autograd refuses even in enable_grad: hence the clones
         with torch.inference_mode(False), torch.enable_grad():
-            x, y = batch.support_x.clone(), batch.support_y.clone()
-            theta = inner_loop.stack(inner_loop.leaves(self.meta_parameters()), len(x))
-            return theta, self.adapt_tasks(theta, x, y, self.test_inner_steps).params
+            batch = TaskBatch(*(part.clone() for part in batch))
+            support = self.inner_batches(batch.support_x, batch.support_y, self.test_inner_steps)
+            _, before, after = self.in_passes(predict, support, batch.support_x, batch.query_x)
+        return before, after
 
     def evaluate(self, batch: TaskBatch, stage: str) -> None:
         """Adapt to each task and note its query loss and scores, before and after."""
         batch = as_task_batch(batch)
-        theta, adapted = self.adapt_for_evaluation(batch)
-        for moment, params in (("_before", theta), ("", adapted)):
-            predictions = self.forward_queries(params, batch.support_x, batch.query_x, self.transductive)
+        for moment, predictions in zip(("_before", ""), self.predict_tasks(batch), strict=True):
             values = {"loss": self.task_losses(predictions, batch.query_y)} | score(predictions, batch.query_y)
             for name, tasks in values.items():
                 key = f"{stage}/{name}{moment}"
@@ -162,8 +172,7 @@ class MetaLearner(Learner, ABC):
     def predict_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """Class probabilities (for regression: predictions) of each task's queries.  # T R N, T R D"""
         batch = as_task_batch(batch)
-        _, adapted = self.adapt_for_evaluation(batch)
-        predictions = self.forward_queries(adapted, batch.support_x, batch.query_x, self.transductive)
+        _, predictions = self.predict_tasks(batch)
         return predictions if batch.query_y.is_floating_point() else predictions.softmax(2)
 
     def on_validation_epoch_end(self) -> None:
@@ -177,11 +186,13 @@ class MetaLearner(Learner, ABC):
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the algorithm in the checkpoint."""
+        """Name the algorithm in the checkpoint, and keep how many tasks fit in a pass."""
         checkpoint["algorithm"] = type(self).__name__
+        checkpoint["tasks_per_pass"] = self.tasks_per_pass
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another algorithm or network (InputError), and note what its samples looked like."""
         verify_checkpoint(checkpoint, type(self).__name__, self.state_dict())
         self.form = form_of(checkpoint.get("datamodule_hyper_parameters", {}))
         self.description = network_description(checkpoint.get("hyper_parameters", {}))
+        self.tasks_per_pass = self.tasks_per_pass or checkpoint.get("tasks_per_pass")

@@ -1,10 +1,10 @@
 """First-order model-agnostic meta-learning."""
 
-from torch import Tensor
+from collections.abc import Callable
 
+from meta_lightning.algorithms.learner import Support
 from meta_lightning.algorithms.maml import MAML
-from meta_lightning.inner_loop import Params, gradient, leaves, mean_over_tasks, stack
-from meta_lightning.tasks import TaskBatch
+from meta_lightning.inner_loop import Params
 
 
 class FOMAML(MAML):
@@ -18,10 +18,6 @@ class FOMAML(MAML):
 
     second_order = False
 
-    def meta_gradient(self, batch: TaskBatch) -> tuple[Params, Tensor, Tensor]:
-        """``mean_i ∇_θ' L_query,i(θ'_i)``, with the query losses and predictions of the tasks.  # ..., T, T R ..."""
-        theta = stack(self.meta_parameters(), len(batch.support_x))
-        adapted = leaves(self.adapt_tasks(theta, batch.support_x, batch.support_y, self.inner_steps).params)
-        predictions = self.forward_tasks(adapted, batch.query_x)
-        losses = self.task_losses(predictions, batch.query_y)
-        return mean_over_tasks(gradient(losses.sum(), adapted)), losses, predictions
+    def adapt_and_pull_back(self, theta: Params, support: Support) -> tuple[Params, Callable[[Params], Params]]:
+        """θ' of every task, and the identity in the place of ``v ↦ vᵀ ∂θ'/∂θ``."""
+        return self.adapt_tasks(theta, support).params, lambda v: v

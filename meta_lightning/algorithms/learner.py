@@ -1,5 +1,6 @@
 """What adapts: a network, its initialisation θ and the inner loop over the tasks of a batch."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
 
 from meta_lightning import inner_loop
 from meta_lightning.adaptation import adapt_learner
@@ -18,6 +20,8 @@ from meta_lightning.losses import Loss, check_outputs, default_loss
 from meta_lightning.networks import with_batch_statistics
 from meta_lightning.predictor import Predictor
 from meta_lightning.tasks import Array, scale_pixels
+
+Support = list[tuple[Tensor, Tensor]]  # samples and targets of each inner step: K of T S ..., T S ...
 
 
 class Learner(L.LightningModule):
@@ -39,16 +43,20 @@ class Learner(L.LightningModule):
         inner_lr: float,
         inner_steps: int,
         test_inner_steps: int | None,
+        tasks_per_pass: int | None,
     ) -> None:
         super().__init__()
         test_inner_steps = inner_steps if test_inner_steps is None else test_inner_steps
         require_positive(inner_lr=inner_lr)
         require_at_least(1, inner_steps=inner_steps, test_inner_steps=test_inner_steps)
+        if tasks_per_pass is not None:
+            require_at_least(1, tasks_per_pass=tasks_per_pass)
         self.network = with_batch_statistics(network)
         self.loss = loss or default_loss
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.test_inner_steps = test_inner_steps
+        self.tasks_per_pass = tasks_per_pass
         self.loops_over_tasks = inner_loop.wrong_under_vmap(self.network)
         self.outputs_checked = False
         self.form = SampleForm()
@@ -72,6 +80,34 @@ class Learner(L.LightningModule):
                 rank_zero_warn(f"The tasks run one after another, since vmap refuses the network or loss: {refusal}")
                 return result
         return inner_loop.one_by_one(function, *stacked)
+
+    def in_passes(self, function: Callable[..., tuple[Any, ...]], *stacked: Any) -> tuple[Any, ...]:
+        """A function of a meta-batch, of ``tasks_per_pass`` tasks at a time; out of memory halves that, which it says.
+
+        Args:
+            function: Takes the tasks' parts of ``stacked``; returns a mean over them and whatever else it has a task.
+            stacked: Task-stacked tensors, or containers of such.
+
+        Returns:
+            The mean over all tasks, and what else there is, task-stacked.
+        """
+        tasks = len(tree_leaves(stacked)[0])
+        while True:
+            size = min(self.tasks_per_pass or tasks, tasks)
+            parts = [tree_map(operator.itemgetter(slice(i, i + size)), stacked) for i in range(0, tasks, size)]
+            try:
+                means, *others = zip(*(function(*part) for part in parts), strict=True)
+                break
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                self.tasks_per_pass = -(-size // 2)
+                rank_zero_warn(f"Out of memory: from now on at most {self.tasks_per_pass} tasks go in a pass")
+        if len(parts) == 1:
+            return means[0], *(other[0] for other in others)
+        weights = [min(size, tasks - i) / tasks for i in range(0, tasks, size)]
+        mean = tree_map(lambda *of_parts: sum(w * m for w, m in zip(weights, of_parts, strict=True)), *means)
+        return mean, *map(torch.cat, others)
 
     def forward_tasks(self, params: Params, x: Tensor) -> Tensor:
         """Predictions of every task with its own parameters.  # T S ... -> T S ..."""
@@ -116,28 +152,24 @@ class Learner(L.LightningModule):
         """The rule of the inner steps, and the state in which it meets every task."""
         return inner_loop.SGD(self.inner_lr), None
 
-    def inner_batches(self, x: Tensor, y: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
+    def inner_batches(self, x: Tensor, y: Tensor, steps: int) -> Support:
         """The support samples and targets of each inner step: all of them.  # T S ..., T S ..."""
         return [(x, y)] * steps
 
-    def adapt_tasks(self, params: Params, x: Tensor, y: Tensor, steps: int, create_graph: bool = False) -> Adapted:
+    def support_losses(self, support: Support) -> Callable[[Params, int], Tensor]:
+        """Task-stacked parameters and an inner step's number to every task's loss in that step.  # T"""
+        return lambda params, step: self.task_losses(self.forward_tasks(params, support[step][0]), support[step][1])
+
+    def adapt_tasks(self, params: Params, support: Support, create_graph: bool = False) -> Adapted:
         """The inner loop: gradient steps on the support sets of all tasks at once.
 
         Args:
             params: Task-stacked parameters to start from.
-            x: Support samples.  # T S ...
-            y: Support targets.  # T S ...
-            steps: Number of inner steps.
+            support: The samples and targets of each inner step, as ``inner_batches`` gives them.
             create_graph: Keep the graph of the inner gradients (see ``inner_loop.adapt``).
         """
         optimizer, state = self.inner_optimizer()
-        batches = self.inner_batches(x, y, steps)
-
-        def support_losses(params: Params, step: int) -> Tensor:
-            x, y = batches[step]
-            return self.task_losses(self.forward_tasks(params, x), y)
-
-        return inner_loop.adapt(support_losses, params, steps, optimizer, state, create_graph)
+        return inner_loop.adapt(self.support_losses(support), params, len(support), optimizer, state, create_graph)
 
     def inner_update(self, support_x: Tensor, support_y: Tensor) -> Params:
         """θ' of one task.
@@ -146,14 +178,15 @@ class Learner(L.LightningModule):
         Reptile. In evaluation mode it takes ``test_inner_steps`` steps and comes detached.
 
         Args:
-            support_x: Support samples; uint8 pixels are scaled to [0, 1].  # S ...
+            support_x: Support samples; uint8 pixels are scaled to [0, 1], and normalised by whoever trained with
+                ``ImageTransforms(mean, std)``: see there.  # S ...
             support_y: Support targets.  # S ...
         """
         steps = self.inner_steps if self.training else self.test_inner_steps
         theta = inner_loop.stack(self.meta_parameters(), tasks=1)
         with torch.enable_grad():
-            x, y = scale_pixels(support_x)[None], support_y[None]
-            adapted = self.adapt_tasks(theta, x, y, steps, self.second_order and self.training)
+            support = self.inner_batches(scale_pixels(support_x)[None], support_y[None], steps)
+            adapted = self.adapt_tasks(theta, support, self.second_order and self.training)
         params = inner_loop.unstack(adapted.params, 0)
         return params if self.training else {name: p.detach() for name, p in params.items()}
 

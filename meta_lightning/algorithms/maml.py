@@ -11,8 +11,17 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from meta_lightning.algorithms.base import Decay, MetaLearner
+from meta_lightning.algorithms.learner import Support
 from meta_lightning.checks import require_choice, require_positive
-from meta_lightning.inner_loop import Params, gradient, stack
+from meta_lightning.inner_loop import (
+    Params,
+    adapt_recomputing,
+    gradient,
+    leaves,
+    mean_over_tasks,
+    stack,
+    vector_jacobian,
+)
 from meta_lightning.losses import Loss, score
 from meta_lightning.tasks import TaskBatch, as_task_batch
 
@@ -40,6 +49,10 @@ class MAML(MetaLearner):
         optimizer: The outer optimizer, called with the parameters and ``outer_lr``.
         gradient_clip_val: Clip the meta-gradient at this value; None leaves it as it is.
         gradient_clip_algorithm: Clip the meta-gradient's norm, or each of its values.
+        recompute_inner_steps: Recompute each inner step on the way back instead of keeping the graph of all of them:
+            exact, more time, and memory that does not grow with ``inner_steps``.
+        tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time and memory.
+            Default: all of them, and fewer after running out of memory.
         transductive: Whether evaluation sends a task's queries forward together, so that batch norm takes their common
             statistics, or each alone with the support set.
 
@@ -61,15 +74,28 @@ class MAML(MetaLearner):
         optimizer: OuterOptimizer = Adam,
         gradient_clip_val: float | None = 1.0,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        recompute_inner_steps: bool = False,
+        tasks_per_pass: int | None = None,
         transductive: bool = True,
     ) -> None:
-        super().__init__(network, loss, inner_lr, inner_steps, test_inner_steps, outer_lr, outer_lr_decay, transductive)
+        super().__init__(
+            network,
+            loss,
+            inner_lr,
+            inner_steps,
+            test_inner_steps,
+            outer_lr,
+            outer_lr_decay,
+            tasks_per_pass,
+            transductive,
+        )
         if gradient_clip_val is not None:
             require_positive(gradient_clip_val=gradient_clip_val)
         require_choice(("norm", "value"), gradient_clip_algorithm=gradient_clip_algorithm)
         self.optimizer = optimizer
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
+        self.recompute_inner_steps = recompute_inner_steps
 
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """One meta-iteration: adapt to every task, then step θ along the meta-gradient."""
@@ -81,13 +107,27 @@ class MAML(MetaLearner):
 
     def meta_gradient(self, batch: TaskBatch) -> tuple[Params, Tensor, Tensor]:
         """``∇_θ mean_i L_query,i(θ'_i(θ))``, with the query losses and predictions of the tasks.  # ..., T, T R ..."""
-        theta = self.meta_parameters()
-        adapted = self.adapt_tasks(
-            stack(theta, len(batch.support_x)), batch.support_x, batch.support_y, self.inner_steps, self.second_order
-        )
-        predictions = self.forward_tasks(adapted.params, batch.query_x)
-        losses = self.task_losses(predictions, batch.query_y)
-        return gradient(losses.mean(), theta), losses, predictions
+        support = self.inner_batches(batch.support_x, batch.support_y, self.inner_steps)
+        meta_gradient, losses, predictions = self.in_passes(self.pass_gradient, support, batch.query_x, batch.query_y)
+        return meta_gradient, losses, predictions
+
+    def pass_gradient(self, support: Support, query_x: Tensor, query_y: Tensor) -> tuple[Params, Tensor, Tensor]:
+        """``meta_gradient`` of the tasks of one pass."""
+        theta = leaves(stack(self.meta_parameters(), len(query_x)))
+        adapted, pull_back = self.adapt_and_pull_back(theta, support)
+        adapted = leaves(adapted)
+        predictions = self.forward_tasks(adapted, query_x)
+        losses = self.task_losses(predictions, query_y)
+        return mean_over_tasks(pull_back(gradient(losses.sum(), adapted))), losses.detach(), predictions.detach()
+
+    def adapt_and_pull_back(self, theta: Params, support: Support) -> tuple[Params, Callable[[Params], Params]]:
+        """θ' of every task, and ``v ↦ vᵀ ∂θ'/∂θ``, which takes a gradient at θ' back to θ."""
+        if self.recompute_inner_steps:
+            optimizer, _ = self.inner_optimizer()
+            adapted, pull_back = adapt_recomputing(self.support_losses(support), theta, len(support), optimizer)
+            return adapted.params, pull_back
+        adapted = self.adapt_tasks(theta, support, create_graph=True)
+        return adapted.params, lambda v: vector_jacobian(adapted.params, theta, v)
 
     def outer_step(self, meta_gradient: Params) -> None:
         """Hand the meta-gradient to the outer optimizer, however it was computed."""

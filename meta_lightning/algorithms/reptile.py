@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from meta_lightning import inner_loop
 from meta_lightning.algorithms.base import Decay, MetaLearner
+from meta_lightning.algorithms.learner import Support
 from meta_lightning.checks import require, require_at_least, require_choice
-from meta_lightning.inner_loop import AdamState, Adapted, Params
+from meta_lightning.inner_loop import AdamState, Params
 from meta_lightning.losses import Loss
 from meta_lightning.tasks import TaskBatch, as_task_batch
 
@@ -42,6 +43,8 @@ class Reptile(MetaLearner):
         inner_batch_size: Support samples an inner step in training, from a reshuffled cycle through the support set;
             None takes all of them in every step.
         test_inner_batch_size: The same in validation, test and prediction.
+        tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time and memory.
+            Default: all of them, and fewer after running out of memory.
         optimizer: Not accepted: Reptile's outer loop is an interpolation.
         transductive: Whether evaluation sends a task's queries forward together, so that batch norm takes their common
             statistics, or each alone with the support set.
@@ -63,6 +66,7 @@ class Reptile(MetaLearner):
         inner_beta1: float = 0.0,
         inner_batch_size: int | None = None,
         test_inner_batch_size: int | None = None,
+        tasks_per_pass: int | None = None,
         optimizer: Any = None,
         transductive: bool = True,
     ) -> None:
@@ -71,7 +75,17 @@ class Reptile(MetaLearner):
             "optimizer must be left out: Reptile moves θ towards the adapted parameters by outer_lr, with no gradient "
             f"for an optimizer to step along, got {optimizer!r}",
         )
-        super().__init__(network, loss, inner_lr, inner_steps, test_inner_steps, outer_lr, outer_lr_decay, transductive)
+        super().__init__(
+            network,
+            loss,
+            inner_lr,
+            inner_steps,
+            test_inner_steps,
+            outer_lr,
+            outer_lr_decay,
+            tasks_per_pass,
+            transductive,
+        )
         require(outer_lr <= 1, f"outer_lr must be in (0, 1]: it is Reptile's interpolation ε, got {outer_lr}")
         require_choice(("sgd", "adam"), inner_optimizer=inner_optimizer)
         require(0 <= inner_beta1 < 1, f"inner_beta1 must be in [0, 1), got {inner_beta1}")
@@ -96,34 +110,37 @@ class Reptile(MetaLearner):
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """One meta-iteration: adapt to every task, then move θ towards the tasks' mean."""
         batch = as_task_batch(batch)
-        theta = inner_loop.stack(inner_loop.leaves(self.meta_parameters()), len(batch.support_x))
-        adapted = self.adapt_tasks(theta, batch.support_x, batch.support_y, self.inner_steps)
-        loss = self.log_training(adapted.losses[-1], {}, adapted.params)
-        self.outer_step(adapted)
+        support = self.inner_batches(batch.support_x, batch.support_y, self.inner_steps)
+        mean, losses = self.in_passes(self.adapt_pass, support)
+        loss = self.log_training(losses, {}, mean[0])
+        self.outer_step(*mean)
         return loss
 
+    def adapt_pass(self, support: Support) -> tuple[list[Params], Tensor]:
+        """``mean_i θ'_i`` of one pass, with the means of the inner Adam's moments, and the last step's losses.  # T"""
+        theta = inner_loop.leaves(inner_loop.stack(self.meta_parameters(), len(support[0][0])))
+        params, losses, state = self.adapt_tasks(theta, support)
+        moments = [] if self.moments is None else [state.first, state.second]
+        return [inner_loop.mean_over_tasks(values) for values in (params, *moments)], losses[-1]
+
     @torch.no_grad()
-    def outer_step(self, adapted: Adapted) -> None:
+    def outer_step(self, mean: Params, *moments: Params) -> None:
         """θ ← θ + ε mean_i (θ'_i − θ), the mean over the tasks of all ranks; no optimizer."""
         epsilon = self.outer_lr * self.outer_lr_factor(self.global_step)
-        mean = self.mean_over_ranks(adapted.params)
+        mean = self.mean_over_ranks(mean)
         for name, p in self.meta_parameters().items():
             p.lerp_(mean[name], epsilon)
         if self.moments is not None:
-            step, first, second = adapted.state
-            self.moments.store(AdamState(step, self.mean_over_ranks(first), self.mean_over_ranks(second)))
+            self.moments.store(self.moments.step + self.inner_steps, *map(self.mean_over_ranks, moments))
         # without an optimizer Lightning gives a stand-in, whose step moves nothing and counts global_step
         stand_in = self.optimizers()
         assert isinstance(stand_in, LightningOptimizer)
         stand_in.step()
 
     def mean_over_ranks(self, params: Params) -> Params:
-        """mean_i of task-stacked tensors, over the tasks of all ranks."""
+        """The mean over the ranks of what each has of its tasks."""
         # DDP averages gradients only, and Reptile has none
-        return {
-            name: self.trainer.strategy.reduce(p, reduce_op="mean")
-            for name, p in inner_loop.mean_over_tasks(params).items()
-        }
+        return {name: self.trainer.strategy.reduce(p.detach(), reduce_op="mean") for name, p in params.items()}
 
     def inner_optimizer(self) -> tuple[inner_loop.InnerOptimizer[Any], Any]:
         """SGD, or Adam with the moments that training has left."""
@@ -131,7 +148,7 @@ class Reptile(MetaLearner):
             return super().inner_optimizer()
         return inner_loop.Adam(self.inner_lr, self.inner_beta1), self.moments.state()
 
-    def inner_batches(self, x: Tensor, y: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
+    def inner_batches(self, x: Tensor, y: Tensor, steps: int) -> Support:
         """The support samples of each step: minibatches that cycle through the set and reshuffle at each round."""
         size = self.inner_batch_size if self.training else self.test_inner_batch_size
         if size is None:
@@ -166,10 +183,10 @@ class Moments(nn.Module):
         """The state that every task starts with."""
         return AdamState(self.step, *({n: m.get_buffer(b) for n, b in self.names.items()} for m in self.orders()))
 
-    def store(self, state: AdamState) -> None:
+    def store(self, step: Tensor, first: Params, second: Params) -> None:
         """Keep the state that a meta-iteration left."""
-        self.step.copy_(state.step)
-        for module, moments in zip(self.orders(), (state.first, state.second), strict=True):
+        self.step.copy_(step)
+        for module, moments in zip(self.orders(), (first, second), strict=True):
             for name, buffer in self.names.items():
                 module.get_buffer(buffer).copy_(moments[name])
 

@@ -8,8 +8,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
-from meta_lightning.checks import require_at_least
+from meta_lightning.checks import require, require_at_least
 from meta_lightning.loading import MetaBatches, MetaIterations, TaskLoader
 from meta_lightning.tasks import Split, TaskSet
 
@@ -56,6 +58,31 @@ class TaskDataModule(L.LightningDataModule, ABC):
     @abstractmethod
     def task_set(self, split: Split) -> TaskSet:
         """The tasks of a split."""
+
+    def place(self, samples: Tensor) -> Tensor:
+        """All samples, on the GPU that trains where they take less than a quarter of its free memory.
+
+        There gathering a task costs next to nothing. Where they do not fit, or other processes load, they stay.
+
+        Raises:
+            InputError: If they are on a GPU already and other processes are to load.
+        """
+        require(
+            samples.device.type == "cpu" or self.num_workers == 0,
+            f"num_workers must be 0 for samples on {samples.device}, from where nothing else loads faster, "
+            f"got {self.num_workers}",
+        )
+        device = self.trainer.strategy.root_device if self.trainer else samples.device
+        if device.type != "cuda" or samples.is_cuda or self.num_workers:
+            return samples
+        free = torch.cuda.mem_get_info(device)[0]
+        if samples.nbytes < free / 4:
+            return samples.to(device)
+        rank_zero_info(
+            f"The samples, {samples.nbytes / 1e9:.1f} GB, stay outside of {device}, of which {free / 1e9:.1f} GB are "
+            "free: training waits while a batch is gathered, unless num_workers is greater than 0."
+        )
+        return samples
 
     def train_dataloader(self) -> TaskLoader:
         """An epoch of the stream of training tasks, from the meta-iteration at which the Trainer stands."""

@@ -1,19 +1,25 @@
 """Images packed once: a folder of memory-mapped arrays with checksums, whole or not there at all."""
 
+import hashlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
 import numpy as np
+from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from meta_lightning.checks import require
 from meta_lightning.tasks import SPLITS, Array, Split
+
+FORMAT = 2  # of what the data sets pack and of how it is written: another one is another cache
 
 
 class LabelledImages(NamedTuple):
@@ -22,7 +28,7 @@ class LabelledImages(NamedTuple):
     images: Array  # M C H W, uint8
     labels: Array  # M, int64: the image's row in ``classes``
     classes: Array  # names, str
-    splits: Array  # of each class: its row in SPLITS
+    splits: Array  # of each class: its row in SPLITS, or len(SPLITS) where it is in none
 
     def members(self, split: Split) -> list[int]:
         """The class numbers of a split."""
@@ -34,58 +40,112 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meta_lightning"
 
 
-def load_or_build(folder: Path, build: Callable[[], LabelledImages], verify: bool = True) -> LabelledImages:
-    """Map a cache into memory, or build it where it is missing or spoilt.
+def load_or_build(
+    folder: Path, build: Callable[[], LabelledImages], sources: Callable[[], Sequence[Path]] = list, verify: bool = True
+) -> LabelledImages:
+    """Map a cache into memory, or build it where it is missing, spoilt or older than its sources.
 
     Processes that start at once may each build it: the first to finish puts its own in place, and all read that one.
 
     Args:
         folder: The cache.
         build: Makes the data set from its source.
+        sources: The files that ``build`` reads; none where they are gone, and then a cache that is there serves.
         verify: Read the whole cache to compare its checksums; without it only its form is looked at.
     """
+    known = fingerprint(sources())
     if folder.exists():
         try:
-            return read(folder, verify)
+            if data := read(folder, known, verify):
+                return data
+            rank_zero_info(f"The files that the cache {folder} was made from have changed: it is built anew.")
         except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
             rank_zero_warn(f"The cache {folder} is spoilt ({error}): it is built anew.")
-            spoilt = folder.rename(folder.with_name(f"{folder.name}.{uuid4().hex}.part"))
-            spoilt.unlink() if spoilt.is_file() else shutil.rmtree(spoilt, ignore_errors=True)
+            remove(folder)
     data = build()
-    part = folder.with_name(f"{folder.name}.{uuid4().hex}.part")  # of this build alone, on other machines too
+    known = known or fingerprint(sources())  # they may have been downloaded only now
     try:
-        write(part, data)
-        try:
-            part.rename(folder)
-        except OSError:  # another process was faster
-            if not folder.exists():
-                raise
-        rank_zero_info(f"Packed {len(data.images)} images of {len(data.classes)} classes into {folder}.")
-        return read(folder, verify=False)
+        with locked(folder):
+            if not folder.exists() or not read(folder, known, verify=False):  # else another process was faster
+                pack(folder, data, known)
+            return read(folder, known, verify=False) or data
     except OSError as error:
         rank_zero_warn(f"cache_dir {folder.parent} cannot be written ({error}): the images are kept in memory only.")
         return data
+
+
+def fingerprint(files: Sequence[Path]) -> str | None:
+    """What changes with the names, sizes or times of these files; None of no files."""
+    versions = []
+    for file in files:
+        try:
+            stat = file.stat()
+            versions.append(f"{file.absolute()} {stat.st_size} {stat.st_mtime_ns}")
+        except FileNotFoundError:  # a link to nothing
+            versions.append(f"{file.absolute()} missing")
+    digest = hashlib.blake2b("\0".join(versions).encode(errors="surrogateescape"), digest_size=16)
+    return digest.hexdigest() if versions else None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Be the only process that writes a cache, and sweep away what killed ones left of it.
+
+    Raises:
+        OSError: If its place cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with suppress(NotImplementedError):  # a file system without locks: every process writes under a name of its own
+            stack.enter_context(FileLock(folder.with_name(f".{folder.name}.lock")))
+            for part in folder.parent.glob(f"{escape(folder.name)}.*.part"):
+                shutil.rmtree(part, ignore_errors=True)
+        yield
+
+
+def pack(folder: Path, data: LabelledImages, sources: str | None) -> None:
+    """Write a data set and, when it is whole, put it in the place of whatever is there."""
+    part = part_of(folder)
+    try:
+        write(part, data, sources)
+        if folder.exists():
+            remove(folder)
+        part.rename(folder)
+        rank_zero_info(f"Packed {len(data.images)} images of {len(data.classes)} classes into {folder}.")
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def write(folder: Path, data: LabelledImages) -> None:
-    """Write a data set as arrays and, last, their checksums."""
+def remove(folder: Path) -> None:
+    """Remove a cache, all of it at once; a process that has mapped it keeps it."""
+    old = folder.rename(part_of(folder))
+    old.unlink() if old.is_file() else shutil.rmtree(old, ignore_errors=True)
+
+
+def part_of(folder: Path) -> Path:
+    """A name for what is not a whole cache, of this process alone, on other machines too."""
+    return folder.with_name(f"{folder.name}.{uuid4().hex}.part")
+
+
+def write(folder: Path, data: LabelledImages, sources: str | None) -> None:
+    """Write a data set as arrays and, last, their checksums and the fingerprint of what it was made from."""
     folder.mkdir(parents=True)
     checksums = {}
     for name, array in data._asdict().items():
         np.save(folder / f"{name}.npy", array)
         checksums[name] = checksum(array)
-    (folder / "checksums.json").write_text(json.dumps(checksums))
+    (folder / "checksums.json").write_text(json.dumps(checksums | {"sources": sources}))
 
 
-def read(folder: Path, verify: bool) -> LabelledImages:
-    """Map a data set that ``write`` left.
+def read(folder: Path, sources: str | None, verify: bool) -> LabelledImages | None:
+    """Map a data set that ``write`` left; None if it was made from other sources than these, where these are known.
 
     Raises:
         OSError, ValueError, KeyError, EOFError, TypeError: If it is not what ``write`` left.
     """
     checksums = json.loads((folder / "checksums.json").read_text())
+    if sources not in (None, checksums["sources"]):
+        return None
     arrays = {}
     for name in LabelledImages._fields:
         # copy on write, and nobody writes: torch does not warn of it, and processes share the pages

@@ -1,6 +1,6 @@
 """The user's own pictures, in a folder a class."""
 
-import hashlib
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,18 +19,17 @@ from meta_lightning.data.cache import LabelledImages
 from meta_lightning.data.images import ImageTasks
 from meta_lightning.data.pictures import prepare_image
 from meta_lightning.data.transforms import ImageTransforms
-from meta_lightning.tasks import SPLITS, Array
+from meta_lightning.tasks import SPLITS, Array, FewShotTasks, Split
 
 LAYOUT = "root must hold pictures as root/{train,val,test}/<class>/* or, for a split drawn here, as root/<class>/*"
-LEFT_OUT = len(SPLITS)  # in place of a class's split; not -1, which would read as the last of SPLITS
+NO_SPLIT = len(SPLITS)  # in place of a class's split; not -1, which would read as the last of SPLITS
 
 
 class Listing(NamedTuple):
     """The files of a folder of pictures; whether they are pictures shows later."""
 
-    published: bool  # whether the folders split the classes
     classes: list[str]  # names
-    splits: list[int]  # of each class: its row in SPLITS; 0 where the folders do not split
+    splits: list[int]  # of each class: its row in SPLITS; NO_SPLIT where the folders do not split
     paths: list[Path]
     labels: list[int]  # of each path: its row in ``classes``
 
@@ -40,7 +39,8 @@ class ImageFolderTasks(ImageTasks):
 
     ``root`` is laid out in one of two ways, seen from whether it has a folder ``train``, ``val`` or ``test``:
 
-    * ``root/{train,val,test}/<class>/*``: classes split by the user; all three are needed, and no class is in two.
+    * ``root/{train,val,test}/<class>/*``: classes split by the user; no class is in two, and a split that is never
+      asked for may be missing.
     * ``root/<class>/*``: the classes are split here. ``numpy.random.default_rng(split_seed)`` permutes them, sorted by
       name; the first ``round(C * val)`` validate, the next ``round(C * test)`` test and the rest train. The split
       depends on the names of the folders alone, so other pictures, ways or shots leave it; another class draws it anew.
@@ -54,7 +54,8 @@ class ImageFolderTasks(ImageTasks):
         root: Folder that holds the pictures.
         image_size: Side of the square that pictures are fitted into, in pixels.
         channels: 3 for colour, 1 for grey.
-        split_fractions: Shares of the classes that train, validate and test, for ``root/<class>/*``.
+        split_fractions: Shares of the classes that train, validate and test, for ``root/<class>/*``; (0, 0, 1) is a
+            folder wholly for testing.
         split_seed: Seed of that split.
         ways: Classes a task (N).
         shots: Support images a class (K).
@@ -74,7 +75,7 @@ class ImageFolderTasks(ImageTasks):
 
     Raises:
         InputError: If an argument is outside its range, ``root`` is laid out in neither way, a class is in two splits,
-            no file is a picture, or a split has too few classes.
+            no file is a picture, or a split that is asked for has too few classes.
         FileNotFoundError: If ``root`` is missing or has no files in folders.
     """
 
@@ -123,28 +124,34 @@ class ImageFolderTasks(ImageTasks):
         require_at_least(0, split_seed=split_seed)
         require(channels in (1, 3), f"channels must be 1 or 3, got {channels}")
         require(
-            len(split_fractions) == len(SPLITS) and min(split_fractions) > 0 and abs(sum(split_fractions) - 1) < 1e-6,
-            f"split_fractions must be three numbers greater than 0 that sum to 1, got {split_fractions}",
+            len(split_fractions) == len(SPLITS) and min(split_fractions) >= 0 and abs(sum(split_fractions) - 1) < 1e-6,
+            f"split_fractions must be three numbers of at least 0 that sum to 1, got {split_fractions}",
         )
         self.root = Path(root).expanduser()
         self.image_size = image_size
         self.channels = channels
         self.split_fractions = split_fractions
         self.split_seed = split_seed
+        self.drawn = False  # whether the classes are split here
+        self.class_splits: Array = np.empty(0)  # of each class, also of those that are left out: its row in SPLITS
 
     @cached_property
     def listing(self) -> Listing:
-        """The files, looked for once, so that the cache is named after what it is built from."""
+        """The files, looked for once."""
         return list_pictures(self.root)
 
     @property
     def cache_name(self) -> str:
-        """A name that changes with every file added, removed or altered, and with the code that prepares them."""
-        code = Path(pictures.__file__).read_text()
-        parts = [str(self.root.resolve()), str(self.listing.published), code, PIL.__version__]
-        parts += [f"{path.relative_to(self.root)} {version(path)}" for path in self.listing.paths]
-        digest = hashlib.blake2b("\0".join(parts).encode(errors="surrogateescape"), digest_size=8).hexdigest()
-        return f"image-folder-{self.image_size}x{self.channels}-{digest}"
+        """A name for each ``root`` and form, and for the code that prepares the pictures."""
+        made_by = [str(self.root.resolve()), Path(pictures.__file__).read_text(), PIL.__version__]
+        return f"image-folder-{self.image_size}x{self.channels}-{zlib.crc32(' '.join(made_by).encode()):08x}"
+
+    def sources(self) -> list[Path]:
+        """The files of ``root``, while there are any."""
+        try:
+            return self.listing.paths
+        except FileNotFoundError:
+            return []
 
     def build(self) -> LabelledImages:
         """Read the pictures, in parallel: pillow decodes and resizes without Python's global lock."""
@@ -177,10 +184,9 @@ class ImageFolderTasks(ImageTasks):
     def arrange(self, data: LabelledImages) -> LabelledImages:
         """Split the classes where ``root`` does not, and leave out those with too few pictures for their split."""
         C = len(data.classes)
-        published = self.listing.published
-        splits = data.splits if published else split_classes(C, self.split_fractions, self.split_seed)
-        most_train_shots = int(np.max(self.train_shots))  # of a range, or the number itself
-        takes = np.array([most_train_shots + self.train_queries] + 2 * [self.shots + self.queries])
+        self.drawn = bool(np.any(data.splits == NO_SPLIT))
+        splits = split_classes(C, self.split_fractions, self.split_seed) if self.drawn else data.splits
+        takes = np.array([*map(self.images_a_class, SPLITS)])
         counts = np.bincount(data.labels, minlength=C)
         small = counts < takes[splits]
         if small.any():
@@ -189,23 +195,37 @@ class ImageFolderTasks(ImageTasks):
                 for c in small.nonzero()[0]
             ]
             rank_zero_warn(f"Classes with fewer images than shots + queries are left out: {', '.join(few)}.")
-        arranged = data._replace(splits=np.where(small, LEFT_OUT, splits))
-        for row, (split, ways) in enumerate(zip(SPLITS, [self.train_ways, self.ways, self.ways], strict=True)):
-            enough, of_split = len(arranged.members(split)), int(np.sum(splits == row))
-            drawn = "" if published else f" (split_fractions gives it {of_split} of the {C} classes)"
-            require(
-                enough >= ways,
-                f"root must hold at least {ways} classes (ways) of {takes[row]} images (shots + queries) for the "
-                f"{split} split{drawn}, got {enough} and {of_split - enough} with fewer images in {self.root}",
-            )
-        return arranged
+        self.class_splits = splits
+        return data._replace(splits=np.where(small, NO_SPLIT, splits))
+
+    def images_a_class(self, split: Split) -> int:
+        """The most images of a class that a task of a split takes."""
+        if split == "train":
+            return int(np.max(self.train_shots)) + self.train_queries  # of a range, or the number itself
+        return self.shots + self.queries
+
+    def make_task_set(self, split: Split) -> FewShotTasks:
+        """The tasks of a split.
+
+        Raises:
+            InputError: If it has too few classes, saying how many pictures they have.
+        """
+        data, ways = self.load(), self.train_ways if split == "train" else self.ways
+        enough, of_split = len(data.members(split)), int(np.sum(self.class_splits == SPLITS.index(split)))
+        drawn = f" (split_fractions gives it {of_split} of the {len(data.classes)} classes)" if self.drawn else ""
+        require(
+            enough >= ways,
+            f"root must hold at least {ways} classes (ways) of {self.images_a_class(split)} images (shots + queries) "
+            f"for the {split} split{drawn}, got {enough} and {of_split - enough} with fewer images in {self.root}",
+        )
+        return super().make_task_set(split)
 
 
 def list_pictures(root: Path) -> Listing:
     """Find the classes of ``root`` and their files, sorted by name.
 
     Raises:
-        InputError: If some but not all of train, val and test are there, or a class is in two of them.
+        InputError: If a class is in two of train, val and test.
         FileNotFoundError: If there is nothing in the places where pictures belong.
     """
     if not root.is_dir():
@@ -213,17 +233,13 @@ def list_pictures(root: Path) -> Listing:
     folders = [entry for entry in visible(root) if entry.is_dir()]
     names = [folder.name for folder in folders]
     there = [split for split in SPLITS if split in names]
-    require(
-        len(there) in (0, len(SPLITS)),
-        f"{LAYOUT}, but {root} has {', '.join(there)} without the other of train, val and test: {', '.join(names)}",
-    )
     if there:
         others = sorted({*names} - {*SPLITS})
         if others:
-            rank_zero_warn(f"root {root} is split into train, val and test; it is not read: {', '.join(others)}.")
-        found = [(c, row) for row, s in enumerate(SPLITS) for c in visible(root / s) if c.is_dir()]
+            rank_zero_warn(f"root {root} is split into {' and '.join(there)}; it is not read: {', '.join(others)}.")
+        found = [(c, SPLITS.index(split)) for split in there for c in visible(root / split) if c.is_dir()]
     else:
-        found = [(folder, 0) for folder in folders]
+        found = [(folder, NO_SPLIT) for folder in folders]
     classes = [folder.name for folder, _ in found]
     twice = [name for name, count in Counter(classes).items() if count > 1]
     require(
@@ -233,9 +249,7 @@ def list_pictures(root: Path) -> Listing:
     pairs = [(path, label) for label, (folder, _) in enumerate(found) for path in files_below(folder)]
     if not pairs:
         raise FileNotFoundError(f"{LAYOUT}, but {root} has {len(classes)} class folders and no files in them")
-    return Listing(
-        bool(there), classes, [row for _, row in found], [p for p, _ in pairs], [label for _, label in pairs]
-    )
+    return Listing(classes, [row for _, row in found], [p for p, _ in pairs], [label for _, label in pairs])
 
 
 def visible(folder: Path) -> list[Path]:
@@ -251,15 +265,6 @@ def files_below(folder: Path) -> Iterator[Path]:
                 yield entry
         elif not (entry.is_symlink() and folder.resolve().is_relative_to(entry.resolve())):  # a loop would not end
             yield from files_below(entry)
-
-
-def version(path: Path) -> str:
-    """What changes when a file does."""
-    try:
-        stat = path.stat()
-    except FileNotFoundError:  # a link to nothing
-        return "missing"
-    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def split_classes(C: int, fractions: tuple[float, float, float], seed: int) -> Array:

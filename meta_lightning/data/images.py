@@ -1,6 +1,7 @@
 """What the image data sets share: N-way K-shot tasks over one tensor of images, kept in a cache."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from meta_lightning.checks import require_at_least
 from meta_lightning.data.base import TaskDataModule
-from meta_lightning.data.cache import LabelledImages, default_cache_dir, load_or_build
+from meta_lightning.data.cache import FORMAT, LabelledImages, default_cache_dir, load_or_build
 from meta_lightning.data.transforms import ImageTransforms
 from meta_lightning.tasks import SPLITS, FewShotTasks, Split, TaskBatch
 
@@ -81,11 +82,15 @@ class ImageTasks(TaskDataModule):
     @property
     @abstractmethod
     def cache_name(self) -> str:
-        """Name of the cache folder; it has to change with whatever ``build`` depends on."""
+        """Name of the cache folder; it has to change with whatever ``build`` depends on, but for ``sources``."""
 
     @abstractmethod
     def build(self) -> LabelledImages:
         """Make the data set from its source; called once, its result is cached."""
+
+    def sources(self) -> Sequence[Path]:
+        """The files that ``build`` reads, so that it is called again when one changes; none where they are gone."""
+        return []
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the images, which the other process maps for itself."""
@@ -98,14 +103,14 @@ class ImageTasks(TaskDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Load the images, and see that each split that the stage needs can give its tasks; fitting needs all."""
         self.images, self.task_sets = None, {}  # what a device held before is free before it holds them again
-        self.images = self.place_images()
         for split in STAGE_SPLITS.get(stage or "fit", SPLITS):
             self.task_set(split)
 
     def load(self, verify: bool = False) -> LabelledImages:
         """The data set, from the cache where there is one."""
         if self.data is None:
-            self.data = self.arrange(load_or_build(self.cache_dir / self.cache_name, self.build, verify))
+            folder = self.cache_dir / f"{self.cache_name}-v{FORMAT}"
+            self.data = self.arrange(load_or_build(folder, self.build, self.sources, verify))
         return self.data
 
     def arrange(self, data: LabelledImages) -> LabelledImages:
@@ -122,7 +127,7 @@ class ImageTasks(TaskDataModule):
         """The tasks of a split, from the images."""
         data = self.load()
         if self.images is None:
-            self.images = self.place_images()
+            self.images = self.place(torch.from_numpy(data.images))
         train = split == "train"
         return FewShotTasks(
             self.images,
@@ -137,18 +142,11 @@ class ImageTasks(TaskDataModule):
             source=Path(data.images.filename)
             if isinstance(data.images, np.memmap) and data.images.filename is not None
             else None,
+            names=data.classes[data.members(split)].tolist(),
         )
 
     def on_after_batch_transfer(self, batch: TaskBatch, dataloader_idx: int) -> TaskBatch:
-        """Augment and normalise on the device, as ``transforms`` says; the same step looks the same again."""
+        """Augment and normalise on the device, as ``transforms`` says; the same step of a rank looks the same again."""
         training = self.trainer is not None and self.trainer.training
         seed = np.random.SeedSequence((self.seed, self._meta_iteration(), self._rank()[0]))
         return self.transforms(batch, training, int(seed.generate_state(1)[0]))
-
-    def place_images(self) -> Tensor:
-        """All images, on the device that trains where they take less than a quarter of its free memory.  # M C H W"""
-        images = torch.from_numpy(self.load().images)
-        device = self.trainer.strategy.root_device if self.trainer else images.device
-        if device.type == "cuda" and self.num_workers == 0 and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-            return images.to(device)
-        return images

@@ -33,6 +33,9 @@ class PublishedSplits(ImageTasks):
     A subclass names its ``title``, learn2learn's class (``loader``), the ``files`` under ``root`` and where to get them
     (``origin``), and reads one split.
 
+    learn2learn has no checksums of these files: what it downloads is taken when all of it reads and fits together. A
+    file that ends early or is another, and a class in two splits, are noticed so; altered pixels are not.
+
     Most of these files are pickles, and a pickle can run code when it is read: use none that you do not trust.
 
     Args:
@@ -108,6 +111,11 @@ class PublishedSplits(ImageTasks):
     def cache_name(self) -> str:
         """A name for each ``root``, so that a wrong one is not answered from another's cache."""
         return f"{self.title.lower()}-{zlib.crc32(str(self.root.resolve()).encode()):08x}"
+
+    def sources(self) -> list[Path]:
+        """The files, where all of them are there; of a folder those in it."""
+        paths = [] if self.missing() else [self.root / file for file in self.files]
+        return [file for path in paths for file in (sorted(path.rglob("*.*")) if path.is_dir() else [path])]
 
     @abstractmethod
     def read_split(self, split: Split) -> SplitImages:

@@ -66,6 +66,11 @@ class Omniglot(ImageTasks):
         rotations = "-rotations" if self.rotations else ""
         return f"omniglot-28{rotations}-{zlib.crc32(str(self.root.resolve()).encode()):08x}"
 
+    def sources(self) -> list[Path]:
+        """The drawings, where all of them are there."""
+        _, paths = find_drawings(self.root)
+        return paths if len(paths) == DRAWINGS * sum(FOLDERS.values()) else []
+
     def __init__(
         self,
         root: str = "data",
@@ -151,8 +156,7 @@ def read_omniglot(root: Path) -> LabelledImages:
         OSError: If an image does not read.
     """
     folder = root / "omniglot-py"
-    characters = [character for name in FOLDERS for character in sorted((folder / name).glob("*/*"))]
-    paths = [path for character in characters for path in sorted(character.glob("*.png"))]
+    characters, paths = find_drawings(root)
     expected = sum(FOLDERS.values())
     if len(characters) != expected or len(paths) != expected * DRAWINGS:
         raise FileNotFoundError(
@@ -173,6 +177,12 @@ def read_omniglot(root: Path) -> LabelledImages:
         classes=np.array([f"{character.parent.name}/{character.name}" for character in characters]),
         splits=np.array([SPLITS.index(split_of[alphabet]) for alphabet in alphabets]),
     )
+
+
+def find_drawings(root: Path) -> tuple[list[Path], list[Path]]:
+    """The folders of the characters under ``root``, and the drawings in them."""
+    characters = [character for name in FOLDERS for character in sorted((root / "omniglot-py" / name).glob("*/*"))]
+    return characters, [path for character in characters for path in sorted(character.glob("*.png"))]
 
 
 def shrink(paths: list[Path]) -> Array:

@@ -1,45 +1,69 @@
 """What a configuration will train on: in words and as a picture."""
 
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from meta_lightning.checks import InputError
 from meta_lightning.data.base import TaskDataModule
 from meta_lightning.data.images import ImageTasks
-from meta_lightning.tasks import SPLITS, TaskBatch, as_task_batch
+from meta_lightning.tasks import SPLITS, Split, TaskBatch, as_task_batch
 
 
-def describe_data(data: TaskDataModule) -> str:
-    """A line a split: its classes and images, where there are such, its tasks and the shape of one."""
-    numbers = {"train": None, "val": data.val_tasks, "test": data.test_tasks}
+def show_data(data: TaskDataModule, path: Path) -> str:
+    """Draw a task of each split and describe the splits; one that cannot give tasks is left out, saying why.
+
+    Args:
+        data: The data.
+        path: The picture that is made: support sets on the left, queries on the right, labelled, as they come to the
+            network, augmented in training.
+
+    Returns:
+        A line a split: its classes and images, where there are such, its tasks and the shape of one.
+
+    Raises:
+        InputError: If no split can give tasks.
+    """
+    from matplotlib.figure import Figure
+
     lines = [type(data).__name__]
+    drawn: list[tuple[Split, TaskBatch, list[str]]] = []
     for split in SPLITS:
-        tasks = "endless tasks" if numbers[split] is None else f"{numbers[split]} tasks"
-        batch = data.task_set(split).batch([0])
-        support, query = (list(x.shape[1:]) for x in (batch.support_x, batch.query_x))
-        words = [tasks, f"support {support}", f"query {query}"]
-        if isinstance(data, ImageTasks):
-            labelled = data.load()
-            members = labelled.members(split)
-            words.insert(0, f"{len(members)} classes, {np.isin(labelled.labels, members).sum()} images")
-        lines.append(f"  {split:5} {', '.join(words)}")
+        try:
+            tasks = data.task_set(split)
+        except InputError as error:
+            lines.append(f"  {split:5} left out: {error}")
+            if split == SPLITS[-1] and not drawn:
+                raise
+        else:
+            drawn.append((split, tasks.batch([0]), tasks.class_names(0)))
+            lines.append(f"  {split:5} {', '.join(describe_split(data, split, drawn[-1][1]))}")
+    figure = Figure(figsize=(4 * len(drawn), 4.5), layout="constrained")
+    panels: Any = figure.subfigures(1, len(drawn), squeeze=False)
+    for panel, (split, batch, names) in zip(panels.flat, drawn, strict=True):
+        panel.suptitle(split)
+        seen = data.transforms(batch, split == "train", data.seed) if isinstance(data, ImageTasks) else batch
+        draw_task(panel, seen, names)
+    figure.savefig(path, dpi=120)
     return "\n".join(lines)
 
 
-def draw_tasks(data: TaskDataModule, path: Path) -> None:
-    """Draw a task of each split: its support set on the left, its queries on the right, with their labels."""
-    from matplotlib.figure import Figure
+def describe_split(data: TaskDataModule, split: Split, batch: TaskBatch) -> list[str]:
+    """What a split has, in words."""
+    numbers = {"train": "endless", "val": data.val_tasks, "test": data.test_tasks}
+    support, query = (list(x.shape[1:]) for x in (batch.support_x, batch.query_x))
+    words = [f"{numbers[split]} tasks", f"support {support}", f"query {query}"]
+    if isinstance(data, ImageTasks):
+        labelled = data.load()
+        members = labelled.members(split)
+        words.insert(0, f"{len(members)} classes, {np.isin(labelled.labels, members).sum()} images")
+    return words
 
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    panels: Any = figure.subfigures(1, 3)
-    for panel, split in zip(panels, SPLITS, strict=True):
-        panel.suptitle(split)
-        draw_task(panel, data.task_set(split).batch([0]))
-    figure.savefig(path, dpi=120)
 
-
-def draw_task(panel: Any, batch: TaskBatch) -> None:
+def draw_task(panel: Any, batch: TaskBatch, names: Sequence[str]) -> None:
     """Draw the first task of a batch: images in a row a class, or else points."""
     support_x, support_y, query_x, query_y = (part[0].cpu() for part in as_task_batch(batch))
     if support_x.ndim != 4:  # vectors: the first number of each against its target
@@ -54,7 +78,8 @@ def draw_task(panel: Any, batch: TaskBatch) -> None:
     left, right = len(rows[0][1]), len(rows[0][2])
     grid = panel.subplots(len(rows), left + right, squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
     for axes_row, (label, support, query) in zip(grid, rows, strict=True):
-        axes_row[0].set_ylabel(label, rotation=0, ha="right", va="center")
+        name = textwrap.fill(f"{label}: {names[label]}" if names else str(label), 16, max_lines=3, placeholder="…")
+        axes_row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
         for column, (axes, image) in enumerate(zip(axes_row, [*support, *query], strict=True)):
             pixels = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-8)
             axes.imshow(pixels.permute(1, 2, 0).squeeze(-1), cmap="gray_r")

@@ -19,8 +19,9 @@ Splits = dict[Split, list[int]]
 class TensorTasks(TaskDataModule):
     """N-way K-shot classification over arrays of one's own.
 
-    ``trainer.fit(MAML(MLP(in_features=20, out_features=5)), TensorTasks(x, y))`` is all it takes. The arrays stay
-    on their device, are not copied where their type serves as it is, and do not go into checkpoints.
+    ``trainer.fit(MAML(MLP(in_features=20, out_features=5)), TensorTasks(x, y))`` is all it takes. The arrays are not
+    copied where their type serves as it is, but for a copy on the GPU that trains, where that has room, and do not go
+    into checkpoints.
 
     Args:
         x: Samples. Floating-point ones are used as they are, in torch's default precision; uint8 is scaled to [0, 1];
@@ -86,20 +87,24 @@ class TensorTasks(TaskDataModule):
         self.x, self.y = samples(x, "x"), class_numbers(y)
         require(len(self.x) == len(self.y), f"x and y must be of one length, got {len(self.x)} and {len(self.y)}")
         self.splits = split_numbers(self.y.unique().tolist(), splits, fractions, split_seed, "class numbers of y")
+        self.placed: Tensor | None = None
         self.task_sets: dict[Split, FewShotTasks] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """See that every split with classes can give its tasks; one without is refused when it is asked for."""
+        self.placed, self.task_sets = None, {}
         for split in SPLITS:
             if self.splits[split]:
                 self.task_set(split)
 
     def task_set(self, split: Split) -> FewShotTasks:
         """N-way K-shot tasks of the split's classes."""
+        if self.placed is None:
+            self.placed = self.place(self.x)
         if split not in self.task_sets:
             train = split == "train"
             self.task_sets[split] = FewShotTasks(
-                self.x,
+                self.placed,
                 self.y,
                 self.splits[split],
                 self.train_ways if train else self.ways,

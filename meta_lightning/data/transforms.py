@@ -14,6 +14,12 @@ from meta_lightning.tasks import TaskBatch, as_task_batch
 class ImageTransforms:
     """What happens to images, all of a meta-batch at once and on the device that trains.
 
+    Augmentation is a function of (seed, meta-iteration, rank): the same after a resume, but not the same on one process
+    and on several, which draw for their own tasks. The tasks themselves are; so is all that has no augmentation.
+
+    ``inner_update`` and ``forward_with_weights`` take images as they are given: after training with ``mean`` and
+    ``std`` give them ``transforms.normalise(scale_pixels(x))``, the latter from ``meta_lightning.tasks``.
+
     Args:
         mean: Subtracted from each channel of the pixels, which are in [0, 1]; together with ``std``.
         std: What each channel is divided by then.
@@ -55,7 +61,7 @@ class ImageTransforms:
         return TaskBatch(self.normalise(support_x), support_y, self.normalise(query_x), query_y)
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Pixels less ``mean``, by ``std``.  # T S C H W"""
+        """Pixels in [0, 1] less ``mean``, by ``std``.  # ... C H W"""
         if not self.mean or not self.std:
             return x
         require(len(self.mean) == x.shape[-3], f"mean must have {x.shape[-3]} numbers, one a channel, got {self.mean}")
