@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from meta_lightning.checks import require
+from meta_lightning.checks import InputError, require
 
 
 class Checkpoints(ModelCheckpoint):
@@ -83,6 +85,30 @@ class Checkpoints(ModelCheckpoint):
             path = Path(self.dirpath, self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
             trainer.save_checkpoint(path)
             rank_zero_info(f"Interrupted after {trainer.global_step} meta-iterations; go on with --ckpt_path {path}")
+
+
+def read_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
+    """What a checkpoint holds, its tensors mapped from the file.
+
+    Args:
+        path: The file.
+        argument: What the user gave the path as, for the message.
+
+    Raises:
+        InputError: If there is no such file, or it is no checkpoint.
+    """
+    require(Path(path).is_file(), f"{argument} must name a checkpoint, got {path}, which is no file")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
+        raise InputError(f"{argument} must name a checkpoint, got {path}, which does not read: {error}") from None
+    return checkpoint
+
+
+def network_description(hparams: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The network in plain words, as a configuration gave it; of one made in Python the hyperparameters have none."""
+    description = hparams.get("network")
+    return dict(description) if isinstance(description, Mapping) else None
 
 
 def verify_checkpoint(checkpoint: Mapping[str, Any], algorithm: str, state: Mapping[str, Tensor]) -> None:

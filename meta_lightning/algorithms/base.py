@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from lightning import LightningDataModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
 
 from meta_lightning import inner_loop
 from meta_lightning.algorithms.learner import Learner, Support
-from meta_lightning.checkpoints import verify_checkpoint
+from meta_lightning.checkpoints import network_description, verify_checkpoint
 from meta_lightning.checks import require, require_choice, require_positive
+from meta_lightning.data.form import form_of
 from meta_lightning.inner_loop import Params
 from meta_lightning.losses import Loss, score
 from meta_lightning.metrics import TaskMean
@@ -45,6 +47,7 @@ class MetaLearner(Learner, ABC):
         outer_lr: float,
         outer_lr_decay: Decay,
         tasks_per_pass: int | None,
+        transductive: bool = True,
     ) -> None:
         super().__init__(network, loss, inner_lr, inner_steps, test_inner_steps, tasks_per_pass)
         require_positive(outer_lr=outer_lr)
@@ -55,6 +58,8 @@ class MetaLearner(Learner, ABC):
         self.automatic_optimization = False
         self.outer_lr = outer_lr
         self.outer_lr_decay: Decay = outer_lr_decay
+        self.transductive = transductive
+        self.description = network_description(self.hparams)
         self.evaluation: dict[str, TaskMean] = {}
 
     @abstractmethod
@@ -69,7 +74,7 @@ class MetaLearner(Learner, ABC):
         return DECAYS[self.outer_lr_decay](step / self.trainer.estimated_stepping_batches if step else 0.0)
 
     def on_fit_start(self) -> None:
-        """Refuse what cannot work, before anything is trained."""
+        """Refuse what cannot work, before anything is trained, and note what the samples look like."""
         require(
             self.trainer.precision != "16-mixed",
             "trainer.precision must not be 16-mixed: its scaler covers the outer loss only, and gradients of the inner "
@@ -80,6 +85,9 @@ class MetaLearner(Learner, ABC):
             f"outer_lr_decay {self.outer_lr_decay!r} needs an end of training: expected trainer.max_steps or "
             "trainer.max_epochs, got neither",
         )
+        data: LightningDataModule | None = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            self.form = form_of(data.hparams, type(data))
 
     def log_training(self, losses: Tensor, scores: dict[str, Tensor], update: Params) -> Tensor:
         """Log a meta-batch's mean loss and scores, and stop before what is not finite spoils θ.
@@ -110,17 +118,20 @@ class MetaLearner(Learner, ABC):
     def predict_tasks(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Predictions of every task's queries, before and after adaptation.  # T R ..., T R ..."""
 
-        def predict(support: Support, query_x: Tensor) -> tuple[tuple[()], Tensor, Tensor]:
+        def predict(support: Support, support_x: Tensor, query_x: Tensor) -> tuple[tuple[()], Tensor, Tensor]:
             theta = inner_loop.leaves(inner_loop.stack(self.meta_parameters(), len(query_x)))
             adapted = self.adapt_tasks(theta, support).params
             with torch.no_grad():
-                return (), self.forward_tasks(theta, query_x), self.forward_tasks(adapted, query_x)
+                before, after = (
+                    self.forward_queries(params, support_x, query_x, self.transductive) for params in (theta, adapted)
+                )
+            return (), before, after
 
         # Lightning evaluates in inference mode, whose tensors autograd refuses even in enable_grad: hence the clones
         with torch.inference_mode(False), torch.enable_grad():
             batch = TaskBatch(*(part.clone() for part in batch))
             support = self.inner_batches(batch.support_x, batch.support_y, self.test_inner_steps)
-            _, before, after = self.in_passes(predict, support, batch.query_x)
+            _, before, after = self.in_passes(predict, support, batch.support_x, batch.query_x)
         return before, after
 
     def evaluate(self, batch: TaskBatch, stage: str) -> None:
@@ -180,6 +191,8 @@ class MetaLearner(Learner, ABC):
         checkpoint["tasks_per_pass"] = self.tasks_per_pass
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another algorithm or network (InputError)."""
+        """Refuse a checkpoint of another algorithm or network (InputError), and note what its samples looked like."""
         verify_checkpoint(checkpoint, type(self).__name__, self.state_dict())
+        self.form = form_of(checkpoint.get("datamodule_hyper_parameters", {}))
+        self.description = network_description(checkpoint.get("hyper_parameters", {}))
         self.tasks_per_pass = self.tasks_per_pass or checkpoint.get("tasks_per_pass")

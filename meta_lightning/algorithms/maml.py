@@ -53,6 +53,8 @@ class MAML(MetaLearner):
             exact, more time, and memory that does not grow with ``inner_steps``.
         tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time and memory.
             Default: on a CPU as many as its caches hold, elsewhere all; fewer after running out of memory.
+        transductive: Whether evaluation sends a task's queries forward together, so that batch norm takes their common
+            statistics, or each alone with the support set.
 
     Raises:
         InputError: If an argument is outside its range.
@@ -74,9 +76,18 @@ class MAML(MetaLearner):
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         recompute_inner_steps: bool = False,
         tasks_per_pass: int | None = None,
+        transductive: bool = True,
     ) -> None:
         super().__init__(
-            network, loss, inner_lr, inner_steps, test_inner_steps, outer_lr, outer_lr_decay, tasks_per_pass
+            network,
+            loss,
+            inner_lr,
+            inner_steps,
+            test_inner_steps,
+            outer_lr,
+            outer_lr_decay,
+            tasks_per_pass,
+            transductive,
         )
         if gradient_clip_val is not None:
             require_positive(gradient_clip_val=gradient_clip_val)

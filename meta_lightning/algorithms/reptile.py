@@ -46,6 +46,8 @@ class Reptile(MetaLearner):
         tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time and memory.
             Default: on a CPU as many as its caches hold, elsewhere all; fewer after running out of memory.
         optimizer: Not accepted: Reptile's outer loop is an interpolation.
+        transductive: Whether evaluation sends a task's queries forward together, so that batch norm takes their common
+            statistics, or each alone with the support set.
 
     Raises:
         InputError: If an argument is outside its range, or an optimizer is given.
@@ -66,6 +68,7 @@ class Reptile(MetaLearner):
         test_inner_batch_size: int | None = None,
         tasks_per_pass: int | None = None,
         optimizer: Any = None,
+        transductive: bool = True,
     ) -> None:
         require(
             optimizer is None,
@@ -73,7 +76,15 @@ class Reptile(MetaLearner):
             f"for an optimizer to step along, got {optimizer!r}",
         )
         super().__init__(
-            network, loss, inner_lr, inner_steps, test_inner_steps, outer_lr, outer_lr_decay, tasks_per_pass
+            network,
+            loss,
+            inner_lr,
+            inner_steps,
+            test_inner_steps,
+            outer_lr,
+            outer_lr_decay,
+            tasks_per_pass,
+            transductive,
         )
         require(outer_lr <= 1, f"outer_lr must be in (0, 1]: it is Reptile's interpolation ε, got {outer_lr}")
         require_choice(("sgd", "adam"), inner_optimizer=inner_optimizer)
