@@ -426,6 +426,11 @@ def half_frozen() -> nn.Module:
     return network
 
 
+def repeated() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(6, WAYS))
+
+
 sequences = partial(classification, 4, 3)
 images = partial(classification, 1, 6, 6)
 
@@ -444,6 +449,7 @@ images = partial(classification, 1, 6, 6)
         pytest.param(lambda: normalised(nn.InstanceNorm2d(4, affine=True)), images, False, id="instance-norm"),
         pytest.param(lambda: normalised(nn.GroupNorm(2, 4)), images, False, id="group-norm"),
         pytest.param(half_frozen, partial(classification, 6), False, id="frozen"),
+        pytest.param(repeated, partial(classification, 6), False, id="a module in two places"),
         pytest.param(Unused, partial(classification, 6), False, id="unused"),
     ],
 )

@@ -61,6 +61,8 @@ class Learner(L.LightningModule):
         self.test_inner_steps = test_inner_steps
         self.tasks_per_pass = tasks_per_pass
         self.loops_over_tasks = inner_loop.wrong_under_vmap(self.network)
+        places = [module for _, module in self.network.named_modules(remove_duplicate=False)]
+        self.repeats_modules = len(places) > len({*places})
         self.outputs_checked = False
         self.form = SampleForm()
         self.description: dict[str, Any] | None = None  # the network in plain words, where a configuration gave it
@@ -116,7 +118,13 @@ class Learner(L.LightningModule):
 
     def forward_tasks(self, params: Params, x: Tensor) -> Tensor:
         """Predictions of every task with its own parameters.  # T S ... -> T S ..."""
-        return self.over_tasks(lambda params, x: functional_call(self.network, params, (x,)), params, x)
+        return self.over_tasks(self.forward_task, params, x)
+
+    def forward_task(self, params: Params, x: Tensor) -> Tensor:
+        """Predictions of one task.  # S ... -> S ..."""
+        # for a module that stands in two places torch would restore its parameters in the wrong order
+        predictions: Tensor = functional_call(self.network, params, (x,), tie_weights=not self.repeats_modules)
+        return predictions
 
     def forward_queries(self, params: Params, support_x: Tensor, query_x: Tensor, transductive: bool = True) -> Tensor:
         """Predictions of every task's queries with its own parameters.  # T R ...
@@ -131,17 +139,16 @@ class Learner(L.LightningModule):
         if transductive:
             return self.forward_tasks(params, query_x)
 
-        def forward_task(params: Params, support_x: Tensor, query_x: Tensor) -> Tensor:
+        def forward_alone(params: Params, support_x: Tensor, query_x: Tensor) -> Tensor:
             def forward_query(query: Tensor) -> Tensor:
-                predictions: Tensor = functional_call(self.network, params, (torch.cat([support_x, query[None]]),))
-                return predictions[-1]
+                return self.forward_task(params, torch.cat([support_x, query[None]]))[-1]
 
             return self.over_tasks(forward_query, query_x)
 
         # as many queries at once as take no more memory than all of them together would
         at_once = max(1, query_x.shape[1] // (support_x.shape[1] + 1))
         parts = query_x.split(at_once, dim=1)
-        return torch.cat([self.over_tasks(forward_task, params, support_x, part) for part in parts], dim=1)
+        return torch.cat([self.over_tasks(forward_alone, params, support_x, part) for part in parts], dim=1)
 
     def task_losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Every task's loss.  # T S ..., T S ... -> T"""
