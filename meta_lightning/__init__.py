@@ -18,7 +18,9 @@ from meta_lightning.data import (
 )
 from meta_lightning.metrics import TaskMean
 from meta_lightning.networks import MLP, Conv4
+from meta_lightning.predictor import Predictor
 from meta_lightning.resnet import ResNet12
+from meta_lightning.restoring import load_learner
 from meta_lightning.tasks import TaskBatch
 from meta_lightning.train import train_maml
 
@@ -38,6 +40,7 @@ __all__ = [
     "MetaLearner",
     "MiniImagenet",
     "Omniglot",
+    "Predictor",
     "RegressionTasks",
     "Reptile",
     "ResNet12",
@@ -47,5 +50,6 @@ __all__ = [
     "TaskMean",
     "TensorTasks",
     "TieredImagenet",
+    "load_learner",
     "train_maml",
 ]

@@ -133,6 +133,12 @@ def first_few(differences: list[str]) -> str:
     return ", ".join(differences[:3]) + more
 
 
+def network_description(hparams: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The network in plain words, as a configuration gave it; of one made in Python the hyperparameters have none."""
+    description = hparams.get("network")
+    return dict(description) if isinstance(description, Mapping) else None
+
+
 def verify_checkpoint(checkpoint: Mapping[str, Any], algorithm: str, state: Mapping[str, Tensor]) -> None:
     """Refuse a checkpoint of another algorithm or network.
 

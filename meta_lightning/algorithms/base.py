@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning import LightningDataModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
 
 from meta_lightning import inner_loop
 from meta_lightning.algorithms.learner import Support
 from meta_lightning.algorithms.outer import OuterLoop
-from meta_lightning.checkpoints import load_network, verify_checkpoint
+from meta_lightning.checkpoints import load_network, network_description, verify_checkpoint
+from meta_lightning.data.form import form_of
 from meta_lightning.losses import Loss, score
 from meta_lightning.metrics import TaskMean
 from meta_lightning.outer_loop import Decay, Scheduler
@@ -37,6 +39,7 @@ class MetaLearner(OuterLoop):
         outer_lr: float,
         outer_lr_decay: Decay,
         tasks_per_pass: int | None,
+        transductive: bool,
         scheduler: Scheduler | None,
         inner_freeze: Sequence[str],
         outer_freeze: Sequence[str],
@@ -63,28 +66,40 @@ class MetaLearner(OuterLoop):
         self.save_hyperparameters(ignore=["init_from", *objects])
         if init_from is not None:
             load_network(self.network, init_from)
+        self.transductive = transductive
+        self.description = network_description(self.hparams)
         self.evaluation: dict[str, TaskMean] = {}
 
     @abstractmethod
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """One meta-iteration; returns the mean loss of the meta-batch."""
 
+    def on_fit_start(self) -> None:
+        """Refuse what cannot work, before anything is trained, and note what the samples look like."""
+        super().on_fit_start()
+        data: LightningDataModule | None = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            self.form = form_of(data.hparams, type(data))
+
     # ------------------------------------------------------------------------------------------------ evaluation
 
     def predict_tasks(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Predictions of every task's queries, before and after adaptation.  # T R ..., T R ..."""
 
-        def predict(support: Support, query_x: Tensor) -> tuple[None, Tensor, Tensor]:
+        def predict(support: Support, support_x: Tensor, query_x: Tensor) -> tuple[tuple[()], Tensor, Tensor]:
             theta = inner_loop.leaves(inner_loop.stack(self.meta_parameters(), len(query_x)))
             adapted = self.adapt_tasks(theta, support).params
             with torch.no_grad():
-                return None, self.forward_tasks(theta, query_x), self.forward_tasks(adapted, query_x)
+                before, after = (
+                    self.forward_queries(params, support_x, query_x, self.transductive) for params in (theta, adapted)
+                )
+            return (), before, after
 
         # Lightning evaluates in inference mode, whose tensors autograd refuses even in enable_grad: hence the clones
         with torch.inference_mode(False), torch.enable_grad():
             batch = TaskBatch(*(part.clone() for part in batch))
             support = self.inner_batches(batch.support_x, batch.support_y, self.test_inner_steps)
-            _, before, after = self.in_passes(predict, support, batch.query_x)
+            _, before, after = self.in_passes(predict, support, batch.support_x, batch.query_x)
         return before, after
 
     def evaluate(self, batch: TaskBatch, stage: str) -> None:
@@ -145,7 +160,9 @@ class MetaLearner(OuterLoop):
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another algorithm or network (InputError)."""
+        """Refuse a checkpoint of another algorithm or network (InputError), and note what its samples looked like."""
         verify_checkpoint(checkpoint, type(self).__name__, self.state_dict())
+        self.form = form_of(checkpoint.get("datamodule_hyper_parameters", {}))
+        self.description = network_description(checkpoint.get("hyper_parameters", {}))
         self.tasks_per_pass = self.tasks_per_pass or checkpoint.get("tasks_per_pass")
         super().on_load_checkpoint(checkpoint)

@@ -13,13 +13,19 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from meta_lightning import inner_loop
+from meta_lightning.adaptation import adapt_learner
 from meta_lightning.checks import require, require_at_least, require_matches, require_positive
+from meta_lightning.data.form import SampleForm
 from meta_lightning.inner_loop import Adapted, Params
 from meta_lightning.losses import Loss, check_outputs, default_loss
 from meta_lightning.networks import with_batch_statistics
-from meta_lightning.tasks import TaskBatch, scale_pixels
+from meta_lightning.predictor import Predictor
+from meta_lightning.tasks import Array, TaskBatch, scale_pixels
 
 Support = list[tuple[Tensor, Tensor]]  # samples and targets of each inner step: K of T S ..., T S ...
+
+# Input values of a pass on a CPU: with more, its maps outgrow the caches (benchmarks/results/speed.md)
+CACHED_VALUES = 2**19
 
 
 class Learner(L.LightningModule):
@@ -65,7 +71,11 @@ class Learner(L.LightningModule):
         # cuDNN's kernels have no second derivative, and no first one in evaluation mode
         self.recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
         self.loops_over_tasks = inner_loop.wrong_under_vmap(self.network)
+        places = [module for _, module in self.network.named_modules(remove_duplicate=False)]
+        self.repeats_modules = len(places) > len({*places})
         self.outputs_checked = False
+        self.form = SampleForm()
+        self.description: dict[str, Any] | None = None  # the network in plain words, where a configuration gave it
 
     def meta_parameters(self) -> Params:
         """θ: the network's parameters that are trained or adapted."""
@@ -105,9 +115,11 @@ class Learner(L.LightningModule):
         Returns:
             The mean over all tasks, and what else there is, task-stacked.
         """
-        tasks = len(tree_leaves(stacked)[0])
+        parts = tree_leaves(stacked)
+        tasks, on_cpu = len(parts[0]), parts[0].device.type == "cpu"
+        cached = max(1, CACHED_VALUES // max(part[0].numel() for part in parts))
         while True:
-            size = min(self.tasks_per_pass or tasks, tasks)
+            size = min(self.tasks_per_pass or (cached if on_cpu else tasks), tasks)
             parts = [tree_map(operator.itemgetter(slice(i, i + size)), stacked) for i in range(0, tasks, size)]
             try:
                 means, *others = zip(*(function(*part) for part in parts), strict=True)
@@ -125,10 +137,39 @@ class Learner(L.LightningModule):
 
     def forward_tasks(self, params: Params, x: Tensor) -> Tensor:
         """Predictions of every task with its own parameters.  # T S ... -> T S ..."""
+        return self.over_tasks(self.forward_task, params, x)
+
+    def forward_task(self, params: Params, x: Tensor) -> Tensor:
+        """Predictions of one task.  # S ... -> S ..."""
+        weights = inner_loop.weights(params)
         with torch.backends.cudnn.flags(enabled=False) if self.recurrent else nullcontext():
-            return self.over_tasks(
-                lambda params, x: functional_call(self.network, params, (x,)), inner_loop.weights(params), x
-            )
+            # for a module that stands in two places torch would restore its parameters in the wrong order
+            predictions: Tensor = functional_call(self.network, weights, (x,), tie_weights=not self.repeats_modules)
+        return predictions
+
+    def forward_queries(self, params: Params, support_x: Tensor, query_x: Tensor, transductive: bool = True) -> Tensor:
+        """Predictions of every task's queries with its own parameters.  # T R ...
+
+        Args:
+            params: Task-stacked parameters.
+            support_x: Support samples, which matter where the queries do not go forward together.  # T S ...
+            query_x: Query samples.  # T R ...
+            transductive: Whether the queries of a task go forward together, so that batch norm takes their common
+                statistics (Finn et al., 2017), or each alone with the support set (Nichol et al., 2018, section 6.1).
+        """
+        if transductive:
+            return self.forward_tasks(params, query_x)
+
+        def forward_alone(params: Params, support_x: Tensor, query_x: Tensor) -> Tensor:
+            def forward_query(query: Tensor) -> Tensor:
+                return self.forward_task(params, torch.cat([support_x, query[None]]))[-1]
+
+            return self.over_tasks(forward_query, query_x)
+
+        # as many queries at once as take no more memory than all of them together would
+        at_once = max(1, query_x.shape[1] // (support_x.shape[1] + 1))
+        parts = query_x.split(at_once, dim=1)
+        return torch.cat([self.over_tasks(forward_alone, params, support_x, part) for part in parts], dim=1)
 
     def task_losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Every task's loss.  # T S ..., T S ... -> T"""
@@ -194,3 +235,27 @@ class Learner(L.LightningModule):
     def forward_with_weights(self, query_x: Tensor, adapted_params: Params) -> Tensor:
         """Predictions of one task with the parameters that ``inner_update`` gave.  # R ... -> R ..."""
         return self.forward_tasks({name: p[None] for name, p in adapted_params.items()}, scale_pixels(query_x)[None])[0]
+
+    def adapt(
+        self,
+        x: Tensor | Array,
+        y: Tensor | Array | Sequence[str],
+        steps: int | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> Predictor:
+        """A predictor for one task, adapted to its support set: the one inner loop, in evaluation mode.
+
+        For more classes than the network has outputs its last linear layer grows, see ``networks.widened``.
+
+        Args:
+            x: Support samples as the data set holds them: uint8 pixels, or what else the network takes. They are
+                normalised as in training.  # S ...
+            y: Class of each sample, a number or a name; for regression its target, floating-point.  # S, S D
+            steps: Inner steps. Default: ``test_inner_steps``.
+            class_names: Names of the classes, in the sorted order of y's values. Default: those values.
+
+        Raises:
+            InputError: If the samples or targets do not fit each other or the network, or there are more classes than
+                the network can be given outputs for.
+        """
+        return adapt_learner(self, x, y, self.test_inner_steps if steps is None else steps, class_names)

@@ -54,7 +54,9 @@ class MAML(MetaLearner):
         recompute_inner_steps: Recompute each inner step on the way back instead of keeping the graph of all of them:
             exact, more time, and memory that does not grow with ``inner_steps``.
         tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time and memory.
-            Default: all of them, and fewer after running out of memory.
+            Default: on a CPU as many as its caches hold, elsewhere all; fewer after running out of memory.
+        transductive: Whether evaluation sends a task's queries forward together, so that batch norm takes their common
+            statistics, or each alone with the support set.
         scheduler: Makes a learning-rate schedule of an optimizer, in the place of ``outer_lr_decay``: any of
             ``torch.optim.lr_scheduler`` that goes by the number of steps alone. It steps once a meta-iteration.
         inner_freeze: Parameters that inner steps leave as they are, by patterns of their names: ``features.*`` adapts
@@ -87,6 +89,7 @@ class MAML(MetaLearner):
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         recompute_inner_steps: bool = False,
         tasks_per_pass: int | None = None,
+        transductive: bool = True,
         scheduler: Scheduler | None = None,
         inner_freeze: Sequence[str] = (),
         outer_freeze: Sequence[str] = (),
@@ -103,6 +106,7 @@ class MAML(MetaLearner):
             outer_lr,
             outer_lr_decay,
             tasks_per_pass,
+            transductive,
             scheduler,
             inner_freeze,
             outer_freeze,

@@ -12,7 +12,7 @@ from meta_lightning import inner_loop
 from meta_lightning.algorithms.base import MetaLearner
 from meta_lightning.algorithms.learner import Support
 from meta_lightning.checks import require, require_at_least, require_choice
-from meta_lightning.inner_loop import AdamState, Params, mean_over_tasks
+from meta_lightning.inner_loop import AdamState, Params
 from meta_lightning.losses import Loss
 from meta_lightning.outer_loop import Decay, Scheduler
 from meta_lightning.tasks import TaskBatch, as_task_batch
@@ -45,8 +45,10 @@ class Reptile(MetaLearner):
             None takes all of them in every step.
         test_inner_batch_size: The same in validation, test and prediction.
         tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time and memory.
-            Default: all of them, and fewer after running out of memory.
+            Default: on a CPU as many as its caches hold, elsewhere all; fewer after running out of memory.
         optimizer: Not accepted: Reptile's outer loop is an interpolation.
+        transductive: Whether evaluation sends a task's queries forward together, so that batch norm takes their common
+            statistics, or each alone with the support set.
         scheduler: Makes a schedule of ε, in the place of ``outer_lr_decay``: any of
             ``torch.optim.lr_scheduler`` that goes by the number of steps alone. It steps once a meta-iteration.
         inner_freeze: Parameters that inner steps leave as they are, by patterns of their names: ``features.*`` adapts
@@ -76,6 +78,7 @@ class Reptile(MetaLearner):
         test_inner_batch_size: int | None = None,
         tasks_per_pass: int | None = None,
         optimizer: Any = None,
+        transductive: bool = True,
         scheduler: Scheduler | None = None,
         inner_freeze: Sequence[str] = (),
         outer_freeze: Sequence[str] = (),
@@ -96,6 +99,7 @@ class Reptile(MetaLearner):
             outer_lr,
             outer_lr_decay,
             tasks_per_pass,
+            transductive,
             scheduler,
             inner_freeze,
             outer_freeze,
@@ -131,25 +135,22 @@ class Reptile(MetaLearner):
         self.outer_step(*mean)
         return self.log_training(losses, {})
 
-    def adapt_pass(self, support: Support) -> tuple[tuple[Params, Any], Tensor]:
-        """``mean_i θ'_i`` of one pass and the mean state of its inner optimizers, with the last step's losses."""
+    def adapt_pass(self, support: Support) -> tuple[list[Params], Tensor]:
+        """``mean_i θ'_i`` of one pass, with the means of the inner Adam's moments, and the last step's losses.  # T"""
         theta = inner_loop.leaves(inner_loop.stack(self.meta_parameters(), len(support[0][0])))
-        adapted = self.adapt_tasks(theta, support)
-        state = adapted.state
-        if isinstance(state, AdamState):
-            state = AdamState(state.step, mean_over_tasks(state.first), mean_over_tasks(state.second))
-        return (mean_over_tasks(self.learned(self.adapted(adapted.params))), state), adapted.losses[-1]
+        params, losses, state = self.adapt_tasks(theta, support)
+        moved = self.learned(self.adapted(params))
+        moments = [] if self.moments is None else [state.first, state.second]
+        return [inner_loop.mean_over_tasks(values) for values in (moved, *moments)], losses[-1]
 
-    def outer_step(self, mean: Params, state: AdamState | None) -> None:
+    def outer_step(self, *means: Params) -> None:
         """θ ← θ + ε mean_i (θ'_i − θ), the mean over the tasks of all ranks; no optimizer."""
-        theta, mean = self.meta_parameters(), self.mean_over_ranks(mean)
-        if state is not None:
-            state = AdamState(state.step, self.mean_over_ranks(state.first), self.mean_over_ranks(state.second))
-        with self.outer_iteration((mean, state)) as stand_in:
+        theta, (mean, *moments) = self.meta_parameters(), [self.mean_over_ranks(values) for values in means]
+        with self.outer_iteration((mean, moments)) as stand_in:
             for name, target in mean.items():
                 theta[name].lerp_(target, stand_in.param_groups[0]["lr"])
-            if self.moments is not None and state is not None:
-                self.moments.store(state)
+            if self.moments is not None:
+                self.moments.store(self.moments.step + self.inner_steps, *moments)
             stand_in.step()  # moves nothing, and counts global_step
 
     def mean_over_ranks(self, params: Params) -> Params:
@@ -203,10 +204,10 @@ class Moments(nn.Module):
         """The state that every task starts with."""
         return AdamState(self.step, *({n: m.get_buffer(b) for n, b in self.names.items()} for m in self.orders()))
 
-    def store(self, state: AdamState) -> None:
+    def store(self, step: Tensor, first: Params, second: Params) -> None:
         """Keep the state that a meta-iteration left."""
-        self.step.copy_(state.step)
-        for module, moments in zip(self.orders(), (state.first, state.second), strict=True):
+        self.step.copy_(step)
+        for module, moments in zip(self.orders(), (first, second), strict=True):
             for name, buffer in self.names.items():
                 module.get_buffer(buffer).copy_(moments[name])
 
