@@ -8,16 +8,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from meta_lightning.adapt import adapt
 from meta_lightning.algorithms import MetaLearner
-from meta_lightning.checkpoints import Checkpoints, read_checkpoint
+from meta_lightning.checkpoints import Checkpoints, read_checkpoint, verify_checkpoint
 from meta_lightning.checks import InputError
 from meta_lightning.data import TaskDataModule
 from meta_lightning.data.show import show_data
 from meta_lightning.predictions import PredictionTable
+from meta_lightning.resuming import LAST, PREVIOUS, continue_logs
 
 PACKAGE = Path(__file__).parent
 
@@ -31,13 +34,17 @@ IGNORED_WARNINGS = {
     r"Using ModelCheckpoint with manual optimization": f"{LIGHTNING}/pull/21239",
     # the arguments are the process' own, with configurations found
     r"LightningCLI's args parameter": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/cli.py#L552",
+    # tasks are numbered, not shuffled; overfitting takes the first ones
+    r"You requested to overfit but enabled": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/trainer/connectors/"
+    "data_connector.py#L261",
     # predictions come in the order of the tasks
     r"Couldn't infer the batch indices": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/loops/prediction_loop.py#L307",
 }
 
-IGNORED_OUTSIDE_FIT = {
-    # a test has a log folder of its own; a resumed fit does begin anew to look for its best checkpoint
-    r"The dirpath has changed": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/callbacks/model_checkpoint.py#L566",
+IGNORED_WHEN_RESUMED = {
+    # they are the run's own
+    r"Checkpoint directory .* exists and is not empty": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/callbacks/"
+    "model_checkpoint.py#L724",
 }
 
 
@@ -73,7 +80,7 @@ class MetaLightningCLI(LightningCLI):
         """Parse, with configurations found and the checkpoint's hyperparameters before what the user gives."""
         arguments = sys.argv[1:] if args is None else args
         if isinstance(arguments, Sequence):
-            arguments = with_checkpoint_defaults(with_configs([str(a) for a in arguments]))
+            arguments = with_checkpoint_defaults(with_last_checkpoint(with_configs([str(a) for a in arguments])))
         super().parse_arguments(parser, arguments)
 
     def after_instantiate_classes(self) -> None:
@@ -85,12 +92,23 @@ class MetaLightningCLI(LightningCLI):
             sys.exit()
 
     def before_instantiate_classes(self) -> None:
-        """Ignore what says something in ``fit`` only, and do without the origin of weights that a checkpoint brings."""
-        if self.subcommand != "fit":
-            ignore(IGNORED_OUTSIDE_FIT)
+        """Do without the origin of weights that a checkpoint brings."""
         config = self.config[self.subcommand]
         if config.ckpt_path is not None and not Path(config.get("model.init_args.init_from") or "").is_file():
             config.model.init_args.init_from = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Refuse a checkpoint that does not fit, before anything is written, and go on in the logs of the last one."""
+        trainer = super().instantiate_trainer(**kwargs)
+        path = Path(self._get(self.config, "ckpt_path") or "")
+        if path.is_file():
+            resume = self.subcommand == "fit"
+            checkpoint = read_checkpoint(path, "--ckpt_path", resume)
+            verify_checkpoint(checkpoint, type(self.model).__name__, self.model.state_dict())
+            if resume and path.stem.startswith((LAST, PREVIOUS)):
+                ignore(IGNORED_WHEN_RESUMED)
+                continue_logs(trainer.loggers, path, checkpoint)
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone.
@@ -132,6 +150,21 @@ def with_configs(args: list[str]) -> list[str]:
     return found
 
 
+def with_last_checkpoint(args: list[str]) -> list[str]:
+    """The arguments, ``--ckpt_path last`` found: the newest of those that the runs of these settings leave.
+
+    Without any, Lightning says so and begins anew, so that one command serves the first start and every restart.
+    """
+    if setting(args, "ckpt_path") != "last":
+        return args
+    root = Path(setting(args, "trainer.logger.save_dir") or setting(args, "trainer.default_root_dir") or "")
+    runs = root / (setting(args, "trainer.logger.name") or "lightning_logs")
+    folder = setting(args, "checkpoint.dirpath")
+    folders = [Path(folder)] if folder else [root / "checkpoints", *runs.glob("*/checkpoints")]
+    found = [path for folder in folders for name in (LAST, PREVIOUS) for path in folder.glob(f"{name}*.ckpt")]
+    return [*args, "--ckpt_path", str(max(found, key=lambda path: path.stat().st_mtime))] if found else args
+
+
 def with_checkpoint_defaults(args: list[str]) -> list[str]:
     """The arguments, with the model and data of the checkpoint that they name before them: later ones win."""
     path = value_of(args, "--ckpt_path")
@@ -163,6 +196,22 @@ def run(name: str, args: list[str]) -> None:
     options = parser.instantiate_classes(parser.parse_args(args)).as_dict()
     del options["config"]
     sys.stdout.write(f"{FUNCTIONS[name](**options)}\n")
+
+
+def setting(args: list[str], key: str) -> str | None:
+    """What the arguments, or else their configurations, say of a setting; of a list, what its first has."""
+    owner, _, name = key.rpartition(".")
+    given = value_of(args, f"--{key}") or value_of(args, f"--{owner}.init_args.{name}")
+    configs = [Path(b) for a, b in pairwise(args) if a in ("-c", "--config")]
+    configs += [Path(a.removeprefix("--config=")) for a in args if a.startswith("--config=")]
+    for config in reversed(configs if given is None else []):
+        value = yaml.safe_load(config.read_text())
+        for part in key.split("."):
+            value = value[0] if isinstance(value, list) and value else value
+            value = {**value, **value.get("init_args", {})}.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            return str(value)
+    return given
 
 
 def main(args: ArgsType = None) -> None:

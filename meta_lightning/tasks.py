@@ -213,8 +213,8 @@ def as_task_batch(parts: Sequence[Tensor]) -> TaskBatch:
 
 
 def scale_pixels(x: Tensor) -> Tensor:
-    """uint8 pixels as float32 in [0, 1]; other samples as they are."""
-    return x.float().div_(255) if x.dtype == torch.uint8 else x
+    """uint8 pixels in [0, 1], in torch's default precision; other samples as they are."""
+    return x.to(torch.get_default_dtype()).div_(255) if x.dtype == torch.uint8 else x
 
 
 def describe_tasks(rows: Array | list[Array], transform: FewShotTransform) -> Any:

@@ -5,7 +5,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from conftest import trainer
@@ -99,12 +98,6 @@ def test_a_gradient_that_is_not_finite_stops_as_well() -> None:
     with pytest.raises(FloatingPointError, match="its gradient not finite, at step 0"):
         trainer(max_steps=1).fit(learner, DataLoader([[zeros] * 4], batch_size=None))
     assert learner.meta_parameters()["weight"].isfinite().all()
-
-
-def test_half_precision_of_the_inner_loop_is_refused(mlp: MLP, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(L.Trainer, "precision", "16-mixed")  # which Lightning has on a GPU only
-    with pytest.raises(ValueError, match=r"trainer.precision must not be 16-mixed: .* bf16-mixed works"):
-        trainer(max_steps=1).fit(MAML(mlp), Sinusoid())
 
 
 def test_a_loss_without_a_reduction_is_refused(mlp: MLP, sinusoid: Sinusoid) -> None:

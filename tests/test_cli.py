@@ -41,7 +41,7 @@ def printed_config(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, 
 @pytest.mark.parametrize("algorithm", ["MAML", "FOMAML", "Reptile"])
 def test_fit_validate_test_predict(algorithm: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config", TINY, "--model", algorithm])
-    assert {path.name for path in (RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in (RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     best = str(RUN / "checkpoints/best.ckpt")
     assert torch.load(best, weights_only=True)["algorithm"] == algorithm
 
@@ -205,8 +205,7 @@ def test_the_command_line_beats_the_optimizer_of_a_resumed_checkpoint() -> None:
     main(["fit", "--config", TINY, "--trainer.max_steps", "1"])
     checkpoint = str(RUN / "checkpoints/last.ckpt")
     main(["fit", "--config", TINY, "--ckpt_path", checkpoint, "--model.outer_lr", "0.05", "--trainer.max_steps", "2"])
-    (resumed,) = Path().glob("lightning_logs/version_1/checkpoints/last.ckpt")
-    (group,) = torch.load(resumed, weights_only=True)["optimizer_states"][0]["param_groups"]
+    (group,) = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"]
     assert group["lr"] == group["initial_lr"] == 0.05
 
 

@@ -1,32 +1,82 @@
-"""Two processes do what one does with the same meta-batches."""
+"""Several processes do what one does with the same meta-batches."""
 
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-TINY = Path(__file__).parent / "tiny.yaml"
-SCRIPT = Path(__file__).parent / "ddp_script.py"
+TESTS = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+NAMES = ["MAML", "FOMAML", "Reptile", "Reptile, Adam"]
+FIT = ["-m", "meta_lightning", "fit", "--config", str(TESTS / "tiny.yaml"), "--data", "Sinusoid"]
+FIT += ["--model.network", "meta_lightning.MLP", "--checkpoint.monitor", "val/mse", "--checkpoint.mode", "min"]
+FIT += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 
-@pytest.mark.parametrize("algorithm", ["MAML", "FOMAML", "Reptile"])
-def test_two_ranks_agree_with_one_process(algorithm: str, tmp_path: Path) -> None:
-    runs = {}
-    for devices in (1, 2):
-        out = tmp_path / f"{devices}.pt"
-        command = [sys.executable, str(SCRIPT), algorithm, str(devices), str(out)]
-        subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, timeout=180)
-        runs[devices] = torch.load(out, weights_only=True)
-    for name, value in runs[1].items():
-        assert torch.allclose(runs[2][name], value, rtol=1e-9, atol=1e-12), name
+def run(folder: Path, *command: str) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, list[Any]]]:
+    """What each of so many processes leaves, by the algorithm."""
+
+    @cache
+    def processes(ranks: int) -> dict[str, list[Any]]:
+        folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
+        run(folder, *TORCHRUN, str(ranks), str(TESTS / "ddp_script.py"), str(folder))
+        return {
+            name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(ranks)]
+            for name in NAMES
+        }
+
+    return processes
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_agree_with_one_process(name: str, ranks: int, left: Callable[[int], dict[str, list[Any]]]) -> None:
+    (alone,) = left(1)[name]
+    first, *others = left(ranks)[name]
+    for other in others:
+        assert all(torch.equal(other["state"][key], value) for key, value in first["state"].items())
+    for key, value in alone["state"].items():
+        assert torch.allclose(first["state"][key], value, rtol=0, atol=1e-9), key
+    assert first["figures"] == pytest.approx(alone["figures"], abs=1e-9, rel=1e-6)
+    assert first["figures"]["test/tasks"] == 11
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_ranks_share_the_tasks(split: str, ranks: int, left: Callable[[int], dict[str, list[Any]]]) -> None:
+    """Disjoint, and together those of one process."""
+
+    def tasks(process: Any) -> list[bytes]:
+        return [support.numpy().tobytes() for support in process["tasks"][split]]
+
+    (alone,) = left(1)["MAML"]
+    shares = [tasks(process) for process in left(ranks)["MAML"]]
+    assert sorted(task for share in shares for task in share) == sorted(tasks(alone))
+    distinct = [{*share} for share in shares]
+    assert sum(map(len, distinct)) == len(set.union(*distinct)) == {"train": 400, "val": 9, "test": 11}[split]
 
 
 def test_the_command_line_starts_its_ranks(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "meta_lightning", "fit", "--config", str(TINY), "--data", "Sinusoid"]
-    command += ["--model.network", "meta_lightning.MLP", "--checkpoint.monitor", "val/mse", "--checkpoint.mode", "min"]
-    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, timeout=180)
+    run(tmp_path, sys.executable, *FIT)
     (last,) = tmp_path.rglob("last.ckpt")
     assert torch.load(last, weights_only=True)["global_step"] == 4
+
+
+def test_torchrun_starts_and_resumes(tmp_path: Path) -> None:
+    for max_steps in (3, 5):
+        run(tmp_path, *TORCHRUN, "2", *FIT, "--trainer.max_steps", str(max_steps), "--ckpt_path", "last")
+    (last,) = tmp_path.rglob("last.ckpt")
+    checkpoint = torch.load(last, weights_only=True)
+    assert checkpoint["global_step"] == 5
+    assert len(checkpoint["random_states"]) == 2

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from meta_lightning import FOMAML, MAML, MLP, MetaLearner, Reptile, Sinusoid
@@ -54,15 +55,18 @@ def test_a_resumed_run_meets_the_tasks_that_come_next(
     assert all(torch.equal(a, b) for a, b in zip(theta, expected, strict=True))
 
 
-def test_sigterm_saves_and_resume_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_resume_goes_on(number: int, status: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "meta_lightning", "fit", "--config", "sinusoid/maml_10shot.yaml"]
     command += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.val_tasks", "10"]
+    command += ["--trainer.log_every_n_steps", "1"]
     run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.rglob("best.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.2)
-    run.send_signal(signal.SIGTERM)
+    run.send_signal(number)
     _, said = run.communicate(timeout=60)
+    assert run.returncode == status
     (last,) = tmp_path.rglob("last.ckpt")
     found = re.search(r"Interrupted after (\d+) meta-iterations; go on with --ckpt_path (\S+)", said)
     assert found, said
@@ -72,5 +76,7 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path: Path) -> None:
     assert checkpoint["global_step"] == stopped
     command += ["--ckpt_path", str(last), "--trainer.max_steps", str(stopped + 5)]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    (resumed,) = tmp_path.glob("lightning_logs/version_1/checkpoints/last.ckpt")
-    assert torch.load(resumed, weights_only=True)["global_step"] == stopped + 5
+    assert torch.load(last, weights_only=True)["global_step"] == stopped + 5
+    (run_folder,) = (tmp_path / "lightning_logs").iterdir()
+    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(stopped + 5))

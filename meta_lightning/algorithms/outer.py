@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from meta_lightning.algorithms.learner import Learner
 from meta_lightning.checks import require, require_at_least, require_choice, require_positive
+from meta_lightning.hardware import require_precision, require_whole_network
 from meta_lightning.losses import Loss
 from meta_lightning.outer_loop import DECAYS, Decay, Scheduler, is_finite, schedule_from, undone_unless
 from meta_lightning.tasks import TaskBatch, as_task_batch
@@ -64,13 +65,13 @@ class OuterLoop(Learner, ABC):
         # the number of steps is known only once the Trainer has its data
         return DECAYS[self.outer_lr_decay](step / self.trainer.estimated_stepping_batches if step else 0.0)
 
+    def setup(self, stage: str) -> None:
+        """Refuse a precision or strategy in which nothing can be adapted."""
+        require_precision(str(self.trainer.precision))
+        require_whole_network(self.trainer.strategy)
+
     def on_fit_start(self) -> None:
         """Refuse what cannot work, before anything is trained."""
-        require(
-            self.trainer.precision != "16-mixed",
-            "trainer.precision must not be 16-mixed: its scaler covers the outer loss only, and gradients of the inner "
-            "loop underflow; bf16-mixed works",
-        )
         require(
             self.scheduler is not None
             or self.outer_lr_decay == "constant"

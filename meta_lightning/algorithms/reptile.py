@@ -171,10 +171,13 @@ class Reptile(MetaLearner):
             return super().inner_batches(x, y, steps)
         T, S = x.shape[:2]
         rounds = -(-steps * size // S)
-        # of the step alone, so that a resumed run draws what comes next, and evaluation the same each time
-        seed = np.random.SeedSequence((torch.initial_seed(), self.global_step, self.global_rank))
+        # of the step alone, so that a resumed run draws what comes next, and evaluation the same each time; and for the
+        # tasks of all ranks, of which each has every R-th, so that they draw what one process does
+        R = self._trainer.world_size if self._trainer else 1
+        seed = np.random.SeedSequence((torch.initial_seed(), self.global_step))
         generator = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
-        order = torch.rand(T, rounds, S, generator=generator).argsort(-1).flatten(1).to(x.device)  # T rounds*S
+        order = torch.rand(T * R, rounds, S, generator=generator)[self.global_rank :: R].argsort(-1)
+        order = order.flatten(1).to(x.device)  # T rounds*S
         tasks = torch.arange(T, device=x.device)[:, None]
         return [(x[tasks, rows], y[tasks, rows]) for rows in torch.split(order, size, dim=1)[:steps]]
 

@@ -86,7 +86,9 @@ class TaskDataModule(L.LightningDataModule, ABC):
 
     def train_dataloader(self) -> TaskLoader:
         """An epoch of the stream of training tasks, from the meta-iteration at which the Trainer stands."""
-        return self._loader("train", None)
+        # on the first tasks, again and again
+        overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        return self._loader("train", self.epoch_length * self.meta_batch_size if overfit else None)
 
     def val_dataloader(self) -> TaskLoader:
         """The validation tasks."""
@@ -110,13 +112,14 @@ class TaskDataModule(L.LightningDataModule, ABC):
             num_workers=self.num_workers,
             pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # the global one is the network's: a resumed run must draw the same from it
         )
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _meta_iteration(self) -> int:
-        return self.trainer.global_step if self.trainer else 0
+        return self.trainer.fit_loop.total_batch_idx + 1 if self.trainer else 0
 
 
 def plain(value: Any) -> Any:

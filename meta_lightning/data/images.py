@@ -149,4 +149,5 @@ class ImageTasks(TaskDataModule):
         """Augment and normalise on the device, as ``transforms`` says; the same step of a rank looks the same again."""
         training = self.trainer is not None and self.trainer.training
         seed = np.random.SeedSequence((self.seed, self._meta_iteration(), self._rank()[0]))
-        return self.transforms(batch, training, int(seed.generate_state(1)[0]))
+        transformed = self.transforms(batch, training, int(seed.generate_state(1)[0]))
+        return self.trainer.precision_plugin.convert_input(transformed) if self.trainer else transformed

@@ -1,0 +1,166 @@
+"""What lets a run go on as if it had not been interrupted: whole files, random states, progress and logs."""
+
+import csv
+import io
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
+
+from meta_lightning.data.base import plain
+
+LAST, PREVIOUS = "last", "previous"
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all, and keeps the last but one, as ``previous.ckpt``.
+
+    Lightning's own writes to the folder of temporary files, from where the checkpoint is copied if that is another file
+    system, and does not wait for the disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
+        """Write beside the file, and take its place when everything is on the disk.
+
+        Raises:
+            OSError: If it cannot be written; those before it are as they were.
+        """
+        if not _is_local_file_protocol(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        part = path.with_suffix(".part")
+        contents = io.BytesIO()
+        torch.save(checkpoint, contents)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.write(contents.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            if path.stem == LAST and path.exists():
+                path.replace(path.with_stem(PREVIOUS))
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            said = f"{error.strerror}, while writing a checkpoint; those written before are whole"
+            raise OSError(error.errno, said, str(path)) from None
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """The states of the random numbers of python, numpy and torch, of types that ``weights_only`` loads."""
+    numpy = plain(np.random.get_state(legacy=False))  # noqa: NPY002  # which a network of the user's may draw from
+    states = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Put back what ``random_states`` gave."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def settle_progress(fit_loop: dict[str, Any], epoch_length: float) -> None:
+    """Let Lightning's progress in a checkpoint say that all of the steps so far is done: training, validation and logs.
+
+    Lightning counts on from where in a step the checkpoint was saved, and from most places off by one in the logs, in
+    the epochs or in the validations (https://github.com/Lightning-AI/pytorch-lightning/pull/20379); from the one that
+    this makes of them all, the end of a step that no validation follows, it goes on exactly.
+
+    Args:
+        fit_loop: The state of the fit loop, which is changed.
+        epoch_length: Meta-iterations an epoch.
+    """
+    epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    ended = batches["current"]["processed"] >= epoch_length
+    for counts in (epochs["total"], epochs["current"]):
+        done = counts["started"] if ended else counts["started"] - 1
+        counts.update(ready=done + 1, started=done + (not ended), processed=done, completed=done)
+    for counts, done in (
+        (batches["total"], batches["total"]["processed"]),
+        (batches["current"], 0 if ended else batches["current"]["processed"]),
+    ):
+        counts.update(ready=done, started=done, processed=done, completed=done - 1)
+    batches["is_last_batch"] = False
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = batches["total"]["completed"]
+
+
+def log_folders(loggers: list[Logger], folder: str) -> list[str | None]:
+    """Where each logger writes, seen from a checkpoint's folder."""
+    return [logger.log_dir and os.path.relpath(logger.log_dir, folder) for logger in loggers]
+
+
+def continue_logs(loggers: list[Logger], path: Path, checkpoint: dict[str, Any]) -> None:
+    """Let the loggers go on in the folders of the run that left a checkpoint, from its step on.
+
+    What was logged after it is dropped, since it will be computed again. A checkpoint that was copied elsewhere, or of
+    loggers that write elsewhere, begins a folder of its own.
+
+    Args:
+        loggers: TensorBoard's and CSV's go on; others are left alone.
+        path: The checkpoint.
+        checkpoint: What it holds.
+    """
+    step = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
+    for logger, folder in zip(loggers, checkpoint.get("log_folders", []), strict=False):
+        if not isinstance(logger, TensorBoardLogger | CSVLogger) or folder is None:
+            continue
+        before = (path.parent / folder).resolve()
+        named = logger._version not in (None, SLURMEnvironment.job_id())
+        ours = Path(logger.log_dir).resolve() == before if named else Path(logger.root_dir).resolve() == before.parent
+        if not ours or not before.is_dir():
+            continue
+        logger._version = before.name
+        if isinstance(logger, TensorBoardLogger):
+            logger._kwargs["purge_step"] = step
+            logger._default_hp_metric = False  # it was logged when the run began
+        else:
+            continue_table(logger, before, step)
+
+
+@rank_zero_only
+def continue_table(logger: CSVLogger, folder: Path, step: int) -> None:
+    """Let a CSVLogger go on with the table of a folder; of several processes one writes it."""
+    logger._experiment = ContinuedTable(str(folder), step)
+
+
+class ContinuedTable(ExperimentWriter):
+    """Goes on with the ``metrics.csv`` of a folder, where Lightning's deletes it.
+
+    Args:
+        log_dir: The folder.
+        step: Rows from this step on are dropped.
+    """
+
+    def __init__(self, log_dir: str, step: int) -> None:
+        self.step = step
+        self.columns: list[str] = []
+        super().__init__(log_dir)
+        self.metrics_keys = self.columns
+
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if not path.exists():
+            return
+        with path.open(newline="") as file:
+            table = csv.DictReader([line for line in file if line.endswith("\n")])  # a kill may cut the last one
+        self.columns = list(table.fieldnames or [])
+        part = path.with_suffix(".part")
+        with part.open("w", newline="") as file:
+            kept = csv.DictWriter(file, self.columns)
+            kept.writeheader()
+            kept.writerows(row for row in table if int(row["step"]) < self.step)
+        part.replace(path)
