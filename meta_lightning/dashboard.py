@@ -1,7 +1,7 @@
 """What TensorBoard shows beside the scalars of training and evaluation."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning as L
@@ -42,7 +42,7 @@ class Dashboard(L.Callback):
         InputError: If one of the numbers is less than 1.
     """
 
-    def __init__(self, enabled: bool = True, curve_tasks: int = 100, pictured_tasks: int = 3) -> None:
+    def __init__(self, enabled: bool = True, curve_tasks: int = 100, pictured_tasks: int = 2) -> None:
         require_at_least(1, curve_tasks=curve_tasks, pictured_tasks=pictured_tasks)
         self.enabled = enabled
         self.curve_tasks = curve_tasks
@@ -167,15 +167,22 @@ class Dashboard(L.Callback):
         Its values have the same names for validation and test: TensorBoard takes the columns of all rows from the first
         that it finds.
         """
+        metrics = sorted((n, v) for n, v in trainer.callback_metrics.items() if n.startswith(f"{stage}/"))
         values = {
             f"final/{name.removeprefix(f'{stage}/')}": float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith(f"{stage}/") and not name.endswith("/tasks")
+            for name, value in metrics
+            if "_before" not in name and not name.endswith("/tasks")
         }
         if self.board is not None and values:
-            data = dict(getattr(getattr(trainer, "datamodule", None), "hparams", {}))
-            params = {"algorithm": type(pl_module).__name__, "stage": stage, **pl_module.hparams, "data": data}
-            self.board.log_hyperparams({n: plain(v) for n, v in params.items() if not n.startswith("_")}, values)
+            params = {"algorithm": type(pl_module).__name__, "stage": stage, **described(pl_module.hparams)}
+            if data := getattr(trainer, "datamodule", None):
+                params |= {"tasks": {"set": type(data).__name__, **described(data.hparams)}}
+            self.board.log_hyperparams(params, values)
+
+
+def described(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters in plain words, without those by which Lightning remembers who made them."""
+    return {name: plain(value) for name, value in hparams.items() if not name.startswith("_")}
 
 
 def theta(pl_module: L.LightningModule) -> Params:

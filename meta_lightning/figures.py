@@ -12,7 +12,7 @@ from meta_lightning.contact_sheet import INK, MUTED, RIGHT, SUPPORT, WRONG, draw
 from meta_lightning.metrics import Statistics
 from meta_lightning.tasks import Array, TaskBatch
 
-STEP, LINE = 1.16, 1.42  # from one picture of a task to the next, and from one row, in widths of a picture
+STEP, LINE = 1.16, 1.6  # from one picture of a task to the next, and from one row, in widths of a picture
 ROWS = 6  # classes of a task that are shown
 EXAMPLES, ANSWERS = 2, 5  # support and query pictures of a class that are shown
 GROUPS = 60  # classes or alphabets whose accuracy is shown
@@ -35,9 +35,9 @@ def draw_curves(curves: Mapping[str, Sequence[Statistics]], title: str) -> Figur
         curves: The values by name, each with K + 1 statistics; accuracies are drawn in per cent.
         title: Title of the whole.
     """
-    figure = Figure(figsize=(4.6 * len(curves), 3.6), layout="constrained")
+    figure = Figure(figsize=(5, 0.3 + 2.6 * len(curves)), layout="constrained")  # upright, as TensorBoard's cards
     figure.suptitle(title, color=INK, fontsize="medium")
-    panels: Any = figure.subplots(1, len(curves), squeeze=False)
+    panels: Any = figure.subplots(len(curves), 1, squeeze=False, sharex=True)
     for axes, (name, points) in zip(panels.flat, curves.items(), strict=True):
         scale, unit, digits = (100, " %", ".1f") if name == "accuracy" else (1, "", ".3f")
         mean, ci95 = (scale * torch.stack(part).cpu().double() for part in list(zip(*points, strict=True))[:2])
@@ -47,23 +47,23 @@ def draw_curves(curves: Mapping[str, Sequence[Statistics]], title: str) -> Figur
         for step, side in ((0, "left"), (len(points) - 1, "right")):
             label = f"{mean[step]:{digits}} ± {ci95[step]:{digits}}{unit}"
             axes.set_title(label, loc=side, color=MUTED if step == 0 else INK, fontsize="small")
-        axes.set_xlabel("inner steps")
         axes.set_ylabel(f"query {name}{unit and ', %'}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         plain(axes)
+    panels[-1, 0].set_xlabel("inner steps")
     return figure
 
 
 def draw_tasks(tasks: Sequence[PicturedTask]) -> Figure | None:
-    """Tasks side by side, with their answers: pictures, or a regression of one number on one number; None of others."""
+    """Tasks and their answers: pictures, or a regression of one number on one number; None of others."""
     batch = tasks[0].batch
     regression = batch.query_y.is_floating_point() and batch.query_y.shape == tasks[0].after.shape
     if regression and batch.query_x[0].numel() == batch.query_y[0].numel() == 1:
-        figure = Figure(figsize=(4 * len(tasks), 3.4), layout="constrained")
-        panels: Any = figure.subplots(1, len(tasks), squeeze=False, sharey=True)
+        figure = Figure(figsize=(5, 2.6 * len(tasks)), layout="constrained")
+        panels: Any = figure.subplots(len(tasks), 1, squeeze=False, sharex=True)
         for axes, task in zip(panels.flat, tasks, strict=True):
             draw_regression(axes, task)
-        panels[0, -1].legend(frameon=False, fontsize="small")
+        panels[0, 0].legend(frameon=False, fontsize="small")
         return figure
     if batch.query_y.ndim == 1 and batch.query_x.ndim == 4 and batch.query_x.shape[1] in (1, 3):
         labels = batch.query_y.unique()[:ROWS]
@@ -71,10 +71,11 @@ def draw_tasks(tasks: Sequence[PicturedTask]) -> Figure | None:
             min(most, int((y == labels[0]).sum()))
             for y, most in ((batch.support_y, EXAMPLES), (batch.query_y, ANSWERS))
         )
-        width, height = (examples + answers) * STEP + 0.5, len(labels) * LINE + 0.15
-        figure = Figure(figsize=(0.8 * width * len(tasks), 0.8 * height))
+        width, height = (examples + answers) * STEP + 0.5, len(labels) * LINE + 0.3
+        figure = Figure(figsize=(0.8 * width, 0.8 * height * len(tasks)))
         for i, task in enumerate(tasks):
-            axes = figure.add_axes((i / len(tasks), 0, 1 / len(tasks), 1), xlim=(-0.15, width), ylim=(height, 0))
+            bottom = 1 - (i + 1) / len(tasks)
+            axes = figure.add_axes((0, bottom, 1, 1 / len(tasks)), xlim=(-0.15, width), ylim=(height, 0))
             axes.set_axis_off()
             draw_classification(axes, task, labels.tolist(), examples)
         return figure
@@ -108,9 +109,9 @@ def draw_classification(axes: Any, task: PicturedTask, labels: Sequence[int], ex
     support_x, support_y, query_x, query_y = task.batch
     answers = task.after.argmax(1)
     for row, label in enumerate(labels):
-        y = 0.1 + row * LINE
+        y = 0.4 + row * LINE
         name = f"{label + 1}  {task.class_names[label]}" if task.class_names else f"class {label + 1}"
-        axes.text(0, y + 1.2, readable(name, 32), color=INK, size=7)
+        axes.text(0, y - 0.1, readable(name, 36), color=INK, size=7)
         for column, image in enumerate(support_x[support_y == label][:examples]):
             draw_picture(axes, pixels(image), task.ink, column * STEP, y, SUPPORT)
         of_class = (query_y == label).nonzero().flatten()[:ANSWERS]

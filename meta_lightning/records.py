@@ -78,10 +78,10 @@ class TaskRecord:
         if self.curves:
             # the order in which the values are read, whatever the score
             curves = {name: [mean.compute() for mean in self.curves[name]] for name in sorted(self.curves)}
-            title = f"{self.name}: {self.seen} tasks, with 95 % confidence intervals"
+            title = f"{self.name}, {self.seen} tasks, 95 % confidence"
             figures["adaptation"] = draw_curves(curves, title)
         if self.pictured and (drawn := draw_tasks(self.pictured)):
-            figures["tasks"] = drawn
+            figures["answers"] = drawn  # "tasks" is a scalar, whose tag they would hide
         if self.groups:
             groups = {name: mean.compute() for name, mean in self.groups.items()}
             figures["classes"] = draw_groups(groups, f"{self.name}, after adaptation", 1 / self.ways)

@@ -65,7 +65,7 @@ def hparams(events: EventAccumulator) -> tuple[dict[str, Any], set[str]]:
 def test_a_fit_and_a_test_of_the_command_line(algorithm: type[MetaLearner]) -> None:
     main(["fit", "--config", TINY, "--model", algorithm.__name__])
     events = read("lightning_logs/version_0")
-    assert set(events.Tags()["images"]) == {"val/adaptation", "val/tasks"}
+    assert set(events.Tags()["images"]) == {"val/adaptation", "val/answers"}
     for tag in events.Tags()["images"]:
         assert [event.step for event in events.Images(tag)] == steps_of(events, "val/accuracy") == [1, 3]
         assert all(
@@ -75,14 +75,16 @@ def test_a_fit_and_a_test_of_the_command_line(algorithm: type[MetaLearner]) -> N
     assert all(event.value > 0 for tag in NORMS for event in events.Scalars(tag))
     row, metrics = hparams(events)
     assert (row["algorithm"], row["stage"], row["inner_steps"]) == (algorithm.__name__, "val", 2)
-    assert (row["data/ways"], row["network/init_args/filters"]) == (5, 4)
-    assert not any(name.startswith("_") for name in row)
+    assert (row["tasks/ways"], row["network/init_args/filters"]) == (5, 4)
+    assert not any("/_" in f"/{name}" for name in row)
     assert events.Scalars("final/accuracy")[0].value == events.Scalars("val/accuracy")[-1].value
     assert "hp_metric" not in events.Tags()["scalars"]
+    # of two kinds under one tag TensorBoard shows one
+    assert not set(events.Tags()["images"]) & set(events.Tags()["scalars"])
 
     main(["test", "--ckpt_path", "lightning_logs/version_0/checkpoints/last.ckpt", "--trainer.accelerator", "cpu"])
     events = read("lightning_logs/version_1")
-    assert set(events.Tags()["images"]) == {"test/adaptation", "test/tasks", "test/classes"}
+    assert set(events.Tags()["images"]) == {"test/adaptation", "test/answers", "test/classes"}
     assert hparams(events)[0]["stage"] == "test"
     assert hparams(events)[1] == metrics  # the same columns
     assert events.Scalars("final/loss_ci95")[0].value == events.Scalars("test/loss_ci95")[-1].value
@@ -256,7 +258,7 @@ def test_what_cannot_be_pictured_is_left_out() -> None:
 
 def test_a_regressions_figures(mlp: MLP, sinusoid: Sinusoid) -> None:
     events = fitted(MAML(mlp), sinusoid)
-    assert set(events.Tags()["images"]) == {"val/adaptation", "val/tasks"}
+    assert set(events.Tags()["images"]) == {"val/adaptation", "val/answers"}
     assert events.Scalars("final/mse")[0].value == events.Scalars("val/mse")[-1].value
 
 
