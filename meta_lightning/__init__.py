@@ -1,6 +1,7 @@
 """Gradient-based meta-learning on PyTorch Lightning: MAML, FOMAML and Reptile."""
 
 from meta_lightning.algorithms import FOMAML, MAML, MetaLearner, Reptile
+from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import (
     CIFARFS,
     FC100,
@@ -33,6 +34,7 @@ __all__ = [
     "MAML",
     "MLP",
     "Conv4",
+    "Dashboard",
     "Glyphs",
     "ImageFolderTasks",
     "ImageTasks",

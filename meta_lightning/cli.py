@@ -17,6 +17,7 @@ from meta_lightning.adapt import adapt
 from meta_lightning.algorithms import MetaLearner
 from meta_lightning.checkpoints import Checkpoints, read_checkpoint, verify_checkpoint
 from meta_lightning.checks import InputError
+from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import TaskDataModule
 from meta_lightning.data.show import show_data
 from meta_lightning.predictions import PredictionTable
@@ -60,8 +61,9 @@ class MetaLightningCLI(LightningCLI):
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--checkpoint.…`` and ``--print_data``."""
+        """Add ``--checkpoint.…``, ``--dashboard.…`` and ``--print_data``."""
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(Dashboard, "dashboard")
         parser.add_argument(
             "--print_data",
             action="store_true",

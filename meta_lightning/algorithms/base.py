@@ -102,8 +102,8 @@ class MetaLearner(OuterLoop):
             _, before, after = self.in_passes(predict, support, batch.support_x, batch.query_x)
         return before, after
 
-    def evaluate(self, batch: TaskBatch, stage: str) -> None:
-        """Adapt to each task and note its query loss and scores, before and after."""
+    def evaluate(self, batch: TaskBatch, stage: str) -> Tensor:
+        """Adapt to each task, note its query loss and scores, before and after, and return the predictions after."""
         batch = as_task_batch(batch)
         for moment, predictions in zip(("_before", ""), self.predict_tasks(batch), strict=True):
             values = {"loss": self.task_losses(predictions, batch.query_y)} | score(predictions, batch.query_y)
@@ -112,6 +112,7 @@ class MetaLearner(OuterLoop):
                 if key not in self.evaluation:
                     self.evaluation[key] = TaskMean().to(self.device)
                 self.evaluation[key].update(tasks)
+        return predictions
 
     def log_evaluation(self, stage: str) -> None:
         """Log each value's mean over the tasks of all ranks, and its 95 % confidence interval."""
@@ -133,9 +134,9 @@ class MetaLearner(OuterLoop):
         """Evaluate a batch of validation tasks."""
         self.evaluate(batch, "val")
 
-    def test_step(self, batch: TaskBatch, batch_idx: int) -> None:
-        """Evaluate a batch of test tasks."""
-        self.evaluate(batch, "test")
+    def test_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
+        """Evaluate a batch of test tasks; callbacks get the predictions."""
+        return self.evaluate(batch, "test")
 
     def predict_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """Class probabilities (for regression: predictions) of each task's queries.  # T R N, T R D"""
