@@ -108,7 +108,8 @@ def predictions_by_step(learner: MetaLearner, batch: TaskBatch) -> Tensor:
             predictions = [learner.forward_queries(params, support_x, query_x, learner.transductive)]
         for samples in support:
             losses = learner.support_losses([samples])
-            params, _, state = inner_loop.adapt(losses, inner_loop.leaves(params), 1, optimizer, state)
+            start = inner_loop.leaves(params)
+            params, _, state = inner_loop.adapt(losses, start, 1, optimizer, state, learner.adapted(start))
             with torch.no_grad():
                 predictions.append(learner.forward_queries(params, support_x, query_x, learner.transductive))
         return (), torch.stack(predictions, dim=1)

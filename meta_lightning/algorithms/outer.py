@@ -4,7 +4,7 @@ import math
 from abc import ABC
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -146,7 +146,7 @@ class OuterLoop(Learner, ABC):
             self.log("train/skipped", self.skipped.cpu().float())
         return loss
 
-    def stop_skipping(self, loss: Tensor) -> None:
+    def stop_skipping(self, loss: Tensor) -> NoReturn:
         """Say why training ends."""
         checkpoint = self.trainer.checkpoint_callback
         kept = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
