@@ -89,9 +89,7 @@ if __name__ == "__main__":
         print(peak_memory(ours(algorithm, workload, arguments.device, **VARIANTS[variant]), arguments.device))
     else:
         where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        print(
-            f"torch {torch.__version__}, lightning {lightning.__version__}, {where}; ms, medians of {arguments.repeats}"
-        )
+        print(f"torch {torch.__version__}, {where}; ms, medians of {arguments.repeats}")
         for name in arguments.only:
             compare(chosen(name), arguments.device, arguments.repeats)
         memory(arguments.only[0], arguments.device, arguments.tasks)

@@ -1,6 +1,7 @@
 """Gradient-based meta-learning on PyTorch Lightning: MAML, FOMAML and Reptile."""
 
 from meta_lightning.algorithms import FOMAML, MAML, MetaLearner, Reptile
+from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import (
     CIFARFS,
     FC100,
@@ -18,7 +19,9 @@ from meta_lightning.data import (
 )
 from meta_lightning.metrics import TaskMean
 from meta_lightning.networks import MLP, Conv4
+from meta_lightning.predictor import Predictor
 from meta_lightning.resnet import ResNet12
+from meta_lightning.restoring import load_learner
 from meta_lightning.tasks import TaskBatch
 from meta_lightning.train import train_maml
 
@@ -31,6 +34,7 @@ __all__ = [
     "MAML",
     "MLP",
     "Conv4",
+    "Dashboard",
     "Glyphs",
     "ImageFolderTasks",
     "ImageTasks",
@@ -38,6 +42,7 @@ __all__ = [
     "MetaLearner",
     "MiniImagenet",
     "Omniglot",
+    "Predictor",
     "RegressionTasks",
     "Reptile",
     "ResNet12",
@@ -47,5 +52,6 @@ __all__ = [
     "TaskMean",
     "TensorTasks",
     "TieredImagenet",
+    "load_learner",
     "train_maml",
 ]

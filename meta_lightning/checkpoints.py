@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor
+from torch import Tensor, nn
 
 from meta_lightning.checks import InputError, require, require_at_least
 from meta_lightning.resuming import (
@@ -239,6 +239,40 @@ def load(path: Path) -> dict[str, Any] | str:
     return checkpoint if isinstance(checkpoint, dict) else f"it holds a {type(checkpoint).__name__}"
 
 
+def load_network(network: nn.Module, path: str | Path) -> None:
+    """Give a network the weights of a checkpoint's network, whatever algorithm learnt them.
+
+    Raises:
+        InputError: If there is no such checkpoint, or its network is another; saying where they differ.
+    """
+    state = read_checkpoint(path, "init_from").get("state_dict", {})
+    prefix = "network."
+    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    differing = differences(network.state_dict(), weights)
+    require(not differing, f"init_from must be of the network in use, they differ in {first_few(differing)}")
+    network.load_state_dict(weights)
+
+
+def differences(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
+    """Where two states differ in names and shapes: the names, each with what was expected and what came."""
+    a, b = ({name: tuple(value.shape) for name, value in state.items()} for state in (expected, got))
+    return [
+        f"{name}: expected {a.get(name)}, got {b.get(name)}" for name in sorted(a | b) if a.get(name) != b.get(name)
+    ]
+
+
+def first_few(differences: list[str]) -> str:
+    """Three of them, and how many more there are."""
+    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return ", ".join(differences[:3]) + more
+
+
+def network_description(hparams: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The network in plain words, as a configuration gave it; of one made in Python the hyperparameters have none."""
+    description = hparams.get("network")
+    return dict(description) if isinstance(description, Mapping) else None
+
+
 def verify_checkpoint(checkpoint: Mapping[str, Any], algorithm: str, state: Mapping[str, Tensor]) -> None:
     """Refuse a checkpoint of another algorithm or network.
 
@@ -252,11 +286,8 @@ def verify_checkpoint(checkpoint: Mapping[str, Any], algorithm: str, state: Mapp
     """
     came = checkpoint.get("algorithm", "unknown origin")
     require(came == algorithm, f"the checkpoint must be of {algorithm}, the algorithm in use, got one of {came}")
-    expected = {name: tuple(value.shape) for name, value in state.items()}
-    got = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-    differing = [name for name in sorted(expected | got) if expected.get(name) != got.get(name)]
-    moments = all(name.startswith("moments.") for name in differing)
-    require(not differing or not moments, "the checkpoint must be of the inner_optimizer in use, got one of another")
-    shown = [f"{name}: expected {expected.get(name)}, got {got.get(name)}" for name in differing[:3]]
-    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-    require(not differing, f"the checkpoint must be of the network in use, they differ in {', '.join(shown)}{more}")
+    differing = differences(state, checkpoint["state_dict"])
+    for prefix, argument in (("moments.", "inner_optimizer"), ("inner_rates.", "learn_inner_lr")):
+        other = bool(differing) and all(name.startswith(prefix) for name in differing)
+        require(not other, f"the checkpoint must be of the {argument} in use, got one of another")
+    require(not differing, f"the checkpoint must be of the network in use, they differ in {first_few(differing)}")

@@ -1,7 +1,8 @@
 """Checks of what the user gives: one way to say which argument is wrong, what was expected and what came."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from fnmatch import fnmatchcase
 
 
 class InputError(ValueError):
@@ -31,3 +32,14 @@ def require_choice(choices: Iterable[str], **arguments: str) -> None:
     names = list(choices)
     for name, value in arguments.items():
         require(value in names, f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}")
+
+
+def require_matches(names: Collection[str], **patterns: Sequence[str]) -> set[str]:
+    """The names that an argument's glob patterns match; InputError, naming it, if a pattern matches none of them."""
+    matching: set[str] = set()
+    for argument, globs in patterns.items():
+        for glob in globs:
+            matches = {name for name in names if fnmatchcase(name, glob)}
+            require(bool(matches), f"{argument} must match names among {', '.join(names)}, got {glob!r}")
+            matching |= matches
+    return matching

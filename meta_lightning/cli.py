@@ -3,18 +3,21 @@
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from meta_lightning.adapt import adapt
 from meta_lightning.algorithms import MetaLearner
 from meta_lightning.checkpoints import Checkpoints, read_checkpoint, verify_checkpoint
 from meta_lightning.checks import InputError
+from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import TaskDataModule
 from meta_lightning.data.show import show_data
 from meta_lightning.predictions import PredictionTable
@@ -46,6 +49,10 @@ IGNORED_WHEN_RESUMED = {
 }
 
 
+# what the command line runs beside the Trainer's methods: typed functions, which return what is to be said
+FUNCTIONS: dict[str, Callable[..., str]] = {"adapt": adapt}
+
+
 class MetaLightningCLI(LightningCLI):
     """LightningCLI for a ``MetaLearner`` and a ``TaskDataModule``.
 
@@ -54,13 +61,22 @@ class MetaLightningCLI(LightningCLI):
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--checkpoint.…`` and ``--print_data``."""
+        """Add ``--checkpoint.…``, ``--dashboard.…`` and ``--print_data``."""
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(Dashboard, "dashboard")
         parser.add_argument(
             "--print_data",
             action="store_true",
             help="Print what the configuration will use, draw a task of each split into data.png, and exit.",
         )
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Let ``--help`` list what is no method of the Trainer, and is run by ``main``."""
+        super()._add_subcommands(parser, **kwargs)
+        listed = parser._subcommands_action
+        assert listed is not None
+        for name, function in FUNCTIONS.items():
+            listed.add_subcommand(name, ArgumentParser(), help=(function.__doc__ or "").partition("\n")[0])
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with configurations found and the checkpoint's hyperparameters before what the user gives."""
@@ -76,6 +92,12 @@ class MetaLightningCLI(LightningCLI):
             path = Path("data.png")
             sys.stdout.write(f"{show_data(self.datamodule, path)}\n  drawn in {path.resolve()}\n")
             sys.exit()
+
+    def before_instantiate_classes(self) -> None:
+        """Do without the origin of weights that a checkpoint brings."""
+        config = self.config[self.subcommand]
+        if config.ckpt_path is not None and not Path(config.get("model.init_args.init_from") or "").is_file():
+            config.model.init_args.init_from = None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Refuse a checkpoint that does not fit, before anything is written, and go on in the logs of the last one."""
@@ -167,6 +189,17 @@ def value_of(args: list[str], option: str) -> str | None:
     return values[-1] if values else None
 
 
+def run(name: str, args: list[str]) -> None:
+    """Run a function of FUNCTIONS with these arguments, and say what it returns."""
+    parser = ArgumentParser(prog=f"python -m meta_lightning {name}")
+    parser.add_argument("--config", action="config", help="Path to a configuration file.")
+    parser.add_function_arguments(FUNCTIONS[name], skip={"overwrite"})
+    parser.add_argument("--overwrite", action="store_true", help="Replace files that exist.")
+    options = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    del options["config"]
+    sys.stdout.write(f"{FUNCTIONS[name](**options)}\n")
+
+
 def setting(args: list[str], key: str) -> str | None:
     """What the arguments, or else their configurations, say of a setting; of a list, what its first has."""
     owner, _, name = key.rpartition(".")
@@ -190,7 +223,11 @@ def main(args: ArgsType = None) -> None:
         args: The arguments, in place of those of the process.
     """
     ignore(IGNORED_WARNINGS)
+    arguments = sys.argv[1:] if args is None else args
     try:
+        if isinstance(arguments, Sequence) and arguments[:1] and arguments[0] in FUNCTIONS:
+            run(str(arguments[0]), [str(a) for a in arguments[1:]])
+            return
         MetaLightningCLI(
             MetaLearner,
             TaskDataModule,
@@ -204,8 +241,8 @@ def main(args: ArgsType = None) -> None:
         )
     except (ValueError, OSError, FloatingPointError) as error:
         # what the user gave is answered in a sentence; anything else is the program's fault and shows its traceback
-        cause = first_cause(error)
-        if not isinstance(cause, InputError | OSError | FloatingPointError):
+        cause = users_error(error)
+        if cause is None:
             raise
         sys.exit(f"error: {cause}")
 
@@ -216,8 +253,8 @@ def ignore(messages: Iterable[str]) -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def first_cause(error: BaseException) -> BaseException:
-    """The error that began it: jsonargparse wraps those of the classes that it instantiates."""
-    while error.__cause__ is not None:
+def users_error(error: BaseException | None) -> BaseException | None:
+    """The error that a user can mend, if one is at the bottom: jsonargparse wraps those of what it instantiates."""
+    while error is not None and not isinstance(error, InputError | OSError | FloatingPointError):
         error = error.__cause__
     return error

@@ -6,7 +6,7 @@ adapted, because torch's batching rule for their backward takes the saved statis
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -20,6 +20,7 @@ from meta_lightning.task_parallel import TasksAsChannels
 
 Params = dict[str, Tensor]
 State = TypeVar("State")
+RATES = "inner_rates."  # before the names of learnt inner rates, which travel among the parameters
 
 
 def stack(params: Params, tasks: int) -> Params:
@@ -35,6 +36,16 @@ def unstack(stacked: Params | Tensor, task: int) -> Any:
 def leaves(params: Params) -> Params:
     """The same values as leaves of a new graph, ready to be differentiated by."""
     return {name: p.detach().requires_grad_() for name, p in params.items()}
+
+
+def rate_of(name: str) -> str:
+    """The name of a parameter's learnt inner rate; a module's own names cannot hold a dot."""
+    return RATES + name.replace(".", "/")
+
+
+def weights(params: Params) -> Params:
+    """The network's part of the parameters, without learnt inner rates."""
+    return {name: p for name, p in params.items() if not name.startswith(RATES)}
 
 
 def mean_over_tasks(params: Params) -> Params:
@@ -106,7 +117,7 @@ def one_by_one(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Te
 class InnerOptimizer(Protocol[State]):
     """One step of the inner loop: gradients and its own state to the parameters' change and the next state."""
 
-    def update(self, grads: Params, state: State) -> tuple[Params, State]:
+    def update(self, grads: Params, state: State, params: Params) -> tuple[Params, State]:
         """The change of the parameters, and the state after it."""
         ...
 
@@ -116,9 +127,17 @@ class SGD(NamedTuple):
 
     lr: float
 
-    def update(self, grads: Params, state: None) -> tuple[Params, None]:
+    def update(self, grads: Params, state: None, params: Params) -> tuple[Params, None]:
         """The change of the parameters, −α g."""
         return {name: -self.lr * g for name, g in grads.items()}, None
+
+
+class MetaSGD:
+    """``θ' ← θ' − α ⊙ g`` with a rate for every number of θ, itself a parameter that is learnt (Li et al., 2017)."""
+
+    def update(self, grads: Params, state: None, params: Params) -> tuple[Params, None]:
+        """The change of the parameters, −α ⊙ g."""
+        return {name: -params[rate_of(name)] * g for name, g in grads.items()}, None
 
 
 class AdamState(NamedTuple):
@@ -137,7 +156,7 @@ class Adam(NamedTuple):
     beta2: float = 0.999
     eps: float = 1e-8
 
-    def update(self, grads: Params, state: AdamState) -> tuple[Params, AdamState]:
+    def update(self, grads: Params, state: AdamState, params: Params) -> tuple[Params, AdamState]:
         """The change of the parameters, −α m̂ / (√v̂ + ε), and the moments after it."""
         step = state.step + 1
         first = {n: self.beta1 * state.first[n] + (1 - self.beta1) * g for n, g in grads.items()}
@@ -166,6 +185,7 @@ def adapt(
     steps: int,
     optimizer: InnerOptimizer[State],
     state: State,
+    adapted: Collection[str],
     create_graph: bool = False,
 ) -> Adapted:
     """K steps of gradient descent on every task's support loss (MAML, algorithm 1, lines 5 to 7).
@@ -176,15 +196,16 @@ def adapt(
         steps: Number of steps (K).
         optimizer: The inner optimizer.
         state: The inner optimizer's state.
+        adapted: Names of the parameters that move; the others arrive in θ' as they are.
         create_graph: Keep the graph of the gradients, so that one can differentiate through the steps. Without it
-            ``∂θ'/∂θ`` is the identity: the first-order approximation.
+            the gradients are constants, ``∂θ'/∂θ`` is the identity: the first-order approximation.
     """
     trace = []
     for step in range(steps):
         losses = support_losses(params, step)
-        grads = gradient(losses.sum(), params, create_graph)
-        change, state = optimizer.update(grads, state)
-        params = {name: p + change[name] for name, p in params.items()}
+        grads = gradient(losses.sum(), {name: params[name] for name in adapted}, create_graph)
+        change, state = optimizer.update(grads, state, params)
+        params = params | {name: params[name] + moved for name, moved in change.items()}
         trace.append(losses.detach())
     return Adapted(params, torch.stack(trace), state)
 
@@ -194,6 +215,7 @@ def adapt_recomputing(
     params: Params,
     steps: int,
     optimizer: InnerOptimizer[None],
+    adapted: Collection[str],
 ) -> tuple[Adapted, Callable[[Params], Params]]:
     """``adapt``, and its pull-back ``v ↦ vᵀ ∂θ'_K/∂θ`` without the graph of the K steps.
 
@@ -206,10 +228,11 @@ def adapt_recomputing(
         params: Task-stacked parameters to start from.
         steps: Number of steps (K).
         optimizer: The inner optimizer, one that has no state.
+        adapted: Names of the parameters that move.
     """
 
     def inner_step(params: Params, step: int, create_graph: bool) -> Adapted:
-        return adapt(lambda params, _: support_losses(params, step), params, 1, optimizer, None, create_graph)
+        return adapt(lambda params, _: support_losses(params, step), params, 1, optimizer, None, adapted, create_graph)
 
     trajectory, trace = [], []
     for step in range(steps):

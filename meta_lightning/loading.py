@@ -48,7 +48,25 @@ class MetaBatches(Dataset[TaskBatch]):
         return -(-len(self.mine) // self.share)
 
     def __getitem__(self, iteration: int) -> TaskBatch:
-        return self.tasks.batch(self.mine[iteration * self.share : (iteration + 1) * self.share])
+        return self.tasks.batch(self.numbers(iteration))
+
+    def numbers(self, iteration: int) -> range:
+        """The numbers of a meta-batch's tasks."""
+        return self.mine[iteration * self.share : (iteration + 1) * self.share]
+
+
+def class_names_of(loader: Any, iteration: int, tasks: int) -> list[list[str]]:
+    """The names of the classes of each task of a meta-batch; none of a loader that is not of this package.
+
+    Args:
+        loader: A loader of tasks.
+        iteration: The meta-batch's number in an evaluation.
+        tasks: The number of its tasks.
+    """
+    batches = getattr(loader, "dataset", None)
+    if not isinstance(batches, MetaBatches):
+        return [[]] * tasks
+    return [batches.tasks.class_names(number) for number in batches.numbers(iteration)]
 
 
 class MetaIterations(DistributedSampler[TaskBatch]):

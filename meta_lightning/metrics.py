@@ -22,12 +22,15 @@ class TaskMean(Metric):
     ``update`` takes one value a task  # T
     ``compute`` returns ``Statistics``, whose ``ci95`` is ``1.96 · std / √tasks`` (Finn et al., 2017, section 5.2), from
     the sample standard deviation; of a single task it is NaN. Over several processes they are those of all tasks.
+
+    Args:
+        sync_on_compute: Whether ``compute`` gathers the tasks of all processes, which all have to call it then.
     """
 
     full_state_update = False
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self.values: list[Tensor]
         self.add_state("values", default=[], dist_reduce_fx="cat")
 

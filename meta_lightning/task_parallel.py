@@ -1,8 +1,8 @@
-"""Convolution, batch norm and max-pooling of many tasks at once, under ``vmap`` and twice differentiable.
+"""Convolution, batch norm and pooling of many tasks at once, under ``vmap`` and twice differentiable.
 
 These three treat channels alike or in groups, so tasks stand side by side as channels, ``S T*C …``, and stay so from
 layer to layer: a convolution with weights a task is one in groups, and a batch norm with scale and shift a task is one
-of more channels. torch's own rules under vmap move the maps of a max-pooling there and back and scale a batch norm in
+of more channels. torch's own rules under vmap move the maps of a pooling there and back and scale a batch norm in
 passes of their own; its second derivatives loop over the groups of a convolution and take some twenty passes for a
 batch norm. What each is worth stands in ``benchmarks/results/speed.md``.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import _add_batch_dim, _unwrap_batched
+from torch._C._functorch import _add_batch_dim, _unwrap_batched, peek_interpreter_stack
 from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 from torch.autograd import Function
 from torch.nn import functional as F
@@ -22,11 +22,15 @@ aten = torch.ops.aten
 
 
 class TasksAsChannels(TorchFunctionMode):
-    """While it is entered, these functions of torch give way to those of this file, whatever module calls them."""
+    """While it is entered, these functions of torch give way to those of this file, whatever module calls them.
+
+    Inside another transform of ``torch.func`` than the one ``vmap`` over tasks they stay torch's own.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the replacement, or what was called."""
-        replacement = REPLACEMENTS.get(func, func)
+        around = peek_interpreter_stack() if func in REPLACEMENTS else None
+        replacement = func if around is None or around.level() > 1 else REPLACEMENTS[func]
         return replacement(*args, **(kwargs or {}))
 
 
@@ -75,21 +79,15 @@ def batch_norm(
     return of_all_tasks(lambda tasks, *folded: BatchNorm.apply(*folded, eps), input, weight, bias)
 
 
-def max_pool2d(
-    input: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Any:
-    """``F.max_pool2d``."""
-    if input.ndim == 3 or return_indices:  # of a single image, or with indices: torch as it is
-        of_torch: Any = F.max_pool2d
-        return of_torch(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    how = (kernel_size, kernel_size if stride is None else stride, padding, dilation, ceil_mode)
-    return of_all_tasks(lambda tasks, x: torch.max_pool2d(x, *how), input)
+def pooling(pool: Callable[..., Any]) -> Callable[..., Any]:
+    """A pooling of torch's."""
+
+    def of_tasks(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if input.ndim == 3 or kwargs.get("return_indices"):  # of a single image, or with indices: torch as it is
+            return pool(input, *args, **kwargs)
+        return of_all_tasks(lambda tasks, x: pool(x, *args, **kwargs), input)
+
+    return of_tasks
 
 
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
@@ -97,7 +95,9 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     torch.conv2d: convolution,
     torch.conv3d: convolution,
     F.batch_norm: batch_norm,
-    F.max_pool2d: max_pool2d,
+    F.max_pool2d: pooling(F.max_pool2d),
+    F.avg_pool2d: pooling(F.avg_pool2d),
+    F.adaptive_avg_pool2d: pooling(F.adaptive_avg_pool2d),
 }
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import lightning as L
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from meta_lightning.algorithms import FOMAML, MAML, MetaLearner, Reptile
@@ -53,17 +53,17 @@ def train_maml(
     if isinstance(loader, list | tuple):  # which Lightning would take for several loaders
         loader = DataLoader(loader, batch_size=None)  # type: ignore[arg-type]
     trainer.fit(learner, loader)
-    return model, learner, recorder.losses
+    return model, learner, [loss.item() for loss in recorder.losses]
 
 
 class LossRecorder(L.Callback):
     """Keeps the loss of every meta-iteration."""
 
     def __init__(self) -> None:
-        self.losses: list[float] = []
+        self.losses: list[Tensor] = []
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the loss that ``training_step`` returned."""
-        self.losses.append(float(outputs["loss"]))
+        self.losses.append(outputs["loss"])

@@ -9,7 +9,9 @@ import lightning as L
 import pytest
 
 from meta_lightning import MLP, Glyphs, Sinusoid
+from meta_lightning.cli import main
 
+TINY = Path(__file__).parent / "tiny.yaml"
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -60,3 +62,12 @@ def trainer(**options: Any) -> L.Trainer:
         "use_distributed_sampler": False,
     }
     return L.Trainer(**defaults | options)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(glyphs: Glyphs, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of the command line, barely trained, on normalised glyphs."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    options = f"--trainer.default_root_dir {folder} --checkpoint.dirpath {folder} --trainer.max_steps 1"
+    main(f"fit --config {TINY} {options} --data.transforms.mean [0.2] --data.transforms.std [0.5]".split())
+    return str(folder / "last.ckpt")

@@ -470,6 +470,18 @@ def test_any_network(
     assert slope(network, batch, 3, direction) == pytest.approx(along.item(), rel=1e-6, abs=0)
 
 
+def test_a_module_in_two_places() -> None:
+    layer = nn.Linear(6, 6)
+    network = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(6, WAYS))
+    batch = classification(6)
+    fomaml, *_ = FOMAML(network, inner_lr=INNER_LR, inner_steps=3).meta_gradient(batch)
+    assert error(fomaml, fomaml_loop(network, batch, 3)) <= EXACT
+    maml, *_ = MAML(network, inner_lr=INNER_LR, inner_steps=3).meta_gradient(batch)
+    direction = {name: torch.randn_like(g) for name, g in maml.items()}
+    along = flat(maml) @ flat(direction)
+    assert slope(network, batch, 3, direction) == pytest.approx(along.item(), rel=1e-6, abs=0)
+
+
 def test_padding_embedding_is_not_adapted() -> None:
     network, batch = Tokens(padding_idx=0), tokens()
     meta_gradient, *_ = MAML(network, inner_lr=INNER_LR, inner_steps=3).meta_gradient(batch)

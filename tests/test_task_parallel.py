@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import grad, vmap
 from torch.nn import functional as F
 
 from meta_lightning.task_parallel import TasksAsChannels
@@ -45,7 +45,14 @@ CASES: dict[str, tuple[Function, list[tuple[int, ...]]]] = {
     "batch norm without scale and shift": (lambda x: F.batch_norm(x, None, None, training=True), [(4, 3, 3, 2)]),
     "max-pooling": (lambda x: F.max_pool2d(x, 2), [(2, 3, 5, 7)]),
     "max-pooling by axis": (lambda x: F.max_pool2d(x, (3, 2), (2, 1), 1, ceil_mode=True), [(2, 3, 6, 5)]),
+    "average pooling": (lambda x: F.avg_pool2d(x, 2, padding=1), [(2, 3, 5, 7)]),
+    "adaptive average pooling": (lambda x: F.adaptive_avg_pool2d(x, 1), [(2, 3, 5, 7)]),
+    "max-pooling with indices": (lambda x: F.max_pool2d(x, 2, return_indices=True)[0], [(2, 3, 5, 7)]),
     "max-pooling of an image": (lambda x: F.max_pool2d(x, 2), [(3, 5, 7)]),
+    "average of channels last": (
+        lambda x, w, b: F.adaptive_avg_pool2d(F.softplus(F.conv2d(x, w, b)), 1),
+        [(2, 3, 5, 7), (4, 3, 3, 3), (4,)],
+    ),
     "a block": (
         lambda x, w, b, g, s: F.max_pool2d(F.softplus(normalise(F.conv2d(x, w, b, padding=1), g, s)), 2),
         [(3, 2, 5, 5), (4, 2, 3, 3), (4,), (4,), (4,)],
@@ -73,6 +80,7 @@ def to_second_order(run: Any, function: Function, tensors: list[Tensor]) -> list
     return [values, *grads, *torch.autograd.grad(along, tensors)]
 
 
+@pytest.mark.filterwarnings("error")  # vmap's of an operation that it does one task after another
 @pytest.mark.parametrize("tasks", [1, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_both_derivatives_are_a_loop_s(case: str, tasks: int) -> None:
@@ -137,6 +145,21 @@ def test_running_statistics_and_single_values_are_left_to_torch() -> None:
         assert torch.equal(vmap(norm)(x), torch.stack([norm(part) for part in x]))
         with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
             vmap(lambda x: F.batch_norm(x, None, None, training=True))(torch.randn(2, 1, 3))
+
+
+def test_inside_other_transforms_torch_serves() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 3, 4, 2, 6, 6), torch.randn(2, 4, 2, 3, 3)
+    with TasksAsChannels():
+        nested = vmap(lambda x, w: vmap(lambda x: F.conv2d(x, w))(x))(x, w)
+        slopes = grad(lambda w: vmap(F.conv2d)(x[:, 0], w).square().sum())(w)
+    expected = torch.stack(
+        [torch.stack([F.conv2d(part, weight) for part in parts]) for parts, weight in zip(x, w, strict=True)]
+    )
+    torch.testing.assert_close(nested, expected)
+    weights = w.clone().requires_grad_()
+    (reference,) = torch.autograd.grad(vmap(F.conv2d)(x[:, 0], weights).square().sum(), weights)
+    torch.testing.assert_close(slopes, reference)
 
 
 def test_autocast_convolves_in_bfloat16_and_gives_float32_gradients() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from meta_lightning.algorithms.learner import Support
 from meta_lightning.algorithms.maml import MAML
-from meta_lightning.inner_loop import Params
+from meta_lightning.inner_loop import Params, vector_jacobian
 
 
 class FOMAML(MAML):
@@ -19,5 +19,9 @@ class FOMAML(MAML):
     second_order = False
 
     def adapt_and_pull_back(self, theta: Params, support: Support) -> tuple[Params, Callable[[Params], Params]]:
-        """θ' of every task, and the identity in the place of ``v ↦ vᵀ ∂θ'/∂θ``."""
-        return self.adapt_tasks(theta, support).params, lambda v: v
+        """θ' of every task, and ``v ↦ vᵀ ∂θ'/∂θ`` with the inner gradients as constants: the identity.
+
+        Of learnt inner rates it is ``−v ⊙ Σ_k g_k``.
+        """
+        adapted = self.adapt_tasks(theta, support)
+        return adapted.params, lambda v: vector_jacobian(adapted.params, theta, v)

@@ -1,7 +1,8 @@
 """What adapts: a network, its initialisation θ and the inner loop over the tasks of a batch."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -12,11 +13,14 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from meta_lightning import inner_loop
-from meta_lightning.checks import require, require_at_least, require_positive
+from meta_lightning.adaptation import adapt_learner
+from meta_lightning.checks import require, require_at_least, require_matches, require_positive
+from meta_lightning.data.form import SampleForm
 from meta_lightning.inner_loop import Adapted, Params
 from meta_lightning.losses import Loss, check_outputs, default_loss
 from meta_lightning.networks import with_batch_statistics
-from meta_lightning.tasks import scale_pixels
+from meta_lightning.predictor import Predictor
+from meta_lightning.tasks import Array, TaskBatch, scale_pixels
 
 Support = list[tuple[Tensor, Tensor]]  # samples and targets of each inner step: K of T S ..., T S ...
 
@@ -44,6 +48,8 @@ class Learner(L.LightningModule):
         inner_steps: int,
         test_inner_steps: int | None,
         tasks_per_pass: int | None,
+        inner_freeze: Sequence[str],
+        outer_freeze: Sequence[str],
     ) -> None:
         super().__init__()
         test_inner_steps = inner_steps if test_inner_steps is None else test_inner_steps
@@ -57,12 +63,32 @@ class Learner(L.LightningModule):
         self.inner_steps = inner_steps
         self.test_inner_steps = test_inner_steps
         self.tasks_per_pass = tasks_per_pass
+        names = [name for name, p in network.named_parameters() if p.requires_grad]
+        self.inner_frozen = require_matches(names, inner_freeze=inner_freeze)
+        self.outer_frozen = require_matches(names, outer_freeze=outer_freeze)
+        for argument, frozen in (("inner_freeze", self.inner_frozen), ("outer_freeze", self.outer_frozen)):
+            require(not names or len(frozen) < len(names), f"{argument} must leave a parameter, got patterns of all")
+        # cuDNN's kernels have no second derivative, and no first one in evaluation mode
+        self.recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
         self.loops_over_tasks = inner_loop.wrong_under_vmap(self.network)
+        places = [module for _, module in self.network.named_modules(remove_duplicate=False)]
+        self.repeats_modules = len(places) > len({*places})
         self.outputs_checked = False
+        self.form = SampleForm()
+        self.description: dict[str, Any] | None = None  # the network in plain words, where a configuration gave it
 
     def meta_parameters(self) -> Params:
-        """θ: the network's parameters that are trained."""
-        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        """θ: the network's parameters that are trained or adapted."""
+        frozen = self.inner_frozen & self.outer_frozen
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad and name not in frozen}
+
+    def adapted(self, params: Params) -> Params:
+        """What the inner steps move."""
+        return {name: p for name, p in inner_loop.weights(params).items() if name not in self.inner_frozen}
+
+    def learned(self, params: Params) -> Params:
+        """What the outer steps move."""
+        return {name: p for name, p in params.items() if name not in self.outer_frozen}
 
     def over_tasks(self, function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
         """A function of one task on all tasks at once or, when vmap has refused it, one after another.  # -> T ..."""
@@ -111,7 +137,39 @@ class Learner(L.LightningModule):
 
     def forward_tasks(self, params: Params, x: Tensor) -> Tensor:
         """Predictions of every task with its own parameters.  # T S ... -> T S ..."""
-        return self.over_tasks(lambda params, x: functional_call(self.network, params, (x,)), params, x)
+        return self.over_tasks(self.forward_task, params, x)
+
+    def forward_task(self, params: Params, x: Tensor) -> Tensor:
+        """Predictions of one task.  # S ... -> S ..."""
+        weights = inner_loop.weights(params)
+        with torch.backends.cudnn.flags(enabled=False) if self.recurrent else nullcontext():
+            # for a module that stands in two places torch would restore its parameters in the wrong order
+            predictions: Tensor = functional_call(self.network, weights, (x,), tie_weights=not self.repeats_modules)
+        return predictions
+
+    def forward_queries(self, params: Params, support_x: Tensor, query_x: Tensor, transductive: bool = True) -> Tensor:
+        """Predictions of every task's queries with its own parameters.  # T R ...
+
+        Args:
+            params: Task-stacked parameters.
+            support_x: Support samples, which matter where the queries do not go forward together.  # T S ...
+            query_x: Query samples.  # T R ...
+            transductive: Whether the queries of a task go forward together, so that batch norm takes their common
+                statistics (Finn et al., 2017), or each alone with the support set (Nichol et al., 2018, section 6.1).
+        """
+        if transductive:
+            return self.forward_tasks(params, query_x)
+
+        def forward_alone(params: Params, support_x: Tensor, query_x: Tensor) -> Tensor:
+            def forward_query(query: Tensor) -> Tensor:
+                return self.forward_task(params, torch.cat([support_x, query[None]]))[-1]
+
+            return self.over_tasks(forward_query, query_x)
+
+        # as many queries at once as take no more memory than all of them together would
+        at_once = max(1, query_x.shape[1] // (support_x.shape[1] + 1))
+        parts = query_x.split(at_once, dim=1)
+        return torch.cat([self.over_tasks(forward_alone, params, support_x, part) for part in parts], dim=1)
 
     def task_losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Every task's loss.  # T S ..., T S ... -> T"""
@@ -144,7 +202,16 @@ class Learner(L.LightningModule):
             create_graph: Keep the graph of the inner gradients (see ``inner_loop.adapt``).
         """
         optimizer, state = self.inner_optimizer()
-        return inner_loop.adapt(self.support_losses(support), params, len(support), optimizer, state, create_graph)
+        losses, adapted = self.support_losses(support), self.adapted(params)
+        return inner_loop.adapt(losses, params, len(support), optimizer, state, adapted, create_graph)
+
+    def without_gradient(self, batch: TaskBatch) -> list[str]:
+        """The names in θ that the support loss of the first task does not depend on."""
+        theta = inner_loop.leaves(inner_loop.stack(inner_loop.weights(self.meta_parameters()), 1))
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # no step draws otherwise
+            losses = self.task_losses(self.forward_tasks(theta, batch.support_x[:1]), batch.support_y[:1])
+        grads = torch.autograd.grad(losses.sum(), list(theta.values()), allow_unused=True)
+        return [name for name, g in zip(theta, grads, strict=True) if g is None]
 
     def inner_update(self, support_x: Tensor, support_y: Tensor) -> Params:
         """θ' of one task.
@@ -162,9 +229,33 @@ class Learner(L.LightningModule):
         with torch.enable_grad():
             support = self.inner_batches(scale_pixels(support_x)[None], support_y[None], steps)
             adapted = self.adapt_tasks(theta, support, self.second_order and self.training)
-        params = inner_loop.unstack(adapted.params, 0)
+        params = inner_loop.unstack(inner_loop.weights(adapted.params), 0)
         return params if self.training else {name: p.detach() for name, p in params.items()}
 
     def forward_with_weights(self, query_x: Tensor, adapted_params: Params) -> Tensor:
         """Predictions of one task with the parameters that ``inner_update`` gave.  # R ... -> R ..."""
         return self.forward_tasks({name: p[None] for name, p in adapted_params.items()}, scale_pixels(query_x)[None])[0]
+
+    def adapt(
+        self,
+        x: Tensor | Array,
+        y: Tensor | Array | Sequence[str],
+        steps: int | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> Predictor:
+        """A predictor for one task, adapted to its support set: the one inner loop, in evaluation mode.
+
+        For more classes than the network has outputs its last linear layer grows, see ``networks.widened``.
+
+        Args:
+            x: Support samples as the data set holds them: uint8 pixels, or what else the network takes. They are
+                normalised as in training.  # S ...
+            y: Class of each sample, a number or a name; for regression its target, floating-point.  # S, S D
+            steps: Inner steps. Default: ``test_inner_steps``.
+            class_names: Names of the classes, in the sorted order of y's values. Default: those values.
+
+        Raises:
+            InputError: If the samples or targets do not fit each other or the network, or there are more classes than
+                the network can be given outputs for.
+        """
+        return adapt_learner(self, x, y, self.test_inner_steps if steps is None else steps, class_names)

@@ -1,28 +1,30 @@
 """Model-agnostic meta-learning."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from meta_lightning.algorithms.base import Decay, MetaLearner
+from meta_lightning import inner_loop
+from meta_lightning.algorithms.base import MetaLearner
 from meta_lightning.algorithms.learner import Support
 from meta_lightning.checks import require_choice, require_positive
 from meta_lightning.inner_loop import (
+    RATES,
+    MetaSGD,
     Params,
     adapt_recomputing,
     gradient,
     leaves,
     mean_over_tasks,
+    rate_of,
     stack,
     vector_jacobian,
 )
 from meta_lightning.losses import Loss, score
+from meta_lightning.outer_loop import Decay, Scheduler
 from meta_lightning.tasks import TaskBatch, as_task_batch
 
 # parameters and learning rate; called so, an optimizer's first two arguments are not options of the command line
@@ -53,6 +55,19 @@ class MAML(MetaLearner):
             exact, more time, and memory that does not grow with ``inner_steps``.
         tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time and memory.
             Default: on a CPU as many as its caches hold, elsewhere all; fewer after running out of memory.
+        transductive: Whether evaluation sends a task's queries forward together, so that batch norm takes their common
+            statistics, or each alone with the support set.
+        scheduler: Makes a learning-rate schedule of an optimizer, in the place of ``outer_lr_decay``: any of
+            ``torch.optim.lr_scheduler`` that goes by the number of steps alone. It steps once a meta-iteration.
+        inner_freeze: Parameters that inner steps leave as they are, by patterns of their names: ``features.*`` adapts
+            the head alone (ANIL, Raghu et al., 2020, https://arxiv.org/abs/1909.09157), ``head.*`` the body alone
+            (BOIL, Oh et al., 2021, https://arxiv.org/abs/2008.08882).
+        outer_freeze: Parameters that outer steps leave as they are, likewise.
+        init_from: A checkpoint, of any algorithm, whose network's weights to start from.
+        max_skipped: Meta-iterations in a row that may be skipped since their update is not finite; one more ends
+            training.
+        learn_inner_lr: Learn an inner rate for every number of θ, beginning at ``inner_lr``, with θ and as θ is learnt
+            (Meta-SGD, Li et al., 2017, https://arxiv.org/abs/1707.09835).
 
     Raises:
         InputError: If an argument is outside its range.
@@ -74,9 +89,29 @@ class MAML(MetaLearner):
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         recompute_inner_steps: bool = False,
         tasks_per_pass: int | None = None,
+        transductive: bool = True,
+        scheduler: Scheduler | None = None,
+        inner_freeze: Sequence[str] = (),
+        outer_freeze: Sequence[str] = (),
+        init_from: str | None = None,
+        max_skipped: int = 10,
+        learn_inner_lr: bool = False,
     ) -> None:
         super().__init__(
-            network, loss, inner_lr, inner_steps, test_inner_steps, outer_lr, outer_lr_decay, tasks_per_pass
+            network,
+            loss,
+            inner_lr,
+            inner_steps,
+            test_inner_steps,
+            outer_lr,
+            outer_lr_decay,
+            tasks_per_pass,
+            transductive,
+            scheduler,
+            inner_freeze,
+            outer_freeze,
+            init_from,
+            max_skipped,
         )
         if gradient_clip_val is not None:
             require_positive(gradient_clip_val=gradient_clip_val)
@@ -85,14 +120,25 @@ class MAML(MetaLearner):
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
         self.recompute_inner_steps = recompute_inner_steps
+        rates = self.adapted(super().meta_parameters()) if learn_inner_lr else {}
+        self.inner_rates = nn.ParameterDict(
+            {rate_of(name).removeprefix(RATES): torch.full_like(p, inner_lr) for name, p in rates.items()}
+        )
+
+    def meta_parameters(self) -> Params:
+        """θ, and the inner rates where they are learnt with it."""
+        return super().meta_parameters() | {RATES + name: rate for name, rate in self.inner_rates.items()}
+
+    def inner_optimizer(self) -> tuple[inner_loop.InnerOptimizer[None], None]:
+        """SGD, at the learnt rates if there are any."""
+        return (MetaSGD(), None) if self.inner_rates else super().inner_optimizer()
 
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """One meta-iteration: adapt to every task, then step θ along the meta-gradient."""
         batch = as_task_batch(batch)
         meta_gradient, losses, predictions = self.meta_gradient(batch)
-        loss = self.log_training(losses, score(predictions, batch.query_y), meta_gradient)
         self.outer_step(meta_gradient)
-        return loss
+        return self.log_training(losses, score(predictions, batch.query_y))
 
     def meta_gradient(self, batch: TaskBatch) -> tuple[Params, Tensor, Tensor]:
         """``∇_θ mean_i L_query,i(θ'_i(θ))``, with the query losses and predictions of the tasks.  # ..., T, T R ..."""
@@ -107,40 +153,34 @@ class MAML(MetaLearner):
         adapted = leaves(adapted)
         predictions = self.forward_tasks(adapted, query_x)
         losses = self.task_losses(predictions, query_y)
-        return mean_over_tasks(pull_back(gradient(losses.sum(), adapted))), losses.detach(), predictions.detach()
+        meta_gradient = self.learned(pull_back(gradient(losses.sum(), adapted)))
+        return mean_over_tasks(meta_gradient), losses.detach(), predictions.detach()
 
     def adapt_and_pull_back(self, theta: Params, support: Support) -> tuple[Params, Callable[[Params], Params]]:
         """θ' of every task, and ``v ↦ vᵀ ∂θ'/∂θ``, which takes a gradient at θ' back to θ."""
         if self.recompute_inner_steps:
-            optimizer, _ = self.inner_optimizer()
-            adapted, pull_back = adapt_recomputing(self.support_losses(support), theta, len(support), optimizer)
+            losses, (optimizer, _) = self.support_losses(support), self.inner_optimizer()
+            adapted, pull_back = adapt_recomputing(losses, theta, len(support), optimizer, self.adapted(theta))
             return adapted.params, pull_back
         adapted = self.adapt_tasks(theta, support, create_graph=True)
         return adapted.params, lambda v: vector_jacobian(adapted.params, theta, v)
 
     def outer_step(self, meta_gradient: Params) -> None:
         """Hand the meta-gradient to the outer optimizer, however it was computed."""
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        assert isinstance(optimizer, LightningOptimizer) and isinstance(schedule, LambdaLR)  # noqa: PT018
-        theta = self.meta_parameters()
-        optimizer.zero_grad()
+        theta = self.learned(self.meta_parameters())
+        self.zero_grad()
         # g is the gradient of <θ, g>: by way of backward, since DDP does not average what is written to .grad by hand
-        self.manual_backward(torch.stack([(p * meta_gradient[name].detach()).sum() for name, p in theta.items()]).sum())
-        self.clip_gradients(optimizer.optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
-        optimizer.step()
-        schedule.step()
+        terms = [(p * meta_gradient[name].detach()).sum() for name, p in theta.items()]
+        if self.outer_frozen:  # DDP waits for these as well
+            terms += [0 * p.sum() for p in self.parameters() if p.requires_grad]
+        self.manual_backward(torch.stack(terms).sum())
+        with self.outer_iteration({name: p.grad for name, p in theta.items() if p.grad is not None}) as optimizer:
+            self.clip_gradients(optimizer.optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
+            optimizer.step()
 
-    def on_train_start(self) -> None:
-        """Let the arguments beat what a resumed checkpoint says of the optimizer."""
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        assert isinstance(optimizer, LightningOptimizer)
-        assert isinstance(schedule, LambdaLR)
-        lr = self.outer_lr * self.outer_lr_factor(self.global_step)
-        for group in optimizer.param_groups:
-            group.update(optimizer.optimizer.defaults | {"initial_lr": self.outer_lr, "lr": lr})
-        schedule.base_lrs = [self.outer_lr] * len(schedule.base_lrs)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The outer optimizer over θ, its learning rate decaying as ``outer_lr_decay`` says."""
-        optimizer = self.optimizer(self.meta_parameters().values(), self.outer_lr)
-        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, self.outer_lr_factor)}
+    def configure_optimizers(self) -> Optimizer:
+        """The outer optimizer over what is learnt."""
+        optimizer = self.optimizer(self.learned(self.meta_parameters()).values(), self.outer_lr)
+        if self.device.type == "cuda" and "capturable" in optimizer.defaults:
+            optimizer.defaults["capturable"] = True  # counts its steps on the device, as undone_unless needs it
+        return optimizer

@@ -1,19 +1,20 @@
 """Reptile."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from meta_lightning import inner_loop
-from meta_lightning.algorithms.base import Decay, MetaLearner
+from meta_lightning.algorithms.base import MetaLearner
 from meta_lightning.algorithms.learner import Support
 from meta_lightning.checks import require, require_at_least, require_choice
 from meta_lightning.inner_loop import AdamState, Params
 from meta_lightning.losses import Loss
+from meta_lightning.outer_loop import Decay, Scheduler
 from meta_lightning.tasks import TaskBatch, as_task_batch
 
 
@@ -46,6 +47,17 @@ class Reptile(MetaLearner):
         tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time and memory.
             Default: on a CPU as many as its caches hold, elsewhere all; fewer after running out of memory.
         optimizer: Not accepted: Reptile's outer loop is an interpolation.
+        transductive: Whether evaluation sends a task's queries forward together, so that batch norm takes their common
+            statistics, or each alone with the support set.
+        scheduler: Makes a schedule of ε, in the place of ``outer_lr_decay``: any of
+            ``torch.optim.lr_scheduler`` that goes by the number of steps alone. It steps once a meta-iteration.
+        inner_freeze: Parameters that inner steps leave as they are, by patterns of their names: ``features.*`` adapts
+            the head alone (ANIL, Raghu et al., 2020, https://arxiv.org/abs/1909.09157), ``head.*`` the body alone
+            (BOIL, Oh et al., 2021, https://arxiv.org/abs/2008.08882).
+        outer_freeze: Parameters that outer steps leave as they are, likewise.
+        init_from: A checkpoint, of any algorithm, whose network's weights to start from.
+        max_skipped: Meta-iterations in a row that may be skipped since their update is not finite; one more ends
+            training.
 
     Raises:
         InputError: If an argument is outside its range, or an optimizer is given.
@@ -66,6 +78,12 @@ class Reptile(MetaLearner):
         test_inner_batch_size: int | None = None,
         tasks_per_pass: int | None = None,
         optimizer: Any = None,
+        transductive: bool = True,
+        scheduler: Scheduler | None = None,
+        inner_freeze: Sequence[str] = (),
+        outer_freeze: Sequence[str] = (),
+        init_from: str | None = None,
+        max_skipped: int = 10,
     ) -> None:
         require(
             optimizer is None,
@@ -73,7 +91,20 @@ class Reptile(MetaLearner):
             f"for an optimizer to step along, got {optimizer!r}",
         )
         super().__init__(
-            network, loss, inner_lr, inner_steps, test_inner_steps, outer_lr, outer_lr_decay, tasks_per_pass
+            network,
+            loss,
+            inner_lr,
+            inner_steps,
+            test_inner_steps,
+            outer_lr,
+            outer_lr_decay,
+            tasks_per_pass,
+            transductive,
+            scheduler,
+            inner_freeze,
+            outer_freeze,
+            init_from,
+            max_skipped,
         )
         require(outer_lr <= 1, f"outer_lr must be in (0, 1]: it is Reptile's interpolation ε, got {outer_lr}")
         require_choice(("sgd", "adam"), inner_optimizer=inner_optimizer)
@@ -94,37 +125,33 @@ class Reptile(MetaLearner):
         self.inner_beta1 = inner_beta1
         self.inner_batch_size = inner_batch_size
         self.test_inner_batch_size = test_inner_batch_size
-        self.moments = Moments(self.meta_parameters()) if inner_optimizer == "adam" else None
+        self.moments = Moments(self.adapted(self.meta_parameters())) if inner_optimizer == "adam" else None
 
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """One meta-iteration: adapt to every task, then move θ towards the tasks' mean."""
         batch = as_task_batch(batch)
         support = self.inner_batches(batch.support_x, batch.support_y, self.inner_steps)
         mean, losses = self.in_passes(self.adapt_pass, support)
-        loss = self.log_training(losses, {}, mean[0])
         self.outer_step(*mean)
-        return loss
+        return self.log_training(losses, {})
 
     def adapt_pass(self, support: Support) -> tuple[list[Params], Tensor]:
         """``mean_i θ'_i`` of one pass, with the means of the inner Adam's moments, and the last step's losses.  # T"""
         theta = inner_loop.leaves(inner_loop.stack(self.meta_parameters(), len(support[0][0])))
         params, losses, state = self.adapt_tasks(theta, support)
+        moved = self.learned(self.adapted(params))
         moments = [] if self.moments is None else [state.first, state.second]
-        return [inner_loop.mean_over_tasks(values) for values in (params, *moments)], losses[-1]
+        return [inner_loop.mean_over_tasks(values) for values in (moved, *moments)], losses[-1]
 
-    @torch.no_grad()
-    def outer_step(self, mean: Params, *moments: Params) -> None:
+    def outer_step(self, *means: Params) -> None:
         """θ ← θ + ε mean_i (θ'_i − θ), the mean over the tasks of all ranks; no optimizer."""
-        epsilon = self.outer_lr * self.outer_lr_factor(self.global_step)
-        mean = self.mean_over_ranks(mean)
-        for name, p in self.meta_parameters().items():
-            p.lerp_(mean[name], epsilon)
-        if self.moments is not None:
-            self.moments.store(self.moments.step + self.inner_steps, *map(self.mean_over_ranks, moments))
-        # without an optimizer Lightning gives a stand-in, whose step moves nothing and counts global_step
-        stand_in = self.optimizers()
-        assert isinstance(stand_in, LightningOptimizer)
-        stand_in.step()
+        theta, (mean, *moments) = self.meta_parameters(), [self.mean_over_ranks(values) for values in means]
+        with self.outer_iteration((mean, moments)) as stand_in:
+            for name, target in mean.items():
+                theta[name].lerp_(target, stand_in.param_groups[0]["lr"])
+            if self.moments is not None:
+                self.moments.store(self.moments.step + self.inner_steps, *moments)
+            stand_in.step()  # moves nothing, and counts global_step
 
     def mean_over_ranks(self, params: Params) -> Params:
         """The mean over the ranks of what each has of its tasks."""
@@ -156,6 +183,11 @@ class Reptile(MetaLearner):
 
     def configure_optimizers(self) -> None:
         """No outer optimizer."""
+
+    def on_train_start(self) -> None:
+        """Let the stand-in that Lightning gives without an optimizer hold ε, for schedules and their monitors."""
+        self.outer_optimizer().param_groups.append({"params": []})
+        super().on_train_start()
 
 
 class Moments(nn.Module):

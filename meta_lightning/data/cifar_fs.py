@@ -24,6 +24,7 @@ class CIFARFS(PublishedSplits):
     The arguments are those of ``PublishedSplits``.
     """
 
+    image_size, channels = 32, 3
     title: ClassVar[str] = "CIFAR-FS"
     loader: ClassVar[str] = "CIFARFS"
     files: ClassVar[tuple[str, ...]] = (

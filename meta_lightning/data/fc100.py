@@ -23,6 +23,7 @@ class FC100(PublishedSplits):
     The arguments are those of ``PublishedSplits``.
     """
 
+    image_size, channels = 32, 3
     title: ClassVar[str] = "FC100"
     loader: ClassVar[str] = "FC100"
     files: ClassVar[tuple[str, ...]] = tuple(f"FC100_{split}.pickle" for split in ("train", "val", "test"))

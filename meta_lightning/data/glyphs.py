@@ -22,6 +22,8 @@ class Glyphs(ImageTasks):
     The arguments are those of ``ImageTasks``.
     """
 
+    image_size, channels, ink = 28, 1, True
+
     @property
     def cache_name(self) -> str:
         """A name that changes with the code that draws and the libraries that it draws with."""

@@ -79,6 +79,9 @@ class ImageFolderTasks(ImageTasks):
         FileNotFoundError: If ``root`` is missing or has no files in folders.
     """
 
+    image_size: int
+    channels: int
+
     def __init__(
         self,
         root: str,

@@ -42,6 +42,11 @@ class ImageTasks(TaskDataModule):
         InputError: If an argument is outside its range, or a split cannot give such tasks.
     """
 
+    # what pictures of other origin are made to look like; None where it depends on the arguments
+    image_size: int | None = None
+    channels: int | None = None
+    ink: bool = False  # drawings, their ink 1 on 0
+
     def __init__(
         self,
         ways: int = 5,

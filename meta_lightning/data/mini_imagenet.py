@@ -22,6 +22,7 @@ class MiniImagenet(PublishedSplits):
     The arguments are those of ``PublishedSplits``.
     """
 
+    image_size, channels = 84, 3
     title: ClassVar[str] = "mini-ImageNet"
     loader: ClassVar[str] = "MiniImagenet"
     files: ClassVar[tuple[str, ...]] = tuple(

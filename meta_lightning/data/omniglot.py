@@ -58,6 +58,8 @@ class Omniglot(ImageTasks):
         FileNotFoundError: If the data set is not under ``root``, or not all of it.
     """
 
+    image_size, channels, ink = 28, 1, True
+
     @property
     def cache_name(self) -> str:
         """A name for each ``root``, so that a wrong one is not answered from another's cache."""

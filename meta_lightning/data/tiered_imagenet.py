@@ -26,6 +26,7 @@ class TieredImagenet(PublishedSplits):
     The arguments are those of ``PublishedSplits``.
     """
 
+    image_size, channels = 84, 3
     title: ClassVar[str] = "tiered-ImageNet"
     loader: ClassVar[str] = "TieredImagenet"
     files: ClassVar[tuple[str, ...]] = tuple(

@@ -1,0 +1,208 @@
+"""What TensorBoard shows beside the scalars of training and evaluation."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from meta_lightning.algorithms import MetaLearner, Reptile
+from meta_lightning.checks import require_at_least
+from meta_lightning.data.base import plain
+from meta_lightning.inner_loop import Params
+from meta_lightning.loading import class_names_of
+from meta_lightning.records import TaskRecord
+from meta_lightning.tasks import as_task_batch
+
+STAGES = {"val": "Validation", "test": "Test"}
+
+
+class Dashboard(L.Callback):
+    """Figures and scalars for TensorBoard; without a TensorBoard logger it does nothing.
+
+    At each validation and test it draws the queries' loss and accuracy (or mse) after 0, 1, …, K inner steps, and a few
+    tasks with their answers; at test the accuracy by alphabet too, or by class where the names tell of none. At the end
+    the hyperparameters go to TensorBoard's HParams with the last loss and scores. Every log interval of training has
+
+    * ``train/gradient_norm``: of the meta-gradient, before it is clipped; of Reptile ``‖θ_new − θ_old‖ / ε``;
+    * ``train/update_norm``: ``‖θ_new − θ_old‖``;
+    * ``train/tasks_per_second``: of all processes, without the time of validation.
+
+    It reads training, and moves neither θ nor random numbers. Of several processes the first one's tasks are drawn.
+
+    Args:
+        enabled: Whether to do anything.
+        curve_tasks: Tasks of each evaluation behind the adaptation curves, which are adapted to once more for them.
+        pictured_tasks: Tasks in the picture of tasks.
+
+    Raises:
+        InputError: If one of the numbers is less than 1.
+    """
+
+    def __init__(self, enabled: bool = True, curve_tasks: int = 100, pictured_tasks: int = 2) -> None:
+        require_at_least(1, curve_tasks=curve_tasks, pictured_tasks=pictured_tasks)
+        self.enabled = enabled
+        self.curve_tasks = curve_tasks
+        self.pictured_tasks = pictured_tasks
+        self.board: TensorBoardLogger | None = None
+        self.record: TaskRecord | None = None
+        self.theta: Params | None = None  # before the step, where that is logged
+        self.gradient_norm: Tensor | None = None
+        self.started: float | None = None
+        self.tasks = 0  # since then
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the logger."""
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        self.board = boards[0] if self.enabled and boards and trainer.is_global_zero else None
+        if self.board is not None:
+            # Lightning would enter hp_metric −1 at the start, and TensorBoard keeps what was entered first
+            self.board._default_hp_metric = False
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep θ if the step will be logged."""
+        if self.started is None:
+            self.started, self.tasks = time.perf_counter(), 0
+        # asked for as Lightning's own monitors do
+        if self.board is not None and trainer._logger_connector.should_update_logs:
+            self.theta = {name: p.detach().clone() for name, p in theta(pl_module).items()}
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Read the meta-gradient: averaged over the processes, and not clipped yet."""
+        if self.theta is not None:
+            self.gradient_norm = norm(p.grad for p in theta(pl_module).values() if p.grad is not None)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the norms and the speed."""
+        self.tasks += len(batch[0]) * trainer.world_size
+        if self.theta is None or self.board is None or self.started is None:
+            return
+        update_norm = norm(p.detach() - self.theta[name] for name, p in theta(pl_module).items())
+        if isinstance(pl_module, Reptile):
+            self.gradient_norm = update_norm / (pl_module.outer_lr * pl_module.outer_lr_factor(trainer.global_step - 1))
+        values = {"train/update_norm": float(update_norm)}
+        if self.gradient_norm is not None:
+            values["train/gradient_norm"] = float(self.gradient_norm)
+        values["train/tasks_per_second"] = self.tasks / (time.perf_counter() - self.started)
+        self.board.log_metrics(values, logged_step(trainer))
+        self.theta = self.gradient_norm = self.started = None
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the hyperparameters with the last validation."""
+        self.log_hyperparameters(trainer, pl_module, "val")
+
+    # ------------------------------------------------------------------------------------------------ evaluation
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin a record, outside of the time of training."""
+        self.started = None
+        self.begin(trainer, "val")
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin a record."""
+        self.begin(trainer, "test")
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Note what the tasks of a batch do."""
+        if self.record is not None:
+            names = class_names_of(trainer.val_dataloaders, batch_idx, len(batch[0]))
+            self.record.add_adaptation(learner(pl_module), as_task_batch(batch), names)
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Note what the tasks of a batch do, and how each class fares."""
+        if self.record is not None:
+            names = class_names_of(trainer.test_dataloaders, batch_idx, len(batch[0]))
+            self.record.add_adaptation(learner(pl_module), as_task_batch(batch), names)
+            self.record.add_answers(outputs, batch[3], names)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the record."""
+        self.draw(trainer, "val")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the record, and log the hyperparameters with the test."""
+        self.draw(trainer, "test")
+        self.log_hyperparameters(trainer, pl_module, "test")
+
+    def begin(self, trainer: L.Trainer, stage: str) -> None:
+        """Begin a record, unless the evaluation is but a trial."""
+        shown = self.board is not None and not trainer.sanity_checking
+        self.record = TaskRecord(STAGES[stage], self.curve_tasks, self.pictured_tasks) if shown else None
+
+    def draw(self, trainer: L.Trainer, stage: str) -> None:
+        """Draw what was recorded."""
+        if self.record is not None and self.board is not None:
+            for name, figure in self.record.figures().items():
+                self.board.experiment.add_figure(f"{stage}/{name}", figure, logged_step(trainer))
+            self.record = None
+
+    def log_hyperparameters(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Enter a row into HParams.
+
+        Its values have the same names for validation and test: TensorBoard takes the columns of all rows from the first
+        that it finds.
+        """
+        metrics = sorted((n, v) for n, v in trainer.callback_metrics.items() if n.startswith(f"{stage}/"))
+        values = {
+            f"final/{name.removeprefix(f'{stage}/')}": float(value)
+            for name, value in metrics
+            if "_before" not in name and not name.endswith("/tasks")
+        }
+        if self.board is not None and values:
+            params = {"algorithm": type(pl_module).__name__, "stage": stage, **described(pl_module.hparams)}
+            if data := getattr(trainer, "datamodule", None):
+                params |= {"tasks": {"set": type(data).__name__, **described(data.hparams)}}
+            self.board.log_hyperparams(params, values)
+
+
+def described(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters in plain words, without those by which Lightning remembers who made them."""
+    return {name: plain(value) for name, value in hparams.items() if not name.startswith("_")}
+
+
+def theta(pl_module: L.LightningModule) -> Params:
+    """The learner's θ."""
+    return learner(pl_module).meta_parameters()
+
+
+def learner(pl_module: L.LightningModule) -> MetaLearner:
+    """The learner, which is what this package trains."""
+    assert isinstance(pl_module, MetaLearner)
+    return pl_module
+
+
+def norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The Euclidean norm of all of them together."""
+    total: Tensor = get_total_norm([*tensors])
+    return total
+
+
+def logged_step(trainer: L.Trainer) -> int:
+    """The step at which Lightning logs scalars now."""
+    step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return step

@@ -1,0 +1,224 @@
+"""``adapt`` on the command line: folders of pictures in, a table and a contact sheet out."""
+
+import csv
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from scipy.stats import binomtest
+from test_cli import fails
+
+from meta_lightning import Glyphs, Predictor, load_learner
+from meta_lightning.cli import main
+
+NAMES = ["aleph", "beth", "gimel"]
+
+
+@pytest.fixture
+def photos(glyphs: Glyphs, tmp_path: Path) -> Path:
+    """my_photos: two dark-on-light drawings of each of three characters; queries: five more of each."""
+    data = glyphs.load()
+    for name, member in zip(NAMES, data.members("test"), strict=False):
+        for number, row in enumerate(np.flatnonzero(data.labels == member)[:7]):
+            folder = tmp_path / ("my_photos" if number < 2 else "queries") / name
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(255 - data.images[row, 0]).save(folder / f"{number}.png")
+    return tmp_path
+
+
+def adapt(checkpoint: str, *args: str) -> None:
+    main(["adapt", "--ckpt_path", checkpoint, "--support", "my_photos", "--query", "queries", *args])
+
+
+def refused(checkpoint: str, *args: str) -> str:
+    """The sentence with which adapt is refused, having written nothing."""
+    before = sorted(Path().rglob("*"))
+    said = fails("adapt", "--ckpt_path", checkpoint, "--support", "my_photos", "--query", "queries", *args)
+    assert sorted(Path().rglob("*")) == before
+    return said
+
+
+@pytest.mark.usefixtures("photos")
+def test_the_table_is_what_the_predictor_says(
+    checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meta_lightning.adapt.AT_ONCE", 4)  # several batches
+    adapt(checkpoint, "--steps", "3", "--save", "adapted.safetensors")
+    assert {path.name for path in Path().iterdir()} == {
+        *("my_photos", "queries", "predictions.csv", "predictions.png", "adapted.safetensors")
+    }
+    with Path("predictions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "class", "probability", "runner_up", "runner_up_probability"]
+    learner = load_learner(checkpoint)
+    read = {
+        kind: [np.asarray(Image.open(path)) for path in sorted(Path(kind).rglob("*.png"))]
+        for kind in ("my_photos", "queries")
+    }
+    support, queries = (255 - np.stack(images)[:, None] for images in read.values())
+    predictor = learner.adapt(support, [name for name in NAMES for _ in range(2)], steps=3)
+    probabilities, numbers = predictor.predict_proba(queries).sort(descending=True)
+    assert [row["path"] for row in rows] == [str(path) for path in sorted(Path("queries").rglob("*.png"))]
+    assert [row["class"] for row in rows] == predictor.predict(queries)
+    assert [row["runner_up"] for row in rows] == [NAMES[number] for number in numbers[:, 1]]
+    for column, name in enumerate(("probability", "runner_up_probability")):
+        assert [float(row[name]) for row in rows] == pytest.approx(probabilities[:, column].tolist(), abs=2e-6)
+    assert Predictor.load("adapted.safetensors").class_names == NAMES
+
+    right = sum(row["class"] == Path(row["path"]).parent.name for row in rows)
+    low, high = (100 * bound for bound in binomtest(right, 15).proportion_ci(method="wilson"))
+    said = capsys.readouterr().out
+    assert re.search(r"Adapted to 3 classes from 6 pictures in \d+\.\d\d s\.", said)
+    assert re.search(r"Classified 15 pictures in \d+\.\d s: predictions.csv, drawn in predictions.png\.", said)
+    assert "Saved the predictor to adapted.safetensors." in said
+    assert f"Accuracy {100 * right / 15:.1f} %: {right} of the 15 queries" in said
+    assert f"95 % confidence interval {low:.1f} to {high:.1f} %" in said
+
+
+@pytest.mark.usefixtures("photos")
+def test_queries_whose_class_is_not_known(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in [*Path("queries").rglob("*.png")]:
+        path.rename(Path("queries") / f"{path.parent.name}{path.name}")
+    for name in NAMES:
+        (Path("queries") / name).rmdir()
+    adapt(checkpoint, "--out", "other.csv")
+    assert "Accuracy" not in capsys.readouterr().out
+    assert len(Path("other.csv").read_text().splitlines()) == 16
+    with Image.open("other.png") as sheet:
+        assert sheet.width > 300
+
+
+@pytest.mark.usefixtures("photos")
+def test_right_and_wrong_are_coloured(checkpoint: str) -> None:
+    shutil.rmtree("queries")
+    shutil.copytree("my_photos", "queries")  # what was adapted to, often enough, is told right
+    adapt(checkpoint, "--steps", "200")
+    rows = list(csv.DictReader(Path("predictions.csv").read_text().splitlines()))
+    assert all(row["class"] == Path(row["path"]).parent.name for row in rows)
+
+    def coloured(hexadecimal: str) -> int:
+        colour = [int(hexadecimal[i : i + 2], 16) for i in (1, 3, 5)]
+        with Image.open("predictions.png") as sheet:
+            return int((np.abs(np.asarray(sheet.convert("RGB")).astype(int) - colour).max(2) < 3).sum())
+
+    assert coloured("#2f6fb7") > 500  # support
+    assert coloured("#2e8b57") > 500  # right
+    assert coloured("#c8372d") == 0  # wrong
+    Path("queries/aleph").rename("queries/x")
+    Path("queries/beth").rename("queries/aleph")
+    Path("queries/x").rename("queries/beth")
+    adapt(checkpoint, "--steps", "200", "--overwrite")
+    assert coloured("#c8372d") > 500
+
+
+@pytest.mark.usefixtures("photos")
+def test_nothing_is_overwritten_unasked(checkpoint: str) -> None:
+    for name, message in (
+        ("predictions.csv", "out must name a new file, or overwrite be set: predictions.csv exists"),
+        ("predictions.png", "the contact sheet beside out must name a new file, .*: predictions.png exists"),
+        ("a.onnx", "save must name a new file, .*: a.onnx exists"),
+    ):
+        Path(name).write_text("mine")
+        assert re.search(message, refused(checkpoint, "--save", "a.onnx"))
+        assert Path(name).read_text() == "mine"
+        Path(name).unlink()
+    Path("predictions.csv").write_text("mine")
+    adapt(checkpoint, "--overwrite")
+    assert Path("predictions.csv").read_text().startswith("path,class")
+
+
+@pytest.mark.usefixtures("photos")
+def test_nothing_is_left_half_written(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meta_lightning.adapt.AT_ONCE", 4)
+    answered = []
+
+    def interrupted(self: Predictor, x: object) -> torch.Tensor:
+        answered.append(x)
+        if len(answered) == 3:
+            raise KeyboardInterrupt
+        return torch.full((4, 3), 1 / 3)
+
+    Path("predictions.csv").write_text("the last one")
+    monkeypatch.setattr(Predictor, "predict_proba", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adapt(checkpoint, "--overwrite")
+    assert {path.name for path in Path().iterdir()} == {"my_photos", "queries", "predictions.csv"}
+    assert Path("predictions.csv").read_text() == "the last one"
+
+
+@pytest.mark.usefixtures("photos")
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--support", "nowhere"], "support must be a folder that holds a folder a class, got nowhere, which is none"),
+        (["--query", "nowhere"], "query must be a folder of pictures, got nowhere, which is none"),
+        (["--query", "my_photos"], "query must be another folder than support.* got my_photos for both"),
+        (["--out", "a.txt"], "the suffix of out must be one of '.csv', got '.txt'"),
+        (["--out", "nowhere/a.csv"], "out must name a file in a folder that can be written to, got nowhere/a.csv"),
+        (["--save", "a.pkl"], "the suffix of save must be one of '.safetensors', '.pt2', '.onnx', got '.pkl'"),
+        (["--save", "nowhere/a.pt2"], "save must name a file in a folder that can be written to, got nowhere/a.pt2"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--ckpt_path", "nothing.ckpt"], "path must name a checkpoint, got nothing.ckpt, which is no file"),
+    ],
+)
+def test_impossible_arguments(args: list[str], message: str, checkpoint: str) -> None:
+    assert re.search(message, refused(checkpoint, *args))
+
+
+@pytest.mark.usefixtures("photos")
+def test_impossible_folders(checkpoint: str) -> None:
+    support, queries = Path("my_photos"), Path("queries")
+    (support / "daleth").mkdir()
+    assert "support must hold at least 1 picture of each class, got none of daleth" in refused(checkpoint)
+    (support / "daleth/a.png").write_bytes((support / "aleph/0.png").read_bytes()[:100])
+    assert re.search(r"my_photos/daleth/a.png does not read as a picture: ", refused(checkpoint))
+    for name in ("daleth", "aleph", "beth"):
+        shutil.rmtree(support / name)
+    assert "support must hold at least 2 classes, a folder each, got 1 in my_photos: gimel" in refused(checkpoint)
+    shutil.copytree(support / "gimel", support / "aleph")
+    shutil.rmtree(queries)
+    queries.mkdir()
+    (queries / "empty").mkdir()
+    assert "query must hold at least 1 picture, got none in queries" in refused(checkpoint)
+    (queries / "notes.txt").write_text("no picture")
+    said = refused(checkpoint)
+    assert re.search("query must hold at least 1 picture, but 1 of the 1 files .* left out: queries/notes.txt", said)
+
+
+@pytest.mark.usefixtures("photos")
+def test_queries_that_do_not_read_are_left_out_with_a_warning(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("queries/aleph/2.png").write_bytes(b"spoilt")
+    with pytest.warns(UserWarning, match=r"1 of the 15 files in query queries are left out: queries/aleph/2.png does"):
+        adapt(checkpoint)
+    assert "Classified 14 pictures" in capsys.readouterr().out
+    assert len(Path("predictions.csv").read_text().splitlines()) == 15
+
+
+@pytest.mark.usefixtures("photos")
+def test_a_checkpoint_of_regression_is_refused(tmp_path: Path) -> None:
+    options = "--data Sinusoid --model.network meta_lightning.MLP --checkpoint.monitor val/mse --trainer.max_steps 1"
+    main(f"fit --config {TINY} {options} --checkpoint.dirpath {tmp_path / 'sine'}".split())
+    said = refused("sine/last.ckpt")
+    assert "ckpt_path must be of a learner that was trained on images, got sine/last.ckpt, which was not" in said
+
+
+def test_help_lists_adapt(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = capsys.readouterr().out
+    assert all(re.search(rf"^    {name} ", listed, re.M) for name in ("fit", "validate", "test", "predict", "adapt"))
+    with pytest.raises(SystemExit):
+        main(["adapt", "--help"])
+    shown = capsys.readouterr().out
+    options = ("--ckpt_path", "--support", "--query", "--out", "--steps", "--save", "--overwrite")
+    assert all(option in shown for option in options)
+    with pytest.raises(SystemExit) as error:
+        main(["adapt", "--suport", "x"])
+    assert error.value.code == 2

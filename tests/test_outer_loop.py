@@ -1,0 +1,341 @@
+"""Schedules, steps that are skipped, and what waits for the device: with Lightning's own callbacks and loggers."""
+
+import copy
+import csv
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from conftest import trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+
+from meta_lightning import FOMAML, MAML, MLP, MetaLearner, Reptile, Sinusoid, TaskBatch
+from meta_lightning.outer_loop import undone_unless
+
+ALGORITHMS: list[Any] = [MAML, FOMAML, Reptile]
+# Lightning on what is meant: tasks from a list, no validation, no optimizer in Reptile, a checkpoint a step
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),
+    pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+]
+
+SCRIPT = Path(__file__).parent / "ddp_guard_script.py"
+
+
+def warm_up_then_cosine(optimizer: Optimizer) -> LRScheduler:
+    parts = [LinearLR(optimizer, 0.1, total_iters=5), CosineAnnealingLR(optimizer, 10)]
+    return SequentialLR(optimizer, parts, milestones=[5])
+
+
+SCHEDULERS = pytest.mark.parametrize(
+    "scheduler",
+    [
+        pytest.param(partial(CosineAnnealingLR, T_max=12), id="cosine"),
+        pytest.param(partial(StepLR, step_size=4, gamma=0.5), id="step"),
+        pytest.param(partial(LinearLR, start_factor=0.1, total_iters=6), id="warm-up"),
+        pytest.param(partial(OneCycleLR, max_lr=0.5, total_steps=20, cycle_momentum=False), id="one-cycle"),
+        pytest.param(warm_up_then_cosine, id="sequential"),
+    ],
+)
+
+
+def rates_alone(scheduler: Callable[[Optimizer], LRScheduler], lr: float, steps: int) -> list[float]:
+    """The learning rates that torch's scheduler gives an optimizer of its own."""
+    optimizer = SGD([torch.zeros(1)], lr)
+    schedule, rates = scheduler(optimizer), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def logged(logger: CSVLogger, name: str) -> list[float]:
+    """A column of a CSV log."""
+    return [float(row[name]) for row in csv.DictReader(Path(logger.log_dir, "metrics.csv").open()) if row[name]]
+
+
+# ----------------------------------------------------------------------------------------------------------- schedules
+
+
+@SCHEDULERS
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_schedules_are_torchs_own_and_are_logged(
+    algorithm: Any, scheduler: Any, mlp: MLP, sinusoid: Sinusoid, tmp_path: Path
+) -> None:
+    logger = CSVLogger(tmp_path)
+    learner = algorithm(mlp, scheduler=scheduler, outer_lr=0.1, outer_lr_decay="linear")
+    options = {"logger": logger, "log_every_n_steps": 1, "callbacks": [LearningRateMonitor("step")]}
+    trainer(max_steps=12, limit_val_batches=0, **options).fit(learner, sinusoid)
+    expected = rates_alone(scheduler, 0.1, 12)
+    assert logged(logger, "train/outer_lr") == pytest.approx(expected, rel=1e-6)
+    monitored = "lr-_MockOptimizer" if algorithm is Reptile else "lr-Adam"
+    assert logged(logger, monitored) == pytest.approx(expected, rel=1e-6)
+
+
+@SCHEDULERS
+@pytest.mark.parametrize("algorithm", [MAML, Reptile])
+def test_a_resumed_schedule_goes_on(
+    algorithm: Any, scheduler: Any, sinusoid: Sinusoid, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def run(max_steps: int, ckpt_path: Path | None = None, outer_lr: float = 0.1) -> tuple[list[Tensor], float]:
+        torch.manual_seed(0)
+        network = MLP(hidden=[8])
+        fit = trainer(max_steps=max_steps, limit_val_batches=0)
+        learner = algorithm(network, scheduler=scheduler, outer_lr=outer_lr, inner_steps=2)
+        fit.fit(learner, sinusoid, ckpt_path=ckpt_path)
+        fit.save_checkpoint(tmp_path / f"{max_steps}.ckpt")
+        return [p.detach().clone() for p in network.parameters()], learner.optimizers().param_groups[0]["lr"]
+
+    whole, lr = run(12)
+    run(7)
+    resumed, lr_resumed = run(12, tmp_path / "7.ckpt")
+    assert lr == lr_resumed
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+    _, halved = run(12, tmp_path / "7.ckpt", outer_lr=0.05)
+    assert halved == pytest.approx(rates_alone(scheduler, 0.05, 13)[-1])
+    assert not [w for w in recwarn if "lr_scheduler.step" in str(w.message)]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_schedulers_that_need_a_metric_are_refused(algorithm: Any, mlp: MLP, sinusoid: Sinusoid) -> None:
+    before = copy.deepcopy(mlp.state_dict())
+    with pytest.raises(ValueError, match=r"by the number of meta-iterations alone, got ReduceLROnPlateau, .* metrics"):
+        trainer(max_steps=3, num_sanity_val_steps=0).fit(algorithm(mlp, scheduler=ReduceLROnPlateau), sinusoid)
+    torch.testing.assert_close(mlp.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_early_stopping(algorithm: Any, mlp: MLP, sinusoid: Sinusoid) -> None:
+    # the number of tasks never grows: the first validation sets it, the two after it are too many
+    stopping = EarlyStopping("val/tasks", patience=2, mode="max")
+    fit = trainer(max_steps=100, callbacks=[stopping])
+    fit.fit(algorithm(mlp), sinusoid)
+    assert fit.global_step == 30
+    fit = trainer(max_steps=100, limit_val_batches=0, callbacks=[EarlyStopping("train/outer_lr", patience=1)])
+    fit.fit(algorithm(mlp), sinusoid)
+    assert fit.global_step == 20
+
+
+# ----------------------------------------------------------------------------------------------------- what is skipped
+
+
+def batches_of(sinusoid: Sinusoid, number: int) -> list[TaskBatch]:
+    return [sinusoid.task_set("train").batch(range(4 * i, 4 * i + 4)) for i in range(number)]
+
+
+def spoilt(batch: TaskBatch, value: float) -> TaskBatch:
+    """A batch of which a single number is not finite: a support target, which all three algorithms see."""
+    y = batch.support_y.clone()
+    y[0, 0] = value
+    return batch._replace(support_y=y)
+
+
+OPTIMIZERS = {
+    "adam": Adam,
+    "sgd": SGD,
+    "momentum": partial(SGD, momentum=0.9, dampening=0.5),
+    "asgd": torch.optim.ASGD,
+    "amsgrad": partial(Adam, amsgrad=True),
+}
+
+
+@pytest.mark.parametrize(("bad", "value"), [([0, 1], float("nan")), ([2, 5], float("inf"))], ids=str)
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        *(pytest.param(MAML, {"optimizer": optimizer}, id=name) for name, optimizer in OPTIMIZERS.items()),
+        pytest.param(FOMAML, {"learn_inner_lr": True}, id="fomaml"),
+        pytest.param(Reptile, {}, id="reptile"),
+        pytest.param(Reptile, {"inner_optimizer": "adam"}, id="reptile-adam"),
+    ],
+)
+def test_a_skipped_step_is_as_if_it_had_not_been(
+    algorithm: Any, options: dict[str, Any], bad: list[int], value: float, sinusoid: Sinusoid
+) -> None:
+    good = batches_of(sinusoid, 6)
+    mixed = [spoilt(batch, value) if i in bad else batch for i, batch in enumerate(good)]
+    kept = [batch for i, batch in enumerate(good) if i not in bad]
+
+    def run(batches: list[TaskBatch]) -> tuple[MetaLearner, L.Trainer]:
+        torch.manual_seed(0)
+        learner = algorithm(MLP(hidden=[8]), inner_steps=2, outer_lr=0.01, **options)
+        fit = trainer(max_steps=len(batches), limit_val_batches=0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Meta-iterations are skipped")
+            fit.fit(learner, DataLoader(batches, batch_size=None))
+        return learner, fit
+
+    learner, fit = run(mixed)
+    expected, of_kept = run(kept)
+    assert fit.global_step == 6
+    assert fit.callback_metrics["train/skipped"] == learner.skipped == len(bad)
+    torch.testing.assert_close(learner.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    states = [run.optimizers[0].state_dict() for run in (fit, of_kept)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_too_many_in_a_row_end_training(algorithm: Any, mlp: MLP, sinusoid: Sinusoid, tmp_path: Path) -> None:
+    good = batches_of(sinusoid, 12)
+
+    def run(bad: set[int], **options: Any) -> L.Trainer:
+        batches = [spoilt(batch, float("nan")) if i in bad else batch for i, batch in enumerate(good)]
+        checkpoints = ModelCheckpoint(tmp_path / str(bad), every_n_train_steps=1, save_last=True)
+        options |= {"limit_val_batches": 0, "enable_checkpointing": True, "callbacks": [checkpoints]}
+        fit = trainer(max_steps=12, **options)
+        with pytest.warns(UserWarning, match="train/skipped is their number"):
+            fit.fit(algorithm(mlp, max_skipped=3), DataLoader(batches, batch_size=None))
+        return fit
+
+    assert run({1, 2, 3, 5, 6, 7, 9}, log_every_n_steps=1).callback_metrics["train/skipped"] == 7
+    with pytest.raises(FloatingPointError, match=r"the loss became nan.* at step 7: .* 4 meta-.* in a row.*last\.ckpt"):
+        run({1, *range(4, 12)}, log_every_n_steps=1)
+    with pytest.raises(FloatingPointError, match=r"at step 8: .* 5 meta-iterations"):
+        run(set(range(4, 12)), log_every_n_steps=9)
+    with pytest.raises(FloatingPointError, match=r"at step 11: .* 4 meta-iterations"):  # where training ends
+        run(set(range(8, 12)))
+    assert all(p.isfinite().all() for p in mlp.parameters())
+
+
+def test_the_count_goes_on_after_a_resume(mlp: MLP, sinusoid: Sinusoid, tmp_path: Path) -> None:
+    batches = [spoilt(batch, float("nan")) for batch in batches_of(sinusoid, 3)]
+
+    def run(max_steps: int, ckpt_path: Path | None = None) -> None:
+        fit = trainer(max_steps=max_steps, max_epochs=9, limit_val_batches=0, log_every_n_steps=1)
+        fit.fit(MAML(mlp, max_skipped=3), DataLoader(batches, batch_size=None), ckpt_path=ckpt_path)
+        fit.save_checkpoint(tmp_path / "a.ckpt")
+
+    with pytest.warns(UserWarning, match="skipped"):
+        run(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(FloatingPointError, match=r"at step 3: .* 4 meta-iterations in a row"):
+            run(6, tmp_path / "a.ckpt")
+
+
+def test_state_that_an_optimizer_keeps_elsewhere_is_undone_as_well() -> None:
+    p = torch.ones(3, requires_grad=True)
+    optimizer = Adam([p], 0.1)
+    for condition in (False, True, False):
+        before = copy.deepcopy((p.detach(), dict(optimizer.state)))
+        p.grad = torch.ones(3)
+        with torch.no_grad(), undone_unless(torch.tensor(condition), [p], optimizer):
+            optimizer.step()
+        after = (p.detach(), dict(optimizer.state))
+        same = torch.equal(before[0], after[0])
+        assert same != condition
+        assert len(optimizer.state) == len(before[1]) or condition
+    assert optimizer.state[p]["step"] == 1
+
+
+class Waits(TorchDispatchMode):
+    """Counts the numbers that are read, each of which makes the host wait for its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        self.number += func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+class WaitsOfEveryStep(Callback):
+    """Counts from the start of each step to the start of the next, loggers included."""
+
+    def __init__(self) -> None:
+        self.steps: list[Waits] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.on_train_end()
+        self.steps.append(Waits())
+        self.steps[-1].__enter__()
+
+    def on_train_end(self, *args: Any) -> None:
+        if self.steps:
+            self.steps[-1].__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "first"),
+    [
+        # Adam's count of steps is on the host where its parameters are on the CPU; momentum is made in the first step
+        pytest.param(MAML, {"optimizer": partial(SGD, momentum=0.9)}, [0], id="maml"),
+        pytest.param(
+            MAML, {"optimizer": SGD, "recompute_inner_steps": True, "learn_inner_lr": True}, [], id="recompute"
+        ),
+        pytest.param(FOMAML, {"optimizer": SGD, "inner_freeze": ["head.*"]}, [], id="fomaml"),
+        pytest.param(Reptile, {"outer_lr": 0.1}, [], id="reptile"),
+        pytest.param(Reptile, {"inner_optimizer": "adam"}, [], id="reptile-adam"),
+    ],
+)
+def test_nothing_waits_for_the_device_but_at_the_log_interval(
+    algorithm: Any,
+    options: dict[str, Any],
+    first: list[int],
+    mlp: MLP,
+    sinusoid: Sinusoid,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # the progress bar reads at every step what was fetched for it, which on the CPU one cannot tell from the device
+    results = "lightning.pytorch.trainer.connectors.logger_connector.result"
+    monkeypatch.setattr(f"{results}.convert_tensors_to_scalars", lambda value: value)
+    counting, loader = WaitsOfEveryStep(), DataLoader(batches_of(sinusoid, 20), batch_size=None)
+    fit = trainer(max_steps=12, log_every_n_steps=5, logger=CSVLogger("."), callbacks=[counting])
+    fit.fit(algorithm(mlp, **options), loader)
+    assert [step for step, waits in enumerate(counting.steps) if waits.number] == [*first, 4, 9, 11]
+
+
+@pytest.mark.parametrize("algorithm", ["MAML", "FOMAML", "Reptile"])
+def test_ranks_skip_alike(algorithm: str, tmp_path: Path) -> None:
+    """One rank's task is not finite: no rank moves, though something is frozen and rates are learnt."""
+    command = [sys.executable, str(SCRIPT), algorithm]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, timeout=180)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["skipped"] == second["skipped"] == 2
+    for state in ("after", "before_skipped", "after_skipped"):
+        torch.testing.assert_close(first[state], second[state], rtol=0, atol=0)
+    torch.testing.assert_close(first["before_skipped"], first["after_skipped"], rtol=0, atol=0)
+    moved = {name for name, p in first["after"].items() if not torch.equal(p, first["before_skipped"][name])}
+    assert moved == {name for name in first["after"] if "features.1" not in name}
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors this small: on a busy machine threads mostly wait for each other
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_network_may_stay_as_it_is() -> None:
+    """What the outer loop freezes keeps its place in the user's network."""
+    network = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+    MAML(network, outer_freeze=["0.*"], inner_freeze=["0.*"])
+    assert all(p.requires_grad for p in network.parameters())

@@ -1,0 +1,346 @@
+"""From a checkpoint to a predictor."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from meta_lightning import FOMAML, MAML, MLP, Conv4, Glyphs, MetaLearner, Reptile, Sinusoid, load_learner
+from meta_lightning.cli import main
+
+
+@pytest.fixture
+def task(glyphs: Glyphs) -> list[Tensor]:
+    """A 5-way 2-shot task, uint8: support_x, support_y, query_x, query_y."""
+    data = Glyphs(shots=2, queries=3)
+    return [part[0] for part in data.task_set("test").batch([0])]
+
+
+@pytest.fixture
+def learner() -> MAML:
+    torch.manual_seed(0)
+    return MAML(Conv4(filters=4), inner_lr=0.1, inner_steps=2)
+
+
+# -------------------------------------------------------------------------------- load_learner
+
+
+@pytest.mark.parametrize("algorithm", [MAML, FOMAML, Reptile])
+def test_load_learner_finds_class_and_network(algorithm: type[MetaLearner], glyphs: Glyphs, tmp_path: Path) -> None:
+    options = f"--model {algorithm.__name__} --model.test_inner_steps 3 --trainer.max_steps 1"
+    main(f"fit --config {TINY} {options} --checkpoint.dirpath {tmp_path}".split())
+    learner = load_learner(tmp_path / "last.ckpt")
+    assert type(learner) is algorithm
+    assert not learner.training
+    assert learner.test_inner_steps == 3
+    assert isinstance(learner.network, Conv4)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[name]) for name, value in learner.state_dict().items())
+    assert (learner.form.image_size, learner.form.channels, learner.form.ink) == (28, 1, True)
+
+
+@pytest.mark.parametrize("algorithm", [MAML, FOMAML, Reptile])
+def test_a_network_made_in_python_has_to_be_given(algorithm: Any, mlp: MLP, sinusoid: Sinusoid, tmp_path: Path) -> None:
+    fit = trainer(max_steps=1, limit_val_batches=0)
+    fit.fit(algorithm(mlp, loss=nn.L1Loss()), sinusoid)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"network must be given: .*a.ckpt does not describe the one that was trained"):
+        load_learner(tmp_path / "a.ckpt")
+    network = MLP(hidden=[8])
+    learner = load_learner(tmp_path / "a.ckpt", network, nn.L1Loss())
+    assert type(learner) is algorithm
+    assert isinstance(learner.loss, nn.L1Loss)
+    assert torch.equal(network.head.weight, mlp.head.weight)
+    with pytest.raises(ValueError, match="the checkpoint must be of the network in use, they differ in"):
+        load_learner(tmp_path / "a.ckpt", MLP(hidden=[9]))
+
+
+def test_what_load_learner_refuses(mlp: MLP, sinusoid: Sinusoid, tmp_path: Path) -> None:
+    class Own(MAML):
+        pass
+
+    with pytest.raises(ValueError, match=r"path must name a checkpoint, got nothing.ckpt, which is no file"):
+        load_learner("nothing.ckpt")
+    fit = trainer(max_steps=1, limit_val_batches=0)
+    fit.fit(Own(mlp), sinusoid)
+    fit.save_checkpoint(tmp_path / "own.ckpt")
+    with pytest.raises(ValueError, match=r"path must name a checkpoint of MAML, FOMAML, Reptile or .*, got one of Own"):
+        load_learner(tmp_path / "own.ckpt", mlp)
+    content = torch.load(tmp_path / "own.ckpt", weights_only=True)
+    content["hyper_parameters"]["_class_path"] = "torch.nn.Linear"
+    torch.save(content, tmp_path / "linear.ckpt")
+    with pytest.raises(ValueError, match=r"a checkpoint of a learner, got one of torch.nn.Linear"):
+        load_learner(tmp_path / "linear.ckpt", mlp)
+
+
+# -------------------------------------------------------------------------------- adapt
+
+
+def test_a_predictor_without_batch_norm_is_the_plain_loop() -> None:
+    torch.manual_seed(0)
+    network = MLP(in_features=6, hidden=[8], out_features=4)
+    x, y, queries = torch.randn(12, 6), torch.arange(4).repeat(3), torch.randn(20, 6)
+    predictor = MAML(network, inner_lr=0.3, test_inner_steps=3).adapt(x, y)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(network(x), y).backward()
+        optimizer.step()
+    expected = network(queries).detach()
+    assert torch.allclose(predictor(queries), expected, atol=1e-6)
+    assert torch.allclose(predictor.predict_proba(queries), expected.softmax(1), atol=1e-6)
+    assert predictor.predict(queries) == [str(number) for number in expected.argmax(1).tolist()]
+
+
+def test_batch_norm_holds_the_statistics_of_the_support_set(learner: MAML, task: list[Tensor]) -> None:
+    support_x, support_y, query_x, _ = task
+    predictor = learner.adapt(support_x, support_y)
+    learner.eval()
+    together = learner.forward_with_weights(support_x, learner.inner_update(support_x, support_y))
+    assert torch.allclose(predictor(support_x), together, atol=1e-5)
+    alone = torch.cat([predictor(query[None]) for query in query_x])
+    assert torch.allclose(predictor(query_x), alone, atol=1e-5)
+
+
+def test_a_predictor_has_storage_of_its_own(task: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(Conv4(filters=4), nn.BatchNorm1d(5)).train()
+    network[0].features[0].weight.requires_grad_(False)  # type: ignore[union-attr]
+    learner = MAML(network, inner_lr=0.1)
+    learner.network[0].features.eval()  # type: ignore[index,union-attr]
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    modes = [module.training for module in learner.modules()]
+    predictor = learner.adapt(*task[:2])
+    assert [module.training for module in learner.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    theirs = {p.data_ptr() for p in [*learner.parameters(), *network.parameters(), *network.buffers()]}
+    ours = [*predictor.parameters(), *predictor.buffers()]
+    assert not theirs & {p.data_ptr() for p in ours}
+    assert not any(p.requires_grad for p in ours)
+    assert torch.equal(predictor.network[0].features[0].weight, before["0.features.0.weight"])  # type: ignore[index,union-attr]
+
+
+def test_pixels_are_scaled_and_normalised_as_in_training(checkpoint: str, task: list[Tensor]) -> None:
+    support_x, support_y, query_x, _ = task
+    learner = load_learner(checkpoint)
+    predictor = learner.adapt(support_x, support_y)
+    assert torch.equal(predictor(query_x), predictor(query_x.float() / 255))
+    support, query = ((part.float() / 255 - 0.2) / 0.5 for part in (support_x, query_x))
+    by_hand = MAML(learner.network, inner_lr=0.01, test_inner_steps=2).adapt(support, support_y)
+    assert torch.allclose(predictor(query_x), by_hand(query), atol=1e-5)
+
+
+def test_a_learner_just_trained_knows_the_form_of_its_samples(glyphs: Glyphs) -> None:
+    from meta_lightning import ImageTransforms
+
+    data = Glyphs(val_tasks=1, meta_batch_size=1, transforms=ImageTransforms(mean=[0.3], std=[0.6]))
+    learner = MAML(Conv4(filters=4))
+    trainer(max_steps=1, limit_val_batches=0).fit(learner, data)
+    assert (learner.form.image_size, learner.form.mean, learner.form.std) == (28, [0.3], [0.6])
+
+
+def test_classes_are_named(learner: MAML, task: list[Tensor]) -> None:
+    support_x, support_y, query_x, _ = task
+    plain = learner.adapt(support_x, support_y)
+    assert plain.class_names == ["0", "1", "2", "3", "4"]
+    words = ["ant", "bee", "cat", "dog", "eel"]
+    named = learner.adapt(support_x, support_y, class_names=words)
+    of_names = learner.adapt(support_x, [words[number] for number in support_y.tolist()])
+    other_numbers = learner.adapt(support_x.numpy(), 10 * support_y.numpy() - 3)
+    assert named.class_names == of_names.class_names == words
+    assert other_numbers.class_names == ["-3", "7", "17", "27", "37"]
+    for predictor in (named, of_names, other_numbers):
+        assert torch.equal(predictor(query_x), plain(query_x))
+    assert named.predict(query_x) == [words[number] for number in plain(query_x).argmax(1).tolist()]
+
+
+def test_steps(learner: MAML, task: list[Tensor]) -> None:
+    support_x, support_y, query_x, _ = task
+    learner.test_inner_steps = 4
+    assert torch.equal(learner.adapt(support_x, support_y)(query_x), learner.adapt(support_x, support_y, 4)(query_x))
+    assert not torch.equal(
+        learner.adapt(support_x, support_y)(query_x), learner.adapt(support_x, support_y, 1)(query_x)
+    )
+
+
+def test_it_adapts_in_inference_mode(learner: MAML, task: list[Tensor]) -> None:
+    expected = learner.adapt(*task[:2])(task[2])
+    with torch.inference_mode():
+        assert torch.equal(learner.adapt(task[0] * 1, task[1] * 1)(task[2]), expected)
+
+
+def test_regression(sinusoid: Sinusoid) -> None:
+    learner = MAML(MLP(hidden=[8]), inner_lr=0.02, test_inner_steps=3).eval()
+    support_x, support_y, query_x, _ = (part[0] for part in sinusoid.task_set("test").batch([0]))
+    expected = learner.forward_with_weights(query_x, learner.inner_update(support_x, support_y))
+    for targets in (support_y, support_y[:, 0].numpy()):
+        predictor = learner.adapt(support_x, targets)
+        assert predictor.class_names is None
+        assert torch.allclose(predictor(query_x), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="the predictor must be one of classes, got a regression's: call it"):
+        predictor.predict(query_x)
+
+
+# -------------------------------------------------------------------------------- other numbers of classes
+
+
+def test_more_classes_than_outputs_start_from_the_rows_in_turn() -> None:
+    torch.manual_seed(0)
+    network = MLP(in_features=6, hidden=[8], out_features=3)
+    x, y, queries = torch.randn(14, 6), torch.arange(7).repeat(2), torch.randn(20, 6)
+    predictor = MAML(network, inner_lr=0.3).adapt(x, y, steps=2)
+    wide = MLP(in_features=6, hidden=[8], out_features=7)
+    wide.features.load_state_dict(network.features.state_dict())
+    with torch.no_grad():
+        for row in range(7):
+            wide.head.weight[row] = network.head.weight[row % 3]
+            wide.head.bias[row] = network.head.bias[row % 3]
+    optimizer = torch.optim.SGD(wide.parameters(), lr=0.3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(wide(x), y).backward()
+        optimizer.step()
+    assert predictor.network.head.out_features == 7  # type: ignore[union-attr]
+    assert torch.allclose(predictor(queries), wide(queries), atol=1e-6)
+
+
+def test_fewer_classes_take_the_first_outputs(learner: MAML, task: list[Tensor]) -> None:
+    support_x, support_y, query_x, _ = task
+    few = support_y < 3
+    predictor = learner.adapt(support_x[few], support_y[few])
+    assert predictor.class_names == ["0", "1", "2"]
+    assert predictor(query_x).shape == (15, 3)
+    assert torch.equal(predictor(query_x), predictor.network(query_x.float() / 255)[:, :3])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MAML(nn.Sequential(nn.Linear(6, 3), nn.PReLU())), "since its last layer is not a linear one that"),
+        (lambda: MAML(nn.Sequential(nn.Linear(6, 3), nn.Softmax(1), nn.Linear(3, 3).requires_grad_(False))), "trained"),
+        (lambda: Reptile(nn.Linear(6, 3), inner_optimizer="adam"), "since the inner optimizer's state is that of so"),
+    ],
+)
+def test_more_classes_than_a_network_can_be_given(make: Any, message: str) -> None:
+    x, y = torch.randn(4, 6), torch.arange(4)
+    with pytest.raises(ValueError, match=rf"y must hold at most 3 classes, .*{message}.* got 4"):
+        make().adapt(x, y)
+    assert make().adapt(x[:3], y[:3]).class_names == ["0", "1", "2"]
+
+
+# -------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "options", "message"),
+    [
+        (torch.rand(4, 1, 28, 28), [0, 0, 0, 0], {}, r"y must hold at least 2 classes, got \[0\]"),
+        (torch.rand(4, 1, 28, 28), [0, 1, 2], {}, "x and y must be of one length, got 4 and 3"),
+        (torch.rand(2, 1, 28, 28), [[0], [1]], {}, r"y must be one class a sample, of shape \[S\], got shape \[2, 1\]"),
+        (torch.rand(2, 3, 28, 28), [0, 1], {}, r"x must hold images of shape \[S, 1, 28, 28\].*, got \[2, 3, 28, 28\]"),
+        (torch.rand(2, 1, 32, 32), [0, 1], {}, r"x must hold images of shape \[S, 1, 28, 28\].*, got \[2, 1, 32, 32\]"),
+        (torch.full((2, 1, 28, 28), np.nan), [0, 1], {}, "x must be finite, got NaN or infinity in 2 of 2 samples"),
+        (torch.rand(2, 1, 28, 28), [0, 1], {"steps": 0}, "steps must be at least 1, got 0"),
+        (torch.rand(2, 1, 28, 28), [0, 1], {"class_names": ["a"]}, "class_names must be 2 different names"),
+        (torch.rand(2, 1, 28, 28), [0, 1], {"class_names": ["a", "a"]}, "class_names must be 2 different names"),
+        (
+            torch.rand(2, 1, 28, 28),
+            [0.0, 1.0],
+            {"class_names": ["a", "b"]},
+            "class_names must be left out for",
+        ),
+    ],
+)
+def test_what_adapt_refuses(x: Tensor, y: Any, options: dict[str, Any], message: str, checkpoint: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_learner(checkpoint).adapt(x, y, **options)
+
+
+def test_what_does_not_fit_the_network_is_refused(learner: MAML, task: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"samples that the network takes, got \[2, 3, 28, 28\]: .*channels"):
+        learner.adapt(torch.rand(2, 3, 28, 28), [0, 1])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"y must be floating-point, targets of a regression, .* got 2 classes"):
+        MAML(MLP(out_features=1)).adapt(torch.rand(2, 1), torch.arange(2))
+    predictor = learner.adapt(*task[:2])
+    with pytest.raises(ValueError, match=r"samples of shape \[S, 1, 28, 28\], as the support set, got \[1, 28, 28\]"):
+        predictor.predict(task[2][0])
+
+
+def test_an_adaptation_that_diverges_is_an_error(learner: MAML, task: list[Tensor]) -> None:
+    learner.inner_lr = 1e30
+    with pytest.raises(FloatingPointError, match=r"the adaptation diverged: its 5 steps of 1e\+30 are too large"):
+        learner.adapt(*task[:2], steps=5)
+
+
+# -------------------------------------------------------------------------------- without the other queries
+
+
+def test_queries_alone_with_the_support_set_are_the_plain_loop(learner: MAML, glyphs: Glyphs) -> None:
+    batch = Glyphs(shots=1, queries=3).task_set("test").batch([0, 1, 2])
+    support_x, query_x = batch.support_x.float() / 255, batch.query_x.float() / 255
+    theta = {n: torch.stack([p * scale for scale in (1, 0.9, 1.1)]) for n, p in learner.meta_parameters().items()}
+    predictions = learner.forward_queries(theta, support_x, query_x, transductive=False)
+    for task in range(3):
+        params = {name: p[task] for name, p in theta.items()}
+        for number, query in enumerate(query_x[task]):
+            together = torch.cat([support_x[task], query[None]])
+            expected = torch.func.functional_call(learner.network, params, (together,))[-1]
+            assert torch.allclose(predictions[task, number], expected, atol=1e-5)
+    common = learner.forward_queries(theta, support_x, query_x)
+    assert torch.equal(common, learner.forward_tasks(theta, query_x))
+    assert not torch.allclose(common, predictions, atol=1e-2)
+
+
+class Refused(nn.Module):
+    """Batch norm behind control flow that depends on data, which vmap refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(x) if x.sum() > -1e9 else x)
+        return logits
+
+
+@pytest.mark.filterwarnings("ignore:The tasks run one after another")
+def test_queries_alone_through_a_network_that_vmap_refuses() -> None:
+    torch.manual_seed(0)
+    learner = MAML(Refused())
+    support_x, query_x = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    theta = {name: p.expand(2, *p.shape) for name, p in learner.meta_parameters().items()}
+    predictions = learner.forward_queries(theta, support_x, query_x, transductive=False)
+    expected = [learner.network(torch.cat([support_x[1], query[None]]))[-1] for query in query_x[1]]
+    assert torch.allclose(predictions[1], torch.stack(expected), atol=1e-6)
+
+
+def test_the_switch_of_evaluation(glyphs: Glyphs) -> None:
+    torch.manual_seed(0)
+    data = Glyphs(shots=1, queries=4, test_tasks=4, meta_batch_size=2)
+    network = Conv4(filters=8)
+    figures = {}
+    for transductive in (True, False):
+        learner = MAML(network, inner_lr=0.2, test_inner_steps=3, transductive=transductive)
+        (figures[transductive],) = trainer().test(learner, data, verbose=False)
+    right = []
+    for support_x, support_y, query_x, query_y in zip(*data.task_set("test").batch(range(4)), strict=True):
+        params = learner.eval().inner_update(support_x, support_y)
+        support = support_x.float() / 255
+        for query, y in zip(query_x.float() / 255, query_y, strict=True):
+            together = torch.cat([support, query[None]])
+            right.append(torch.func.functional_call(learner.network, params, (together,))[-1].argmax() == y)
+    assert figures[False]["test/accuracy"] == pytest.approx(torch.stack(right).float().mean().item())
+    assert figures[True]["test/loss"] != figures[False]["test/loss"]
+
+
+def test_the_switch_on_the_command_line(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for switch in ([], ["--model.transductive", "false"]):
+        main(["test", "--ckpt_path", checkpoint, *switch])
+        shown.append(next(line for line in capsys.readouterr().out.splitlines() if "test/loss " in line))
+    assert shown[0] != shown[1]
