@@ -2,6 +2,9 @@
 
 import copy
 import random
+import shutil
+import subprocess
+import sys
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -268,3 +271,19 @@ def test_of_many_classes_the_hardest_are_drawn() -> None:
     record.add_answers(answers, torch.arange(100).unsqueeze(0), [[f"class {n}" for n in range(100)]])
     figure = record.figures()["classes"]
     assert figure.axes[0].get_title(loc="left").endswith("the 60 hardest of 100")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("glyphs")
+def test_a_browser_shows_it(tmp_path: Path) -> None:
+    pytest.importorskip("playwright", reason="needs playwright")
+    if not any(map(shutil.which, ("chromium", "chromium-headless-shell", "google-chrome"))):
+        pytest.skip("needs a Chromium")
+    main(["fit", "--config", TINY])
+    script = Path(__file__).parents[1] / "docs/screenshots.py"
+    subprocess.run([sys.executable, str(script), "lightning_logs", str(tmp_path / "shots")], check=True, timeout=300)
+    shots = {path.stem: Image.open(path).convert("RGB") for path in (tmp_path / "shots").iterdir()}
+    assert set(shots) == {"scalars", "images", "hparams"}
+    # the colours of the figures: the blue of curves and frames is nowhere else in TensorBoard
+    assert (np.abs(np.array(shots["images"], dtype=int) - (0x2F, 0x6F, 0xB7)).max(2) < 12).sum() > 300
+    assert all(len(shot.getcolors(1 << 20) or []) > 200 for shot in shots.values())

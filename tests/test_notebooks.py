@@ -1,0 +1,36 @@
+"""The notebooks run from beginning to end, and hold what they give."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def kinds(notebook: nbformat.NotebookNode) -> list[list[str]]:
+    """What each cell gives: text, pictures, complaints."""
+    outputs = [cell.get("outputs", []) for cell in notebook.cells]
+    return [[out.get("name") or ("picture" if "image/png" in out.data else "text") for out in outs] for outs in outputs]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_gives_what_it_holds(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, glyphs: object
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the kernel and what it starts stand in another folder
+    held = nbformat.read(path, as_version=4)
+    ran = nbformat.from_dict(held.copy())
+    ran = NotebookClient(ran, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert kinds(ran) == kinds(held)
+    assert sum(kind == "picture" for cell in kinds(held) for kind in cell) >= 1
+    assert not any(kind == "stderr" for cell in kinds(held) for kind in cell)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_small_and_was_run_in_order(path: Path) -> None:
+    assert path.stat().st_size < 500_000
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
