@@ -143,7 +143,7 @@ def test_print_data_shows_what_a_configuration_uses(data: str, capsys: pytest.Ca
 def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "{fit,validate,test,predict,adapt}" in capsys.readouterr().out
+    assert "{fit,validate,test,predict,adapt,compare}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
