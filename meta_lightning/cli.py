@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from jsonargparse import ArgumentParser
+from lightning import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from meta_lightning.adapt import adapt
@@ -185,6 +186,27 @@ def run(name: str, args: list[str]) -> None:
     sys.stdout.write(f"{function(**options)}\n")
 
 
+def command_line(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> MetaLightningCLI:
+    """Run a subcommand of the Trainer, and return what it was run with.
+
+    Args:
+        args: The arguments, in place of those of the process.
+        callbacks: Callbacks beside those of the configuration.
+    """
+    return MetaLightningCLI(
+        MetaLearner,
+        TaskDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=RunRecord,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"max_epochs": -1, "callbacks": [PredictionTable(), *callbacks]},
+        args=args,
+    )
+
+
 def main(args: ArgsType = None) -> None:
     """Run the command line.
 
@@ -196,19 +218,8 @@ def main(args: ArgsType = None) -> None:
     try:
         if isinstance(arguments, Sequence) and arguments[:1] and arguments[0] in FUNCTIONS:
             run(str(arguments[0]), [str(a) for a in arguments[1:]])
-            return
-        MetaLightningCLI(
-            MetaLearner,
-            TaskDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            save_config_callback=RunRecord,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={"max_epochs": -1, "callbacks": [PredictionTable()]},
-            args=args,
-        )
+        else:
+            command_line(args)
     except (ValueError, OSError, FloatingPointError) as error:
         # what the user gave is answered in a sentence; anything else is the program's fault and shows its traceback
         cause = users_error(error)
