@@ -4,23 +4,27 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import lightning as L
 import yaml
 from jsonargparse import ArgumentParser
+from lightning import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from meta_lightning.adapt import adapt
 from meta_lightning.algorithms import MetaLearner
 from meta_lightning.checkpoints import Checkpoints, read_checkpoint, verify_checkpoint
 from meta_lightning.checks import InputError
+from meta_lightning.comparison.compare import compare
 from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import TaskDataModule
 from meta_lightning.data.show import show_data
 from meta_lightning.predictions import PredictionTable
+from meta_lightning.recording import RunRecord
 from meta_lightning.resuming import LAST, PREVIOUS, continue_logs
 
 PACKAGE = Path(__file__).parent
@@ -50,7 +54,7 @@ IGNORED_WHEN_RESUMED = {
 
 
 # what the command line runs beside the Trainer's methods: typed functions, which return what is to be said
-FUNCTIONS: dict[str, Callable[..., str]] = {"adapt": adapt}
+FUNCTIONS: dict[str, Callable[..., str]] = {"adapt": adapt, "compare": compare}
 
 
 class MetaLightningCLI(LightningCLI):
@@ -189,15 +193,56 @@ def value_of(args: list[str], option: str) -> str | None:
     return values[-1] if values else None
 
 
+def with_lists(args: list[str], function: Callable[..., str]) -> list[str]:
+    """The arguments, with ``--seeds 0 1 2`` as jsonargparse reads the list that the function takes: ``[0,1,2]``."""
+    lists = {f"--{p.name}" for p in signature(function).parameters.values() if get_origin(p.annotation) is tuple}
+    found: list[str] = []
+    for argument in args:
+        if len(found) > 1 and found[-2] in lists and not argument.startswith("-"):
+            found[-1] = f"{found[-1].removesuffix(']')},{argument}]"
+        elif found and found[-1] in lists and not argument.startswith(("-", "[")):
+            found.append(f"[{argument}]")
+        else:
+            found.append(argument)
+    return found
+
+
 def run(name: str, args: list[str]) -> None:
     """Run a function of FUNCTIONS with these arguments, and say what it returns."""
+    function = FUNCTIONS[name]
+    args = with_lists(args, function)
     parser = ArgumentParser(prog=f"python -m meta_lightning {name}")
-    parser.add_argument("--config", action="config", help="Path to a configuration file.")
-    parser.add_function_arguments(FUNCTIONS[name], skip={"overwrite"})
+    if takes_config := "config" in signature(function).parameters:  # that of fit
+        args = with_configs(args)
+    else:
+        parser.add_argument("--config", action="config", help="Path to a configuration file.")
+    parser.add_function_arguments(function, skip={"overwrite"})
     parser.add_argument("--overwrite", action="store_true", help="Replace files that exist.")
     options = parser.instantiate_classes(parser.parse_args(args)).as_dict()
-    del options["config"]
-    sys.stdout.write(f"{FUNCTIONS[name](**options)}\n")
+    if not takes_config:
+        del options["config"]
+    sys.stdout.write(f"{function(**options)}\n")
+
+
+def command_line(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> MetaLightningCLI:
+    """Run a subcommand of the Trainer, and return what it was run with.
+
+    Args:
+        args: The arguments, in place of those of the process.
+        callbacks: Callbacks beside those of the configuration.
+    """
+    return MetaLightningCLI(
+        MetaLearner,
+        TaskDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=RunRecord,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"max_epochs": -1, "callbacks": [PredictionTable(), *callbacks]},
+        args=args,
+    )
 
 
 def setting(args: list[str], key: str) -> str | None:
@@ -227,18 +272,8 @@ def main(args: ArgsType = None) -> None:
     try:
         if isinstance(arguments, Sequence) and arguments[:1] and arguments[0] in FUNCTIONS:
             run(str(arguments[0]), [str(a) for a in arguments[1:]])
-            return
-        MetaLightningCLI(
-            MetaLearner,
-            TaskDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={"max_epochs": -1, "callbacks": [PredictionTable()]},
-            args=args,
-        )
+        else:
+            command_line(args)
     except (ValueError, OSError, FloatingPointError) as error:
         # what the user gave is answered in a sentence; anything else is the program's fault and shows its traceback
         cause = users_error(error)

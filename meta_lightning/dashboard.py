@@ -36,7 +36,7 @@ class Dashboard(L.Callback):
     Args:
         enabled: Whether to do anything.
         curve_tasks: Tasks of each evaluation behind the adaptation curves, which are adapted to once more for them: on
-            glyphs, 4 steps and 50 of 200 tasks, that and the drawing take two thirds of the time of the validation itself.
+            glyphs, 4 steps and 50 of 200 tasks, that and the drawing take two thirds of the validation's own time.
         pictured_tasks: Tasks in the picture of tasks.
 
     Raises:

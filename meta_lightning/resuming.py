@@ -105,7 +105,7 @@ def settle_progress(fit_loop: dict[str, Any], epoch_length: float) -> None:
 
 
 def restart_epoch(epoch_loop: _TrainingEpochLoop) -> None:
-    """Let training that goes on at the beginning of an epoch begin it, where Lightning looks for a validation to skip."""
+    """Let training that goes on where an epoch begins begin it; Lightning looks for a validation to skip."""
     if epoch_loop.batch_progress.current.ready == 0:
         epoch_loop.restarting = False
 

@@ -1,10 +1,13 @@
 """The command line, run in process on tiny tasks."""
 
 import csv
+import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,9 +17,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from meta_lightning import Glyphs
 from meta_lightning.cli import configs_dir, main
 
+
+def stem_of(name: str) -> str:
+    """The algorithm that a configuration is named after."""
+    return Path(name).stem.partition("_")[0]
+
+
 TINY = str(Path(__file__).parent / "tiny.yaml")
 RUN = Path("lightning_logs/version_0")
 OWN = sorted(path.relative_to(configs_dir()).as_posix() for path in configs_dir().rglob("*.yaml"))
+OF_MAML = [name for name in OWN if stem_of(name) == "maml" and "/" in name]
 pytestmark = pytest.mark.usefixtures("glyphs")
 
 
@@ -97,6 +107,34 @@ def test_own_configs_are_found_by_name_from_any_folder(name: str, capsys: pytest
     assert config["trainer"]["max_steps"] > 0
 
 
+@pytest.fixture(scope="session")
+def mini_imagenet(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Noise in the format of mini-ImageNet, as many images a class as its configurations train with."""
+    root = tmp_path_factory.mktemp("mini_imagenet")
+    images = np.random.default_rng(0).integers(0, 256, (5 * 20, 84, 84, 3), dtype=np.uint8)
+    for split in ("train", "validation", "test"):
+        rows = {f"{split}{c}": range(20 * c, 20 * (c + 1)) for c in range(5)}
+        contents = {"image_data": images, "class_dict": rows}
+        (root / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(contents))
+    return str(root)
+
+
+@pytest.mark.parametrize(("name", "model"), [(name, []) for name in OWN] + [(n, ["--model=FOMAML"]) for n in OF_MAML])
+def test_own_configs_train(name: str, model: list[str], mini_imagenet: str) -> None:
+    data = {
+        # glyphs in the place of Omniglot, which has as many drawings a class
+        "omniglot": ["--data=Glyphs"],
+        "mini_imagenet": [f"--data.root={mini_imagenet}", "--data.train_queries=2", "--data.queries=2"],
+    }.get(name.partition("/")[0], [])
+    few = [f"--data.{option}=2" for option in ("meta_batch_size", "val_tasks", "test_tasks")]
+    few += ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--data.epoch_length=1", "--model.test_inner_steps=2"]
+    main(["fit", "--config", name, *model, *data, *few])
+    record = json.loads((RUN / "fit.json").read_text())
+    algorithm = "FOMAML" if model else {"maml": "MAML", "fomaml": "FOMAML", "reptile": "Reptile"}[stem_of(name)]
+    assert (record["algorithm"], record["steps"]) == (algorithm, 1)
+    assert record["figures"]["val/loss"] > 0
+
+
 def test_the_three_default_configs_differ_in_one_word() -> None:
     texts = [(configs_dir() / f"{name}.yaml").read_text().splitlines()[2:] for name in ("maml", "fomaml", "reptile")]
     for text, word in zip(texts, ("MAML", "FOMAML", "Reptile"), strict=True):
@@ -143,7 +181,7 @@ def test_print_data_shows_what_a_configuration_uses(data: str, capsys: pytest.Ca
 def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "{fit,validate,test,predict,adapt}" in capsys.readouterr().out
+    assert "{fit,validate,test,predict,adapt,compare}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,161 @@
+"""Turn benchmarks/results into the tables of README.md and docs/guide.md, between their markers.
+
+    python benchmarks/tables.py
+
+A marker is a comment, <!-- results:NAME -->, and the table ends at the next <!-- end -->. What has no results yet says
+which command makes them.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from meta_lightning.comparison.report import cells_of, markdown
+from meta_lightning.comparison.summary import summarise
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "guide.md")
+MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+EVALUATE = "python benchmarks/evaluate.py --config"
+
+# Finn et al. (2017), tables 1 and A: transductive. Nichol et al. (2018), tables 1 and 2: transductive, and not.
+PUBLISHED = {
+    "omniglot-maml_5way_1shot": ("98.7 ± 0.4", None),
+    "omniglot-maml_5way_1shot-FOMAML": ("98.3 ± 0.5", None),
+    "omniglot-reptile_5way_1shot": ("97.68 ± 0.04", "95.39 ± 0.09"),
+    "omniglot-maml_5way_5shot": ("99.9 ± 0.1", None),
+    "omniglot-maml_5way_5shot-FOMAML": ("99.2 ± 0.2", None),
+    "omniglot-reptile_5way_5shot": ("99.48 ± 0.06", "98.90 ± 0.10"),
+    "omniglot-maml_20way_1shot": ("95.8 ± 0.3", None),
+    "omniglot-maml_20way_1shot-FOMAML": ("89.4 ± 0.5", None),
+    "omniglot-reptile_20way_1shot": ("89.43 ± 0.14", "88.14 ± 0.15"),
+    "omniglot-maml_20way_5shot": ("98.9 ± 0.2", None),
+    "omniglot-maml_20way_5shot-FOMAML": ("97.9 ± 0.1", None),
+    "omniglot-reptile_20way_5shot": ("97.12 ± 0.32", "96.65 ± 0.33"),
+    "mini_imagenet-maml_5way_1shot": ("48.70 ± 1.84", None),
+    "mini_imagenet-maml_5way_1shot-FOMAML": ("48.07 ± 1.75", None),
+    "mini_imagenet-reptile_5way_1shot": ("49.97 ± 0.32", "47.07 ± 0.26"),
+    "mini_imagenet-maml_5way_5shot": ("63.11 ± 0.92", None),
+    "mini_imagenet-maml_5way_5shot-FOMAML": ("63.15 ± 0.91", None),
+    "mini_imagenet-reptile_5way_5shot": ("65.99 ± 0.58", "62.74 ± 0.37"),
+}
+SINUSOID = {"sinusoid-maml_5shot": "0.67, 0.38, 0.35", "sinusoid-maml_10shot": ""}
+
+Result = dict[str, Any]
+
+
+def load(folder: Path) -> list[Result]:
+    """The results in a folder, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))]
+
+
+def to_come(command: str) -> str:
+    return f"*Still to be measured:* `{command}`\n"
+
+
+def runs_of(results: Sequence[Result], name: str) -> list[Result]:
+    """The seeds of a run."""
+    return [result for result in results if re.fullmatch(rf"{re.escape(name)}-seed\d+", result["name"])]
+
+
+def mean_of(runs: Sequence[Result], kind: str, metric: str, unit: float, digits: int) -> str:
+    """A figure's mean over the seeds, with the half-width of its 95 % interval over tasks."""
+    figures = [run["tests"][kind]["figures"] for run in runs if kind in run["tests"]]
+    if not figures:
+        return ""
+    mean, ci95 = (unit * fmean(f[f"test/{metric}{suffix}"] for f in figures) for suffix in ("", "_ci95"))
+    return f"{mean:.{digits}f} ± {ci95:.{digits}f}"
+
+
+def training_of(runs: Sequence[Result]) -> list[str]:
+    """How a run was trained: meta-iterations, minutes, device, seeds."""
+    fits = [run["fit"] for run in runs]
+    minutes = fmean(fit["train_seconds"] for fit in fits) / 60
+    return [f"{fits[0]['steps']:,}", f"{minutes:,.1f}", fits[0]["machine"]["device"], str(len(runs))]
+
+
+def published(results: Sequence[Result]) -> str:
+    """Omniglot and mini-ImageNet beside the papers' figures."""
+    heads = ["", "paper", "1 query", "15 queries", "paper, alone", "1 query, alone", "15 queries, alone"]
+    rows = []
+    for name, (transductive, alone) in PUBLISHED.items():
+        if runs := runs_of(results, name):
+            cells = [
+                mean_of(runs, f"{kind}-{queries}", "accuracy", 100, 2)
+                for kind in ("transductive", "alone")
+                for queries in (1, 15)
+            ]
+            spread = [100 * run["tests"]["transductive-1"]["figures"]["test/accuracy"] for run in runs]
+            over = f"{stdev(spread):.2f}" if len(spread) > 1 else ""
+            rows.append([f"`{name}`", transductive, *cells[:2], alone or "", *cells[2:], *training_of(runs), over])
+    if not rows:
+        return to_come(f"{EVALUATE} omniglot/maml_5way_1shot.yaml --data.root data")
+    return markdown([[*heads, "meta-iterations", "minutes", "on", "seeds", "std over seeds"], *rows])
+
+
+def sinusoid(results: Sequence[Result]) -> str:
+    """The sinusoids' errors beside the paper's."""
+    rows = [
+        [f"`{name}`", paper, *(mean_of(runs, f"steps-{n}", "mse", 1, 3) for n in (1, 5, 10)), *training_of(runs)]
+        for name, paper in SINUSOID.items()
+        if (runs := runs_of(results, name))
+    ]
+    if not rows:
+        return to_come(f"{EVALUATE} sinusoid/maml_5shot.yaml --regression")
+    heads = ["mean squared error", "paper, 1, 5 and 10 steps", "1 step", "5 steps", "10 steps"]
+    return markdown([[*heads, "meta-iterations", "minutes", "on", "seeds"], *rows])
+
+
+def comparison(folder: Path) -> str:
+    """A comparison's table, from its runs."""
+    results = load(folder / "results")
+    order = [name for name in ("MAML", "FOMAML", "Reptile") if any(r["name"].startswith(f"{name}-") for r in results)]
+    if not order:
+        return to_come(f"python -m meta_lightning compare --config maml.yaml --out {folder.relative_to(ROOT)}")
+    fit = next(result["fit"] for result in results if result["fit"])
+    said = f"{fit['steps']:,} meta-iterations, on {fit['machine']['processor']}, {fit['machine']['device']}.\n"
+    return f"{markdown(cells_of(summarise(results, order)))}\n{said}"
+
+
+def cosine(folder: Path) -> str:
+    """How the three updates point, from benchmarks/cosine.py."""
+    path = folder / "cosine.json"
+    if not path.exists():
+        return to_come("python benchmarks/cosine.py --ckpt_path runs/best.ckpt")
+    measured = json.loads(path.read_text())
+    pairs = list(measured["points"][0]["cosines"])
+    rows = [
+        [start, f"{point['inner_lr']:g}", str(point["inner_steps"])]
+        + [f"{point['cosines'][pair][start]:.2f}" for pair in pairs]
+        for start in ("trained", "random")
+        for point in measured["points"]
+        if point["inner_lr"] in measured["shown"]
+    ]
+    return markdown([["θ", "α", "K", *pairs], *rows])
+
+
+def tables(results: Path = RESULTS) -> dict[str, str]:
+    """Every table by the name of its marker."""
+    runs = load(results)
+    makers: dict[str, Callable[[], str]] = {
+        "published": lambda: published(runs),
+        "sinusoid": lambda: sinusoid(runs),
+        "comparison": lambda: comparison(results / "compare"),
+        "cosine": lambda: cosine(results),
+    }
+    return {name: make() for name, make in makers.items()}
+
+
+def filled(page: str, made: dict[str, str]) -> str:
+    """A page with its tables in place."""
+    return MARKED.sub(lambda found: f"{found[1]}{made[found[2]]}{found[3]}", page)
+
+
+if __name__ == "__main__":
+    made = tables()
+    for path in PAGES:
+        path.write_text(filled(path.read_text(), made))

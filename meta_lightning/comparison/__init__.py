@@ -1,0 +1,1 @@
+"""Algorithms on the same tasks, in one table."""

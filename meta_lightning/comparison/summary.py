@@ -1,0 +1,129 @@
+"""From the results of runs to the rows of a table."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+UNTRAINED = "untrained"
+NEAR = 2.0  # points of accuracy from the best of a grid; for a regression per cent of its error
+
+Result = Mapping[str, Any]
+
+
+class Row(NamedTuple):
+    """An algorithm's figures, means over its seeds; None for what there is none of.
+
+    Accuracies and their half-widths (``…_ci95``, over tasks) are in per cent, or errors as they are; ``…_relative`` are
+    the first algorithm's multiples, of the accuracy the difference from it.
+    """
+
+    algorithm: str
+    metric: str
+    before: float
+    before_ci95: float
+    after: float
+    after_ci95: float
+    after_relative: float | None
+    seconds: float | None  # of training, without validation
+    seconds_relative: float | None
+    tasks_per_second: float | None
+    tasks_per_second_relative: float | None
+    peak_memory: float | None  # MB
+    peak_memory_relative: float | None
+    seeds: int
+    after_std: float | None  # over the seeds
+    skipped: float | None  # non-finite steps, of all seeds together
+    near_best: float | None  # share of the grid
+
+
+def score_of(record: Mapping[str, Any], stage: str) -> tuple[str, float]:
+    """The name of what a record is judged by, ``accuracy`` or ``mse``, and the factor by which it is shown."""
+    return ("accuracy", 100.0) if f"{stage}/accuracy" in record["figures"] else ("mse", 1.0)
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that there are; None if there is none."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def over(value: float | None, reference: float | None) -> float | None:
+    """Their ratio, where there are both."""
+    return value / reference if value is not None and reference else None
+
+
+def summarise(results: Sequence[Result], algorithms: Sequence[str]) -> list[Row]:
+    """A row for the untrained network and for each of the algorithms that has results.
+
+    Args:
+        results: What ``runs.complete`` gave, each named ``<algorithm>-seed<n>``, those of a grid ``…-grid<ij>``.
+        algorithms: The algorithms, the first of which the others are compared with.
+    """
+    rows: list[Row] = []
+    reference: Row | None = None
+    for algorithm in (UNTRAINED, *algorithms):
+        mine = [result for result in results if result["name"].partition("-")[0] == algorithm]
+        runs = [result for result in mine if result["tests"]]
+        if not runs:
+            continue
+        row = row_of(algorithm, runs, [result["fit"] for result in mine if "-grid" in result["name"]])
+        if algorithm == algorithms[0]:
+            reference = row
+        rows.append(row)
+    return [row if reference is None else relative(row, reference) for row in rows]
+
+
+def row_of(algorithm: str, runs: Sequence[Result], grid: Sequence[Mapping[str, Any]]) -> Row:
+    """The row of an algorithm, not yet compared with another's."""
+    tests = [next(iter(run["tests"].values())) for run in runs]
+    fits = [run["fit"] for run in runs if run["fit"] is not None]
+    metric, unit = score_of(tests[0], "test")
+
+    def tested(name: str) -> list[float]:
+        return [unit * value for test in tests if (value := test["figures"].get(f"test/{name}")) is not None]
+
+    after = tested(metric)
+    skipped = [fit["figures"]["train/skipped"] for fit in fits if "train/skipped" in fit["figures"]]
+    return Row(
+        algorithm=algorithm,
+        metric=metric,
+        before=fmean(tested(f"{metric}_before") or [float("nan")]),
+        before_ci95=fmean(tested(f"{metric}_before_ci95") or [float("nan")]),
+        after=fmean(after or [float("nan")]),
+        after_ci95=fmean(tested(f"{metric}_ci95") or [float("nan")]),
+        after_relative=None,
+        seconds=mean(fit.get("train_seconds") for fit in fits),
+        seconds_relative=None,
+        tasks_per_second=mean(fit["tasks_per_second"] for fit in fits),
+        tasks_per_second_relative=None,
+        peak_memory=mean(fit.get("peak_memory") for fit in fits),
+        peak_memory_relative=None,
+        seeds=len(runs),
+        after_std=stdev(after) if len(after) > 1 else None,
+        skipped=sum(skipped) if skipped else None,
+        near_best=near_best(grid),
+    )
+
+
+def relative(row: Row, reference: Row) -> Row:
+    """The row with its comparison."""
+    return row._replace(
+        after_relative=row.after - reference.after,
+        seconds_relative=over(row.seconds, reference.seconds),
+        tasks_per_second_relative=over(row.tasks_per_second, reference.tasks_per_second),
+        peak_memory_relative=over(row.peak_memory, reference.peak_memory),
+    )
+
+
+def near_best(fits: Sequence[Mapping[str, Any]], cells: int = 9) -> float | None:
+    """The share of a grid's trainings that validate near the best of them; one that failed does not."""
+    if not fits:
+        return None
+    metric, unit = score_of(fits[0], "val")
+    scores = [fit["figures"].get(f"val/{metric}") for fit in fits]
+    known = [unit * score for score in scores if score is not None]
+    if metric == "accuracy":
+        near = [score for score in known if score >= max(known) - NEAR]
+    else:
+        near = [score for score in known if score <= min(known) * (1 + NEAR / 100)]
+    return len(near) / cells

@@ -1,0 +1,207 @@
+"""The comparison of algorithms."""
+
+import csv
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY
+from PIL import Image
+
+from meta_lightning.cli import main
+from meta_lightning.comparison import runs
+from meta_lightning.comparison.report import markdown
+from meta_lightning.comparison.summary import near_best, summarise
+
+COMPARE = ["compare", "--config", str(TINY), "--out", "out"]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The command lines that were run, in this process to save time."""
+    lines: list[list[str]] = []
+
+    def launch(args: Sequence[str]) -> int:
+        lines.append([*args])
+        main([*args])
+        return 0
+
+    monkeypatch.setattr(runs, "launch", launch)
+    return lines
+
+
+def table() -> list[dict[str, str]]:
+    with Path("out/comparison.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def result(name: str) -> dict[str, Any]:
+    contents: dict[str, Any] = json.loads(Path(f"out/results/{name}.json").read_text())
+    return contents
+
+
+@pytest.mark.usefixtures("glyphs")
+def test_each_run_is_a_process_of_its_own_that_shows_its_progress(capfd: pytest.CaptureFixture[str]) -> None:
+    main([*COMPARE, "--algorithms", "Reptile", "--options.all=--trainer.enable_progress_bar true"])
+    said = capfd.readouterr()
+    assert "Epoch 1" in said.out
+    assert said.err.count("$ python -m meta_lightning") == 3
+    assert "The report is out/comparison.html." in said.out
+
+
+@pytest.mark.usefixtures("glyphs")
+def test_the_table_has_what_the_runs_recorded(launched: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*COMPARE, "--algorithms", "MAML", "Reptile", "--max_steps", "2", "--seeds", "0", "1"]
+    arguments += ["--options.Reptile=--model.outer_lr 0.5"]
+    main(arguments)
+    shown = capsys.readouterr().out
+    assert len(launched) == 2 * (1 + 2 * 2)
+    untrained, maml, reptile = table()
+    assert (untrained["algorithm"], untrained["seconds"]) == ("untrained", "")
+    of_maml = [result(f"MAML-seed{seed}") for seed in (0, 1)]
+    accuracies = [100 * r["tests"]["test"]["figures"]["test/accuracy"] for r in of_maml]
+    assert float(maml["after"]) == pytest.approx(sum(accuracies) / 2)
+    assert float(maml["after_std"]) == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+    seconds = sum(r["fit"]["train_seconds"] for r in of_maml) / 2
+    assert float(maml["seconds"]) == pytest.approx(seconds)
+    assert float(reptile["seconds_relative"]) == pytest.approx(float(reptile["seconds"]) / seconds)
+    assert float(reptile["after_relative"]) == pytest.approx(float(reptile["after"]) - float(maml["after"]))
+
+    settings = {r["name"]: r["fit"]["config"] for r in [*of_maml, result("Reptile-seed1")]}
+    assert settings["Reptile-seed1"]["model"]["init_args"]["outer_lr"] == 0.5
+    assert settings["MAML-seed1"]["data"]["init_args"]["seed"] == settings["MAML-seed1"]["seed_everything"] == 1
+    assert {c["trainer"]["max_steps"] for c in settings.values()} == {2}
+    tested = {
+        result(n)["tests"]["test"]["config"]["data"]["init_args"]["seed"] for n in ("MAML-seed1", "untrained-seed1")
+    }
+    assert tested == {0}  # the same tasks for all
+
+    assert Path("out/comparison.md").read_text() in shown
+    page = Path("out/comparison.html").read_text()
+    assert page.count("<tr>") == 4
+    assert page.count("python -m meta_lightning fit") == 4
+    with Image.open("out/comparison.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**24) or []) > 100
+
+    main(arguments)
+    assert len(launched) == 10  # everything was finished
+
+
+@pytest.mark.usefixtures("glyphs")
+def test_a_failed_run_loses_no_other_and_is_resumed(
+    launched: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = runs.launch
+    died: list[str] = []
+
+    def dies_once(args: Sequence[str]) -> int:
+        if args[0] == "fit" and "--model=MAML" in args and not died:
+            died.append("MAML")
+            launch([*args, "--trainer.max_steps=2"])
+            Path("out/runs/MAML-seed0/fit/version_0/fit.json").unlink()
+            return -9
+        return launch(args)
+
+    monkeypatch.setattr(runs, "launch", dies_once)
+    arguments = [*COMPARE, "--algorithms", "MAML", "FOMAML"]
+    with pytest.raises(SystemExit, match=r"MAML-seed0: fit ended with exit status -9\. The same command tries again"):
+        main(arguments)
+    assert [row["algorithm"] for row in table()] == ["untrained", "FOMAML"]
+    assert "MAML-seed0: fit ended" in Path("out/comparison.html").read_text()
+    finished = result("FOMAML-seed0")
+
+    launched.clear()
+    main(arguments)
+    assert [row["algorithm"] for row in table()] == ["untrained", "MAML", "FOMAML"]
+    assert launched[0][-1].endswith("out/runs/MAML-seed0/checkpoints/last.ckpt")
+    assert [line[0] for line in launched] == ["fit", "test"]
+    assert result("MAML-seed0")["fit"]["steps"] == 4
+    assert result("FOMAML-seed0") == finished
+    capsys.readouterr()
+
+
+@pytest.mark.usefixtures("glyphs")
+def test_a_grid_tells_how_many_settings_come_near_the_best(launched: list[list[str]]) -> None:
+    main([*COMPARE, "--algorithms", "Reptile", "--grid", "2", "--options.Reptile=--model.outer_lr 0.5"])
+    cells = [result(f"Reptile-seed0-grid{i}{j}")["fit"] for i, j in itertools.product(range(3), repeat=2)]
+    settings = [cell["config"]["model"]["init_args"] for cell in cells]
+    assert [s["inner_lr"] for s in settings[::3]] == pytest.approx([0.01 / 3, 0.01, 0.03], rel=1e-5)
+    assert [s["outer_lr"] for s in settings[:3]] == pytest.approx([0.5 / 3, 0.5, 1.0], rel=1e-5)  # ε is at most 1
+    best = max(cell["figures"]["val/accuracy"] for cell in cells)
+    near = sum(cell["figures"]["val/accuracy"] >= best - 0.02 for cell in cells)
+    (_, reptile) = table()
+    assert float(reptile["near_best"]) == pytest.approx(near / 9)
+    assert {cell["steps"] for cell in cells} == {2}
+
+
+@pytest.mark.usefixtures("launched")
+def test_runs_of_other_settings_are_neither_taken_nor_replaced_unasked(glyphs: Any) -> None:
+    config = Path("mine.yaml")
+    config.write_text(TINY.read_text())
+    compare = ["compare", "--config", str(config), "--out", "out", "--algorithms", "FOMAML"]
+    main([*compare, "--max_steps", "1"])
+    message = "out must be a new folder, or overwrite be set: .* with --trainer.max_steps=1 where now is .*steps=2"
+    with pytest.raises(SystemExit, match=message):
+        main([*compare, "--max_steps", "2"])
+    assert result("FOMAML-seed0")["fit"]["steps"] == 1
+    main([*compare, "--max_steps", "2", "--overwrite"])
+    assert result("FOMAML-seed0")["fit"]["steps"] == 2
+    config.write_text(TINY.read_text().replace("inner_steps: 2", "inner_steps: 3"))
+    with pytest.raises(SystemExit, match="a configuration that was edited since"):
+        main([*compare, "--max_steps", "2"])
+
+
+@pytest.mark.usefixtures("launched")
+def test_an_interrupted_comparison_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(args: Sequence[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "launch", interrupted)
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on where this one stopped"):
+        main(COMPARE)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--algorithms", "MAMBL"], "algorithms must be one of 'MAML', 'FOMAML', 'Reptile', got 'MAMBL'"),
+        (["--algorithms", "MAML", "MAML"], "algorithms must be one or more different ones"),
+        (["--seeds", "1", "1"], "seeds must be one or more different numbers"),
+        (["--grid", "-1"], "grid must be at least 0, got -1"),
+        (["--options.Reptil=a"], "options must be one of 'all', 'MAML', 'FOMAML', 'Reptile', got 'Reptil'"),
+        (["--config", "nothing.yaml"], "nothing.yaml: no such file"),
+    ],
+)
+@pytest.mark.usefixtures("launched")
+def test_what_cannot_be_is_refused_before_anything_is_run(args: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main([*COMPARE, *args])
+    assert not Path("out").exists()
+
+
+def records(metric: str, *values: float | None) -> list[dict[str, Any]]:
+    return [{"figures": {f"val/{metric}": value, "val/loss": 1.0}} for value in values]
+
+
+def test_near_the_best_is_two_points_or_two_per_cent() -> None:
+    assert near_best([]) is None
+    assert near_best(records("accuracy", 0.9, 0.881, 0.879, None)) == pytest.approx(2 / 9)
+    assert near_best(records("mse", 1.0, 1.019, 1.021)) == pytest.approx(2 / 9)
+
+
+def test_skipped_steps_of_all_seeds_are_added() -> None:
+    def run(seed: int) -> dict[str, Any]:
+        figures = {"test/accuracy": 0.5, "test/accuracy_ci95": None, "test/accuracy_before": 0.2}
+        fit = {"figures": {"train/skipped": seed + 1.0}, "tasks_per_second": 3.0}
+        return {"name": f"MAML-seed{seed}", "fit": fit, "tests": {"test": {"figures": figures}}}
+
+    (row,) = summarise([run(0), run(1)], ["MAML"])
+    assert row.skipped == 3
+    assert row.peak_memory is None
+
+
+def test_empty_cells_of_a_table_stay_cells() -> None:
+    assert markdown([["", "a"], ["x", ""]]) == "| | a |\n|---|---|\n| x | |\n"
