@@ -34,6 +34,8 @@ def adapt_learner(
         # a tensor made in inference mode cannot be differentiated through, but its clone can
         inputs = learner.form.network_input(x.to(learner.device).clone())
         theta = learner.meta_parameters()
+        if inputs.is_floating_point():
+            inputs = inputs.to(next(iter(theta.values())).dtype)
         if names is not None:
             theta |= head_for(learner, len(names), inputs)
         support = learner.inner_batches(inputs[None], targets.to(learner.device)[None], steps)

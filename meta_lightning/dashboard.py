@@ -50,6 +50,7 @@ class Dashboard(L.Callback):
         self.pictured_tasks = pictured_tasks
         self.board: TensorBoardLogger | None = None
         self.record: TaskRecord | None = None
+        self.outer_lr = 0.0  # with which θ moves
         self.theta: Params | None = None  # before the step, where that is logged
         self.gradient_norm: Tensor | None = None
         self.started: float | None = None
@@ -74,6 +75,7 @@ class Dashboard(L.Callback):
         # asked for as Lightning's own monitors do
         if self.board is not None and trainer._logger_connector.should_update_logs:
             self.theta = {name: p.detach().clone() for name, p in theta(pl_module).items()}
+            self.outer_lr = learner(pl_module).outer_optimizer().param_groups[0]["lr"]
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the meta-gradient: averaged over the processes, and not clipped yet."""
@@ -88,8 +90,8 @@ class Dashboard(L.Callback):
         if self.theta is None or self.board is None or self.started is None:
             return
         update_norm = norm(p.detach() - self.theta[name] for name, p in theta(pl_module).items())
-        if isinstance(pl_module, Reptile):
-            self.gradient_norm = update_norm / (pl_module.outer_lr * pl_module.outer_lr_factor(trainer.global_step - 1))
+        if isinstance(pl_module, Reptile) and self.outer_lr:
+            self.gradient_norm = update_norm / self.outer_lr
         values = {"train/update_norm": float(update_norm)}
         if self.gradient_norm is not None:
             values["train/gradient_norm"] = float(self.gradient_norm)
@@ -124,7 +126,8 @@ class Dashboard(L.Callback):
         """Note what the tasks of a batch do."""
         if self.record is not None:
             names = class_names_of(trainer.val_dataloaders, batch_idx, len(batch[0]))
-            self.record.add_adaptation(learner(pl_module), as_task_batch(batch), names)
+            with trainer.precision_plugin.forward_context():
+                self.record.add_adaptation(learner(pl_module), as_task_batch(batch), names)
 
     def on_test_batch_end(
         self,
@@ -138,7 +141,8 @@ class Dashboard(L.Callback):
         """Note what the tasks of a batch do, and how each class fares."""
         if self.record is not None:
             names = class_names_of(trainer.test_dataloaders, batch_idx, len(batch[0]))
-            self.record.add_adaptation(learner(pl_module), as_task_batch(batch), names)
+            with trainer.precision_plugin.forward_context():
+                self.record.add_adaptation(learner(pl_module), as_task_batch(batch), names)
             self.record.add_answers(outputs, batch[3], names)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

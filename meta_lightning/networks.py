@@ -133,3 +133,18 @@ def with_batch_statistics(network: nn.Module) -> nn.Module:
     require(not lazy, f"network must have been called once, so that its parameters have shapes, got lazy {lazy}")
     shared = {id(p): p for p in network.parameters()}
     return replace_all_batch_norm_modules_(copy.deepcopy(network, memo=dict(shared)))
+
+
+def other_names(network: nn.Module) -> dict[str, str]:
+    """The names of tied parameters beside their first: those that they have in other modules, to the first."""
+    first: dict[int, str] = {}
+    places: set[tuple[int, str]] = set()
+    others = {}
+    for name, p in network.named_parameters(remove_duplicate=False):
+        owner, _, attribute = name.rpartition(".")
+        place = (id(network.get_submodule(owner)), attribute)
+        if id(p) in first and place not in places:
+            others[name] = first[id(p)]
+        first.setdefault(id(p), name)
+        places.add(place)
+    return others

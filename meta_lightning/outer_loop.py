@@ -25,21 +25,28 @@ DECAYS: dict[Decay, Callable[[float], float]] = {
 Scheduler = Callable[[Optimizer], LRScheduler]
 
 
-def schedule_from(scheduler: Scheduler, optimizer: Optimizer, lr: float, step: int) -> LRScheduler:
+def options_of(group: dict[str, Any]) -> dict[str, Any]:
+    """The options of an optimizer's group of parameters."""
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def schedule_from(
+    scheduler: Scheduler, optimizer: Optimizer, options: Sequence[dict[str, Any]], step: int
+) -> LRScheduler:
     """A schedule as it stands after so many steps, which it takes anew: it depends on nothing but their number.
 
     Args:
         scheduler: Makes the schedule.
-        optimizer: The optimizer, whose options become its defaults again.
-        lr: The learning rate that the schedule starts from.
+        optimizer: The optimizer.
+        options: Of each of its groups, as it was made: what the schedule starts from.
         step: The steps that were taken.
 
     Raises:
         InputError: If the schedule needs more than the number of steps, such as a metric.
     """
-    for group in optimizer.param_groups:
+    for group, made in zip(optimizer.param_groups, options, strict=True):
         group.pop("initial_lr", None)
-        group.update(optimizer.defaults | {"lr": lr})
+        group.update(made)
     schedule = scheduler(optimizer)
     needed = [p.name for p in signature(schedule.step).parameters.values() if p.default is Parameter.empty]
     require(
@@ -72,15 +79,18 @@ def undone_unless(condition: Tensor, tensors: Sequence[Tensor], optimizer: Optim
         optimizer: The optimizer, whose state's tensors are to be as they were.
     """
 
-    def kept() -> list[Tensor]:
-        state = [value for of_one in optimizer.state.values() for value in of_one.values()]
-        return [*(t.detach() for t in tensors), *(value for value in state if isinstance(value, Tensor))]
+    def kept() -> dict[Any, Tensor]:
+        state = {(p, name): value for p, of_one in optimizer.state.items() for name, value in of_one.items()}
+        return {i: t.detach() for i, t in enumerate(tensors)} | {
+            place: value for place, value in state.items() if isinstance(value, Tensor)
+        }
 
     new = not optimizer.state
-    before = [t.clone() for t in kept()]
+    before = {place: t.clone() for place, t in kept().items()}
     yield
-    conditions = {device: condition.to(device) for device in {t.device for t in before}}
-    for now, then in zip(kept(), before, strict=not new):
-        now.copy_(torch.where(conditions[now.device], now, then))
+    after = kept()
+    conditions = {device: condition.to(device) for device in {t.device for t in before.values()}}
+    for place, then in before.items():
+        after[place].copy_(torch.where(conditions[then.device], after[place], then))
     if new and optimizer.state and not condition:
         optimizer.state.clear()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import _add_batch_dim, _unwrap_batched, peek_interpreter_stack
+from torch._C._functorch import _add_batch_dim, _unwrap_batched, is_batchedtensor, peek_interpreter_stack
 from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 from torch.autograd import Function
 from torch.nn import functional as F
@@ -45,7 +45,8 @@ def convolution(
 ) -> Any:
     """``torch.conv1d`` to ``conv3d``."""
     dims = weight.ndim - 2
-    if isinstance(padding, str) or input.ndim == dims + 1:  # by name, or of a single image: torch as it is
+    # padding by name, a single image, or weights that all tasks share: torch as it is
+    if isinstance(padding, str) or input.ndim == dims + 1 or not is_batchedtensor(weight):
         return getattr(torch, f"conv{dims}d")(input, weight, bias, stride, padding, dilation, groups)
     if torch.is_autocast_enabled(input.device.type):  # here, since the backward of a Function runs without
         dtype = torch.get_autocast_dtype(input.device.type)

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from meta_lightning import FOMAML, MAML, MLP, MetaLearner, Reptile, Sinusoid, train_maml
+from meta_lightning import FOMAML, MAML, MLP, MetaLearner, Reptile, Sinusoid, TensorTasks, train_maml
 
 ALGORITHMS = [MAML, FOMAML, Reptile]
 
@@ -230,3 +230,34 @@ def test_train_maml_refuses(mlp: MLP) -> None:
         train_maml(mlp, [], algorithm="anil")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="optimizer must be left out"):
         train_maml(mlp, [], algorithm="reptile", optimizer_cls=torch.optim.SGD)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_double_precision_takes_pixels(algorithm: type[MetaLearner]) -> None:
+    x, y = torch.randint(256, (60, 6), dtype=torch.uint8), torch.arange(60) // 6
+    data = TensorTasks(x, y, ways=2, shots=2, queries=2, meta_batch_size=2, val_tasks=4)
+    learner = algorithm(network=MLP(6, (4,), 2))  # type: ignore[call-arg]
+    trainer(max_steps=2, limit_val_batches=1, precision="64-true").fit(learner, data)
+    assert {p.dtype for p in learner.meta_parameters().values()} == {torch.float64}
+    assert learner.adapt(x[:4], torch.tensor([0, 0, 1, 1])).predict_proba(x[:3]).shape == (3, 2)
+
+
+def test_an_optimizer_s_own_groups_are_kept(mlp: MLP, sinusoid: Sinusoid) -> None:
+    def grouped(params: Any, lr: float) -> torch.optim.Optimizer:
+        first, *others = params
+        return torch.optim.AdamW([{"params": [first], "weight_decay": 0.5, "lr": lr / 10}, {"params": others}], lr=lr)
+
+    learner = MAML(mlp, optimizer=grouped)
+    trainer(max_steps=2, limit_val_batches=0).fit(learner, sinusoid)
+    groups = learner.outer_optimizer().param_groups
+    assert [(group["weight_decay"], group["lr"]) for group in groups] == [(0.5, 0.0001), (0.01, 0.001)]
+
+
+def test_reptile_needs_a_parameter_that_both_loops_move(mlp: MLP) -> None:
+    with pytest.raises(ValueError, match="inner_freeze and outer_freeze must leave Reptile a parameter"):
+        Reptile(mlp, inner_freeze=["features.*"], outer_freeze=["head.*"])
+
+
+def test_a_loss_with_parameters_to_learn_is_refused(mlp: MLP) -> None:
+    with pytest.raises(ValueError, match=r"loss must have no parameters to learn, .* got \['weight'\]"):
+        MAML(mlp, loss=nn.PReLU())

@@ -482,6 +482,15 @@ def test_a_module_in_two_places() -> None:
     assert slope(network, batch, 3, direction) == pytest.approx(along.item(), rel=1e-6, abs=0)
 
 
+def test_tied_weights_beside_a_module_in_two_places() -> None:
+    first, second, activation = nn.Linear(6, 6), nn.Linear(6, 6), nn.Tanh()
+    second.weight = first.weight
+    network = nn.Sequential(first, activation, second, activation, nn.Linear(6, WAYS))
+    batch = classification(6)
+    fomaml, *_ = FOMAML(network, inner_lr=INNER_LR, inner_steps=3).meta_gradient(batch)
+    assert error(fomaml, fomaml_loop(network, batch, 3)) <= EXACT
+
+
 def test_padding_embedding_is_not_adapted() -> None:
     network, batch = Tokens(padding_idx=0), tokens()
     meta_gradient, *_ = MAML(network, inner_lr=INNER_LR, inner_steps=3).meta_gradient(batch)

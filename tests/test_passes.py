@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,14 @@ def test_out_of_memory_halves_the_tasks_of_a_pass_and_the_checkpoint_remembers(
     assert said == [["3"], ["2"]]
     assert_same(ours, expected)
     fit.save_checkpoint(tmp_path / "last.ckpt")
-    again = algorithm.load_from_checkpoint(tmp_path / "last.ckpt", network=network)
-    assert again.tasks_per_pass == 2
+    again = algorithm(network, **{"inner_lr": 0.1, "inner_steps": 3} | options)  # type: ignore[call-arg]
+    batches = DataLoader([classification(3)] * 2, batch_size=None)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Out of memory")
+        resumed = trainer(max_steps=4, limit_val_batches=0, precision="64-true")
+        resumed.fit(again, batches, ckpt_path=tmp_path / "last.ckpt")
+    assert again.tasks_that_fit == 2
+    assert algorithm.load_from_checkpoint(tmp_path / "last.ckpt", network=network).tasks_that_fit is None
 
 
 def test_on_a_cpu_the_caches_bound_a_pass(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from meta_lightning import inner_loop
@@ -52,13 +53,13 @@ class MetaLearner(OuterLoop):
             inner_lr,
             inner_steps,
             test_inner_steps,
-            tasks_per_pass,
-            inner_freeze,
-            outer_freeze,
-            outer_lr,
-            outer_lr_decay,
-            scheduler,
-            max_skipped,
+            tasks_per_pass=tasks_per_pass,
+            inner_freeze=inner_freeze,
+            outer_freeze=outer_freeze,
+            outer_lr=outer_lr,
+            outer_lr_decay=outer_lr_decay,
+            scheduler=scheduler,
+            max_skipped=max_skipped,
         )
         # a configuration describes objects in plain words; from Python they are objects, which a checkpoint that is
         # loaded with weights_only cannot hold. A checkpoint has the weights, and so does not need init_from
@@ -157,7 +158,7 @@ class MetaLearner(OuterLoop):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the algorithm in the checkpoint, and keep how many tasks fit in a pass."""
         checkpoint["algorithm"] = type(self).__name__
-        checkpoint["tasks_per_pass"] = self.tasks_per_pass
+        checkpoint["tasks_that_fit"] = self.tasks_that_fit
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -165,5 +166,6 @@ class MetaLearner(OuterLoop):
         verify_checkpoint(checkpoint, type(self).__name__, self.state_dict())
         self.form = form_of(checkpoint.get("datamodule_hyper_parameters", {}))
         self.description = network_description(checkpoint.get("hyper_parameters", {}))
-        self.tasks_per_pass = self.tasks_per_pass or checkpoint.get("tasks_per_pass")
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:  # elsewhere others may fit
+            self.tasks_that_fit = checkpoint.get("tasks_that_fit")
         super().on_load_checkpoint(checkpoint)

@@ -18,7 +18,7 @@ from meta_lightning.checks import require, require_at_least, require_matches, re
 from meta_lightning.data.form import SampleForm
 from meta_lightning.inner_loop import Adapted, Params
 from meta_lightning.losses import Loss, check_outputs, default_loss
-from meta_lightning.networks import with_batch_statistics
+from meta_lightning.networks import other_names, with_batch_statistics
 from meta_lightning.predictor import Predictor
 from meta_lightning.tasks import Array, TaskBatch, scale_pixels
 
@@ -57,12 +57,15 @@ class Learner(L.LightningModule):
         require_at_least(1, inner_steps=inner_steps, test_inner_steps=test_inner_steps)
         if tasks_per_pass is not None:
             require_at_least(1, tasks_per_pass=tasks_per_pass)
+        learnt = [name for name, p in loss.named_parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
+        require(not learnt, f"loss must have no parameters to learn, which belong into the network, got {learnt}")
         self.network = with_batch_statistics(network)
         self.loss = loss or default_loss
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.test_inner_steps = test_inner_steps
         self.tasks_per_pass = tasks_per_pass
+        self.tasks_that_fit: int | None = None  # in memory, as far as it is known
         names = [name for name, p in network.named_parameters() if p.requires_grad]
         self.inner_frozen = require_matches(names, inner_freeze=inner_freeze)
         self.outer_frozen = require_matches(names, outer_freeze=outer_freeze)
@@ -71,8 +74,7 @@ class Learner(L.LightningModule):
         # cuDNN's kernels have no second derivative, and no first one in evaluation mode
         self.recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
         self.loops_over_tasks = inner_loop.wrong_under_vmap(self.network)
-        places = [module for _, module in self.network.named_modules(remove_duplicate=False)]
-        self.repeats_modules = len(places) > len({*places})
+        self.aliases = other_names(self.network)
         self.outputs_checked = False
         self.form = SampleForm()
         self.description: dict[str, Any] | None = None  # the network in plain words, where a configuration gave it
@@ -119,7 +121,8 @@ class Learner(L.LightningModule):
         tasks, on_cpu = len(parts[0]), parts[0].device.type == "cpu"
         cached = max(1, CACHED_VALUES // max(part[0].numel() for part in parts))
         while True:
-            size = min(self.tasks_per_pass or (cached if on_cpu else tasks), tasks)
+            wanted = self.tasks_per_pass or (cached if on_cpu else tasks)
+            size = min(tasks, wanted, self.tasks_that_fit or tasks)
             parts = [tree_map(operator.itemgetter(slice(i, i + size)), stacked) for i in range(0, tasks, size)]
             try:
                 means, *others = zip(*(function(*part) for part in parts), strict=True)
@@ -127,8 +130,8 @@ class Learner(L.LightningModule):
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
-                self.tasks_per_pass = -(-size // 2)
-                rank_zero_warn(f"Out of memory: from now on at most {self.tasks_per_pass} tasks go in a pass")
+                self.tasks_that_fit = -(-size // 2)
+                rank_zero_warn(f"Out of memory: from now on at most {self.tasks_that_fit} tasks go in a pass")
         if len(parts) == 1:
             return means[0], *(other[0] for other in others)
         weights = [min(size, tasks - i) / tasks for i in range(0, tasks, size)]
@@ -142,9 +145,10 @@ class Learner(L.LightningModule):
     def forward_task(self, params: Params, x: Tensor) -> Tensor:
         """Predictions of one task.  # S ... -> S ..."""
         weights = inner_loop.weights(params)
+        weights |= {alias: weights[name] for alias, name in self.aliases.items() if name in weights}
         with torch.backends.cudnn.flags(enabled=False) if self.recurrent else nullcontext():
-            # for a module that stands in two places torch would restore its parameters in the wrong order
-            predictions: Tensor = functional_call(self.network, weights, (x,), tie_weights=not self.repeats_modules)
+            # torch's own tying restores the parameters of a module that stands in two places in the wrong order
+            predictions: Tensor = functional_call(self.network, weights, (x,), tie_weights=False)
         return predictions
 
     def forward_queries(self, params: Params, support_x: Tensor, query_x: Tensor, transductive: bool = True) -> Tensor:

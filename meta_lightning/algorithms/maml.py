@@ -24,7 +24,7 @@ from meta_lightning.inner_loop import (
     vector_jacobian,
 )
 from meta_lightning.losses import Loss, score
-from meta_lightning.outer_loop import Decay, Scheduler
+from meta_lightning.outer_loop import Decay, Scheduler, options_of
 from meta_lightning.tasks import TaskBatch, as_task_batch
 
 # parameters and learning rate; called so, an optimizer's first two arguments are not options of the command line
@@ -53,8 +53,9 @@ class MAML(MetaLearner):
         gradient_clip_algorithm: Clip the meta-gradient's norm, or each of its values.
         recompute_inner_steps: Recompute each inner step on the way back instead of keeping the graph of all of them:
             exact, more time, and memory that does not grow with ``inner_steps``.
-        tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time and memory.
-            Default: on a CPU as many as its caches hold, elsewhere all; fewer after running out of memory.
+        tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time, memory and the
+            draws of dropout. Default: on a CPU as many as its caches hold, elsewhere all; fewer after running out of
+            memory.
         transductive: Whether evaluation sends a task's queries forward together, so that batch norm takes their common
             statistics, or each alone with the support set.
         scheduler: Makes a learning-rate schedule of an optimizer, in the place of ``outer_lr_decay``: any of
@@ -64,8 +65,8 @@ class MAML(MetaLearner):
             (BOIL, Oh et al., 2021, https://arxiv.org/abs/2008.08882).
         outer_freeze: Parameters that outer steps leave as they are, likewise.
         init_from: A checkpoint, of any algorithm, whose network's weights to start from.
-        max_skipped: Meta-iterations in a row that may be skipped since their update is not finite; one more ends
-            training.
+        max_skipped: Meta-iterations in a row that may be skipped since their update is not finite; with more of them
+            training ends, at the next log interval.
         learn_inner_lr: Learn an inner rate for every number of θ, beginning at ``inner_lr``, with θ and as θ is learnt
             (Meta-SGD, Li et al., 2017, https://arxiv.org/abs/1707.09835).
 
@@ -103,15 +104,15 @@ class MAML(MetaLearner):
             inner_lr,
             inner_steps,
             test_inner_steps,
-            outer_lr,
-            outer_lr_decay,
-            tasks_per_pass,
-            transductive,
-            scheduler,
-            inner_freeze,
-            outer_freeze,
-            init_from,
-            max_skipped,
+            outer_lr=outer_lr,
+            outer_lr_decay=outer_lr_decay,
+            tasks_per_pass=tasks_per_pass,
+            transductive=transductive,
+            scheduler=scheduler,
+            inner_freeze=inner_freeze,
+            outer_freeze=outer_freeze,
+            init_from=init_from,
+            max_skipped=max_skipped,
         )
         if gradient_clip_val is not None:
             require_positive(gradient_clip_val=gradient_clip_val)
@@ -158,11 +159,11 @@ class MAML(MetaLearner):
 
     def adapt_and_pull_back(self, theta: Params, support: Support) -> tuple[Params, Callable[[Params], Params]]:
         """θ' of every task, and ``v ↦ vᵀ ∂θ'/∂θ``, which takes a gradient at θ' back to θ."""
-        if self.recompute_inner_steps:
+        if self.second_order and self.recompute_inner_steps:
             losses, (optimizer, _) = self.support_losses(support), self.inner_optimizer()
             adapted, pull_back = adapt_recomputing(losses, theta, len(support), optimizer, self.adapted(theta))
             return adapted.params, pull_back
-        adapted = self.adapt_tasks(theta, support, create_graph=True)
+        adapted = self.adapt_tasks(theta, support, create_graph=self.second_order)
         return adapted.params, lambda v: vector_jacobian(adapted.params, theta, v)
 
     def outer_step(self, meta_gradient: Params) -> None:
@@ -181,6 +182,8 @@ class MAML(MetaLearner):
     def configure_optimizers(self) -> Optimizer:
         """The outer optimizer over what is learnt."""
         optimizer = self.optimizer(self.learned(self.meta_parameters()).values(), self.outer_lr)
-        if self.device.type == "cuda" and "capturable" in optimizer.defaults:
-            optimizer.defaults["capturable"] = True  # counts its steps on the device, as undone_unless needs it
+        for group in optimizer.param_groups:
+            if self.device.type == "cuda" and "capturable" in group:
+                group["capturable"] = True  # counts its steps on the device, as undone_unless needs it
+        self.outer_options = [options_of(group) for group in optimizer.param_groups]
         return optimizer

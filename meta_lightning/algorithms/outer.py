@@ -53,6 +53,7 @@ class OuterLoop(Learner, ABC):
         self.outer_lr_decay: Decay = outer_lr_decay
         self.scheduler = scheduler
         self.schedule: LRScheduler
+        self.outer_options: list[dict[str, Any]] = []  # of the optimizer's groups, as it was made
         self.max_skipped = max_skipped
         self.skipped: Tensor
         self.skipped_in_a_row: Tensor
@@ -84,7 +85,7 @@ class OuterLoop(Learner, ABC):
         """Let the arguments beat what a resumed checkpoint says of the optimizer, and go on with the schedule."""
         optimizer = self.outer_optimizer().optimizer
         scheduler = self.scheduler or (lambda optimizer: LambdaLR(optimizer, self.outer_lr_factor))
-        self.schedule = schedule_from(scheduler, optimizer, self.outer_lr, self.global_step)
+        self.schedule = schedule_from(scheduler, optimizer, self.outer_options, self.global_step)
         optimizer.load_state_dict(optimizer.state_dict())  # which puts its tensors where its options want them
 
     def on_train_batch_start(self, batch: TaskBatch, batch_idx: int) -> None:
@@ -92,7 +93,8 @@ class OuterLoop(Learner, ABC):
         # on the CPU, where nobody waits for it
         self.log("train/outer_lr", torch.tensor(self.outer_optimizer().param_groups[0]["lr"]))
         if not self.gradients_checked:
-            unused = self.without_gradient(as_task_batch(batch))
+            with self.trainer.precision_plugin.forward_context():
+                unused = self.without_gradient(as_task_batch(batch))
             if unused:
                 rank_zero_warn(
                     f"The loss does not depend on these parameters, which get no gradient: {', '.join(unused)}"

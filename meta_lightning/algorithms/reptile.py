@@ -44,8 +44,9 @@ class Reptile(MetaLearner):
         inner_batch_size: Support samples an inner step in training, from a reshuffled cycle through the support set;
             None takes all of them in every step.
         test_inner_batch_size: The same in validation, test and prediction.
-        tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time and memory.
-            Default: on a CPU as many as its caches hold, elsewhere all; fewer after running out of memory.
+        tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time, memory and the
+            draws of dropout. Default: on a CPU as many as its caches hold, elsewhere all; fewer after running out of
+            memory.
         optimizer: Not accepted: Reptile's outer loop is an interpolation.
         transductive: Whether evaluation sends a task's queries forward together, so that batch norm takes their common
             statistics, or each alone with the support set.
@@ -56,8 +57,8 @@ class Reptile(MetaLearner):
             (BOIL, Oh et al., 2021, https://arxiv.org/abs/2008.08882).
         outer_freeze: Parameters that outer steps leave as they are, likewise.
         init_from: A checkpoint, of any algorithm, whose network's weights to start from.
-        max_skipped: Meta-iterations in a row that may be skipped since their update is not finite; one more ends
-            training.
+        max_skipped: Meta-iterations in a row that may be skipped since their update is not finite; with more of them
+            training ends, at the next log interval.
 
     Raises:
         InputError: If an argument is outside its range, or an optimizer is given.
@@ -96,15 +97,20 @@ class Reptile(MetaLearner):
             inner_lr,
             inner_steps,
             test_inner_steps,
-            outer_lr,
-            outer_lr_decay,
-            tasks_per_pass,
-            transductive,
-            scheduler,
-            inner_freeze,
-            outer_freeze,
-            init_from,
-            max_skipped,
+            outer_lr=outer_lr,
+            outer_lr_decay=outer_lr_decay,
+            tasks_per_pass=tasks_per_pass,
+            transductive=transductive,
+            scheduler=scheduler,
+            inner_freeze=inner_freeze,
+            outer_freeze=outer_freeze,
+            init_from=init_from,
+            max_skipped=max_skipped,
+        )
+        require(
+            bool(self.learned(self.adapted(self.meta_parameters()))),
+            "inner_freeze and outer_freeze must leave Reptile a parameter that both loops move, got "
+            f"{inner_freeze} and {outer_freeze}",
         )
         require(outer_lr <= 1, f"outer_lr must be in (0, 1]: it is Reptile's interpolation ε, got {outer_lr}")
         require_choice(("sgd", "adam"), inner_optimizer=inner_optimizer)
@@ -131,8 +137,8 @@ class Reptile(MetaLearner):
         """One meta-iteration: adapt to every task, then move θ towards the tasks' mean."""
         batch = as_task_batch(batch)
         support = self.inner_batches(batch.support_x, batch.support_y, self.inner_steps)
-        mean, losses = self.in_passes(self.adapt_pass, support)
-        self.outer_step(*mean)
+        means, losses = self.in_passes(self.adapt_pass, support)
+        self.outer_step(*means)
         return self.log_training(losses, {})
 
     def adapt_pass(self, support: Support) -> tuple[list[Params], Tensor]:
@@ -147,8 +153,9 @@ class Reptile(MetaLearner):
         """θ ← θ + ε mean_i (θ'_i − θ), the mean over the tasks of all ranks; no optimizer."""
         theta, (mean, *moments) = self.meta_parameters(), [self.mean_over_ranks(values) for values in means]
         with self.outer_iteration((mean, moments)) as stand_in:
+            epsilon = stand_in.param_groups[0]["lr"]
             for name, target in mean.items():
-                theta[name].lerp_(target, stand_in.param_groups[0]["lr"])
+                theta[name].lerp_(target, epsilon)
             if self.moments is not None:
                 self.moments.store(self.moments.step + self.inner_steps, *moments)
             stand_in.step()  # moves nothing, and counts global_step
@@ -173,8 +180,9 @@ class Reptile(MetaLearner):
         rounds = -(-steps * size // S)
         # of the step alone, so that a resumed run draws what comes next, and evaluation the same each time; and for the
         # tasks of all ranks, of which each has every R-th, so that they draw what one process does
+        step = self.global_step if self.training else 0
         R = self._trainer.world_size if self._trainer else 1
-        seed = np.random.SeedSequence((torch.initial_seed(), self.global_step))
+        seed = np.random.SeedSequence((torch.initial_seed(), step))
         generator = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
         order = torch.rand(T * R, rounds, S, generator=generator)[self.global_rank :: R].argsort(-1)
         order = order.flatten(1).to(x.device)  # T rounds*S
@@ -187,6 +195,7 @@ class Reptile(MetaLearner):
     def on_train_start(self) -> None:
         """Let the stand-in that Lightning gives without an optimizer hold ε, for schedules and their monitors."""
         self.outer_optimizer().param_groups.append({"params": []})
+        self.outer_options = [{"lr": self.outer_lr}]
         super().on_train_start()
 
 
