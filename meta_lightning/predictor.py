@@ -65,7 +65,10 @@ class Predictor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of samples, or regressed values.  # S ... -> S N"""
-        outputs: Tensor = self.network(self.form.network_input(x))
+        inputs = self.form.network_input(x)
+        if inputs.is_floating_point():  # of any precision, also that of a network trained in another
+            inputs = inputs.to(next(self.network.parameters()).dtype)
+        outputs: Tensor = self.network(inputs)
         return outputs if self.class_names is None else outputs[:, : len(self.class_names)]
 
     @torch.no_grad()
