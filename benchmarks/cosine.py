@@ -49,7 +49,7 @@ def updates(network: nn.Module, batch: TaskBatch, inner_lr: float, inner_steps: 
 
 
 def measure(network: nn.Module, batches: list[TaskBatch], inner_lr: float, inner_steps: int) -> Any:
-    """Each pair's cosine, the half-width of its 95 % interval, and each update's cosine with that of other tasks.  # 3 3 3
+    """Each pair's cosine with the half-width of its interval, and each update's with that of other tasks.  # 3, 3, 3
 
     The interval is the jackknife's over batches: a bootstrap repeats batches, and the noise that this adds to both
     vectors lowers their cosine. The last is between the two halves of the tasks: near 0 an update is mostly noise.

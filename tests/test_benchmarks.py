@@ -154,11 +154,11 @@ def test_a_sweep_goes_on_and_shows_in_hparams(benchmark: Any) -> None:
 def test_the_updates_that_are_compared(benchmark: Any, mlp: MLP, sinusoid: Sinusoid) -> None:
     cosine = benchmark("cosine")
     batches = [sinusoid.task_set("train").batch(range(i, i + 4)) for i in (0, 4)]
-    maml, fomaml, reptile = cosine.updates(mlp, batches[0], inner_lr=0.1, inner_steps=1)
+    maml, fomaml, reptile = cosine.updates(mlp, batches[0], inner_lr=1e-3, inner_steps=1)
     losses = [(mlp(x) - y).square().mean() for x, y in zip(*batches[0][:2], strict=True)]
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(torch.stack(losses).mean(), [*mlp.parameters()])])
-    torch.testing.assert_close(reptile.float(), 0.1 * gradient, rtol=1e-4, atol=1e-6)  # joint training
-    assert 0.1 < torch.cosine_similarity(maml, fomaml, dim=0) < 0.9999
+    torch.testing.assert_close(reptile.float(), 1e-3 * gradient, rtol=1e-3, atol=1e-6)  # joint training
+    assert 0.99 < torch.cosine_similarity(maml, fomaml, dim=0) < 1  # Finn et al., 2017, section 5.2
 
     batches.append(sinusoid.task_set("train").batch(range(8, 12)))
     found, ci95, halves = cosine.measure(mlp, batches, inner_lr=0.1, inner_steps=2)
