@@ -4,7 +4,7 @@
 
 Reptile's update is θ'−θ averaged over tasks; its negative is compared with the meta-gradients of the same tasks at the
 same θ, all as one vector over all parameters: of a checkpoint, and of a random initialisation of its network. Each
-vector is a mean over the tasks; the interval is a bootstrap's over batches of 8. It writes docs/images/cosine.png and
+vector is a mean over the tasks; the interval is a jackknife's over batches of 8. It writes docs/images/cosine.png and
 benchmarks/results/cosine.json, of which benchmarks/tables.py makes the guide's table.
 """
 
@@ -16,7 +16,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from meta_lightning.tasks import as_task_batch
 INNER_LRS = (0.001, 0.01, 0.05, 0.2, 0.4)
 INNER_STEPS = (1, 2, 5, 10)
 SHOWN = (0.01, 0.2)
+ALGORITHMS = ("MAML", "FOMAML", "Reptile")
 PAIRS = {"FOMAML, MAML": (1, 0), "Reptile, FOMAML": (2, 1), "Reptile, MAML": (2, 0)}
 BATCH = 8
 
@@ -49,20 +49,21 @@ def updates(network: nn.Module, batch: TaskBatch, inner_lr: float, inner_steps: 
 
 
 def measure(network: nn.Module, batches: list[TaskBatch], inner_lr: float, inner_steps: int) -> Any:
-    """Each pair's cosine, and the ends of its 95 % interval.  # 3, 2 3
+    """Each pair's cosine with the half-width of its interval, and each update's with that of other tasks.  # 3, 3, 3
 
-    And the cosine of MAML's gradient of one half of the tasks with that of the other: what chance leaves of it.
+    The interval is the jackknife's over batches: a bootstrap repeats batches, and the noise that this adds to both
+    vectors lowers their cosine. The last is between the two halves of the tasks: near 0 an update is mostly noise.
     """
     each = torch.stack([updates(network, batch, inner_lr, inner_steps) for batch in batches])
-    # a resampling needs the inner products of the batches' vectors only, not the vectors
-    gram = torch.einsum("aip,bjp->abij", each, each)
-    drawn = np.random.default_rng(0).multinomial(len(each), np.full(len(each), 1 / len(each)), 1000)
-    weights = torch.from_numpy(np.concatenate([np.ones((1, len(each))), drawn]))  # the first takes all once
+    # to leave a batch out needs the inner products of the batches' vectors only, not the vectors
+    n, gram = len(each), torch.einsum("aip,bjp->abij", each, each)
+    weights = torch.cat([torch.ones(1, n), 1 - torch.eye(n)]).double()  # the first takes all, each other all but one
     inner = torch.einsum("ra,rb,abij->rij", weights, weights, gram)
     lengths = inner.diagonal(dim1=1, dim2=2).sqrt()
     found = torch.stack([inner[:, a, b] / (lengths[:, a] * lengths[:, b]) for a, b in PAIRS.values()], -1)
-    halves = torch.cosine_similarity(each[::2, 0].mean(0), each[1::2, 0].mean(0), dim=0)
-    return found[0], torch.quantile(found[1:], torch.tensor([0.025, 0.975]).double(), 0), float(halves)
+    deviation = ((n - 1) * found[1:].var(0, correction=0)).sqrt()
+    halves = torch.cosine_similarity(each[::2].mean(0), each[1::2].mean(0), dim=-1)
+    return found[0], 1.96 * deviation, halves
 
 
 def draw(points: list[dict[str, Any]], tasks: int, path: Path) -> None:
@@ -73,12 +74,10 @@ def draw(points: list[dict[str, Any]], tasks: int, path: Path) -> None:
         for column, steps in enumerate(INNER_STEPS):
             mine = [point for point in points if point["inner_steps"] == steps]
             for start, style in (("trained", "o-"), ("random", "s:")):
-                values = np.array([point["cosines"][pair][start] for point in mine])
-                ends = np.array([point["intervals"][pair][start] for point in mine]).T
                 axes.errorbar(
                     [point["inner_lr"] for point in mine],
-                    values,
-                    np.abs(ends - values),
+                    [point["cosines"][pair][start] for point in mine],
+                    [point["ci95"][pair][start] for point in mine],
                     fmt=style,
                     markersize=4,
                     capsize=2,
@@ -95,6 +94,7 @@ def draw(points: list[dict[str, Any]], tasks: int, path: Path) -> None:
 
 
 def main(ckpt_path: str, tasks: int) -> None:
+    record: dict[str, Any] = {"commit": commit(), "versions": versions(), "machine": machine(torch.device("cpu"))}
     learner = load_learner(ckpt_path)
     torch.manual_seed(0)
     fresh = copy.deepcopy(learner.network)
@@ -107,18 +107,19 @@ def main(ckpt_path: str, tasks: int) -> None:
     batches = [as_task_batch(tasks_of.batch(range(i, i + BATCH))) for i in range(0, tasks, BATCH)]
     points: list[dict[str, Any]] = []
     for inner_lr, inner_steps in product(INNER_LRS, INNER_STEPS):
-        point: dict[str, Any] = {"inner_lr": inner_lr, "inner_steps": inner_steps, "halves": {}}
-        point |= {"cosines": {pair: {} for pair in PAIRS}, "intervals": {pair: {} for pair in PAIRS}}
+        point: dict[str, Any] = {"inner_lr": inner_lr, "inner_steps": inner_steps}
+        point |= {"cosines": {pair: {} for pair in PAIRS}, "ci95": {pair: {} for pair in PAIRS}}
+        point |= {"halves": {name: {} for name in ALGORITHMS}}
         for start, network in (("trained", learner.network), ("random", fresh)):
-            found, ends, point["halves"][start] = measure(network, batches, inner_lr, inner_steps)
-            for i, pair in enumerate(PAIRS):
+            found, ci95, halves = measure(network, batches, inner_lr, inner_steps)
+            for i, (pair, name) in enumerate(zip(PAIRS, ALGORITHMS, strict=True)):
                 point["cosines"][pair][start] = float(found[i])
-                point["intervals"][pair][start] = ends[:, i].tolist()
+                point["ci95"][pair][start] = float(ci95[i])
+                point["halves"][name][start] = float(halves[i])
         points.append(point)
         print(inner_lr, inner_steps, point["cosines"], point["halves"], flush=True)
     root = Path(__file__).parents[1]
     draw(points, tasks, root / "docs" / "images" / "cosine.png")
-    record: dict[str, Any] = {"commit": commit(), "versions": versions(), "machine": machine(torch.device("cpu"))}
     record |= {"tasks": tasks, "shown": SHOWN, "points": points}
     (root / "benchmarks" / "results" / "cosine.json").write_text(json.dumps(record))
 

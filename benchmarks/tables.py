@@ -49,8 +49,9 @@ Result = dict[str, Any]
 
 
 def load(folder: Path) -> list[Result]:
-    """The results in a folder, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))]
+    """The results of runs in a folder, in the order of their names."""
+    contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [result for result in contents if "tests" in result]
 
 
 def to_come(command: str) -> str:
@@ -59,7 +60,12 @@ def to_come(command: str) -> str:
 
 def runs_of(results: Sequence[Result], name: str) -> list[Result]:
     """The seeds of a run."""
-    return [result for result in results if re.fullmatch(rf"{re.escape(name)}-seed\d+", result["name"])]
+    return [result for result in results if base(result) == name]
+
+
+def base(result: Result) -> str:
+    """A run's name without its seed."""
+    return re.sub(r"-seed\d+$", "", result["name"])
 
 
 def mean_of(runs: Sequence[Result], kind: str, metric: str, unit: float, digits: int) -> str:
@@ -73,16 +79,19 @@ def mean_of(runs: Sequence[Result], kind: str, metric: str, unit: float, digits:
 
 def training_of(runs: Sequence[Result]) -> list[str]:
     """How a run was trained: meta-iterations, minutes, device, seeds."""
-    fits = [run["fit"] for run in runs]
+    fits = [run["fit"] for run in runs if run["fit"]]
+    if not fits:  # a checkpoint that was there
+        return ["", "", "", ""]
     minutes = fmean(fit["train_seconds"] for fit in fits) / 60
     return [f"{fits[0]['steps']:,}", f"{minutes:,.1f}", fits[0]["machine"]["device"], str(len(runs))]
 
 
 def published(results: Sequence[Result]) -> str:
-    """Omniglot and mini-ImageNet beside the papers' figures."""
+    """Classification with both kinds of evaluation, Omniglot and mini-ImageNet beside the papers' figures."""
+    others = {base(result): ("", None) for result in results if "transductive-1" in result["tests"]}
     heads = ["", "paper", "1 query", "15 queries", "paper, alone", "1 query, alone", "15 queries, alone"]
     rows = []
-    for name, (transductive, alone) in PUBLISHED.items():
+    for name, (transductive, alone) in (PUBLISHED | {n: f for n, f in others.items() if n not in PUBLISHED}).items():
         if runs := runs_of(results, name):
             cells = [
                 mean_of(runs, f"{kind}-{queries}", "accuracy", 100, 2)
@@ -115,7 +124,7 @@ def comparison(folder: Path) -> str:
     results = load(folder / "results")
     order = [name for name in ("MAML", "FOMAML", "Reptile") if any(r["name"].startswith(f"{name}-") for r in results)]
     if not order:
-        return to_come(f"python -m meta_lightning compare --config maml.yaml --out {folder.relative_to(ROOT)}")
+        return to_come("python -m meta_lightning compare --config maml.yaml --out benchmarks/results/compare")
     fit = next(result["fit"] for result in results if result["fit"])
     said = f"{fit['steps']:,} meta-iterations, on {fit['machine']['processor']}, {fit['machine']['device']}.\n"
     return f"{markdown(cells_of(summarise(results, order)))}\n{said}"
@@ -130,12 +139,22 @@ def cosine(folder: Path) -> str:
     pairs = list(measured["points"][0]["cosines"])
     rows = [
         [start, f"{point['inner_lr']:g}", str(point["inner_steps"])]
-        + [f"{point['cosines'][pair][start]:.2f}" for pair in pairs]
+        + [f"{point['cosines'][pair][start]:.2f} ± {point['ci95'][pair][start]:.2f}" for pair in pairs]
+        + [f"{of_algorithm[start]:.2f}" for of_algorithm in point["halves"].values()]
         for start in ("trained", "random")
         for point in measured["points"]
         if point["inner_lr"] in measured["shown"]
     ]
-    return markdown([["θ", "α", "K", *pairs], *rows])
+    halves = [f"{name}, other tasks" for name in measured["points"][0]["halves"]]
+    return markdown([["θ", "α", "K", *pairs, *halves], *rows])
+
+
+def scaling(folder: Path) -> str:
+    """Time and memory against tasks, steps, ways and image size, as benchmarks/scaling.py printed them."""
+    path = folder / "scaling.md"
+    return (
+        path.read_text() if path.exists() else to_come("python benchmarks/scaling.py > benchmarks/results/scaling.md")
+    )
 
 
 def tables(results: Path = RESULTS) -> dict[str, str]:
@@ -145,6 +164,7 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
         "published": lambda: published(runs),
         "sinusoid": lambda: sinusoid(runs),
         "comparison": lambda: comparison(results / "compare"),
+        "scaling": lambda: scaling(results),
         "cosine": lambda: cosine(results),
     }
     return {name: make() for name, make in makers.items()}

@@ -54,7 +54,11 @@ def cells_of(rows: Sequence[Row]) -> list[list[str]]:
         f"{rows[0].metric} before{unit}": [f"{row.before:.{digits}f} ± {row.before_ci95:.{digits}f}" for row in rows],
         f"after{unit}": [
             f"{row.after:.{digits}f} ± {row.after_ci95:.{digits}f}"
-            + (f" ({row.after_relative:+.{digits}f})".replace("-", "−") if row.after_relative else "")
+            + (
+                f" ({row.after_relative:+.{digits}f})".replace("-", "−")
+                if round(row.after_relative or 0, digits)
+                else ""
+            )
             for row in rows
         ],
         "training, s": [shown(row.seconds, 1, row.seconds_relative) for row in rows],
