@@ -154,6 +154,23 @@ def test_runs_of_other_settings_are_neither_taken_nor_replaced_unasked(glyphs: A
         main([*compare, "--max_steps", "2"])
 
 
+@pytest.mark.usefixtures("glyphs")
+def test_a_cell_of_the_grid_that_diverges_is_not_near_the_best(
+    launched: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = runs.launch
+    monkeypatch.setattr(runs, "launch", lambda args: 1 if "-grid2" in " ".join(args) else launch(args))
+    main([*COMPARE, "--algorithms", "FOMAML", "--grid", "1"])
+    assert 0 < float(table()[-1]["near_best"]) <= 6 / 9 + 1e-9
+    assert Path("out/comparison.html").read_text().count("fit ended with exit status 1") == 3
+
+
+def test_where_everything_fails_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "launch", lambda args: 1)
+    with pytest.raises(SystemExit, match="untrained-seed0: test ended with exit status 1; MAML-seed0: fit ended"):
+        main(COMPARE)
+
+
 @pytest.mark.usefixtures("launched")
 def test_an_interrupted_comparison_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(args: Sequence[str]) -> int:
