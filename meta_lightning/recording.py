@@ -104,6 +104,7 @@ class RunRecord(SaveConfigCallback):
 
     def write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the record, whole or not at all."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # which all processes have to ask for
         if not trainer.is_global_zero:
             return
         config = json.loads(self.parser.dump(self.config, format="json"))
@@ -122,8 +123,7 @@ class RunRecord(SaveConfigCallback):
             "config": config,
             "curves": curves(trainer),
         }
-        path = Path(trainer.log_dir or trainer.default_root_dir) / ("fit.json" if self.fitting else "test.json")
-        with written_whole(path) as part:
+        with written_whole(folder / ("fit.json" if self.fitting else "test.json")) as part:
             part.write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
 
 
