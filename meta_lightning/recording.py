@@ -105,8 +105,12 @@ class RunRecord(SaveConfigCallback):
     def write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the record, whole or not at all."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # which all processes have to ask for
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero:
+            self.write_into(folder, trainer, pl_module)
+        trainer.strategy.barrier("record")  # none leaves the others while the first one writes
+
+    def write_into(self, folder: Path, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the record into a folder."""
         config = json.loads(self.parser.dump(self.config, format="json"))
         tasks = self.counts.get("steps", 0) * getattr(trainer, "datamodule").meta_batch_size  # noqa: B009
         seconds = self.counts.get("train_seconds")
