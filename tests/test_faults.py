@@ -54,7 +54,9 @@ def test_a_disk_that_takes_no_more_of_a_file(kilobytes: int, tmp_path: Path) -> 
     """The operating system refuses: the first limit is met by the logs, the second by the checkpoint."""
     main(["fit", *SINUSOID])
     before = {path: path.read_bytes() for path in (LAST, PREVIOUS)}
+    # with the dashboard's pictures the logs would meet the second limit as well
     command = [sys.executable, "-m", "meta_lightning", "fit", *SINUSOID, "--ckpt_path", "last"]
+    command += ["--dashboard.enabled", "false"]
     limit = (kilobytes * 1024,) * 2
     run = subprocess.run(
         [*command, "--trainer.max_steps", "60"],
@@ -65,7 +67,8 @@ def test_a_disk_that_takes_no_more_of_a_file(kilobytes: int, tmp_path: Path) -> 
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
     )
     assert run.returncode == 1
-    assert re.search(r"^error: .*File too large", run.stderr, re.MULTILINE), run.stderr
+    # within a line too: at the first limit TensorBoard's own thread writes its traceback meanwhile
+    assert re.search(r"\berror: .*File too large", run.stderr), run.stderr
     assert {path: path.read_bytes() for path in before} == before
     assert not list(tmp_path.rglob("*.part"))
 
