@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from workloads import ALGORITHMS, Workload, interleaved, ours, peak_memory
 
+from meta_lightning.hardware import keep_freed_memory
+
 BASE = Workload("base", tasks=4, shots=1, size=28, filters=32, queries=5)
 AXES = {
     "tasks": [1, 4, 16, 64, 256],
@@ -77,6 +79,8 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scaling"))
     parser.add_argument("--point", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.device == "cpu":
+        keep_freed_memory()  # as fit does; the peers have it too
     if arguments.point:
         variant, *fields = json.loads(arguments.point)
         print(json.dumps(measure(variant, Workload(*fields), arguments.device)))

@@ -59,7 +59,7 @@ def ours(algorithm: str, workload: Workload, device: str = "cpu", **options: Any
 
     def update() -> Params:
         support = learner.inner_batches(batch.support_x, batch.support_y, learner.inner_steps)
-        return learner.in_passes(learner.adapt_pass, support)[0][0]
+        return learner.in_passes(learner.compiled(learner.adapt_pass), support)[0][0]
 
     return update
 

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from meta_lightning import inner_loop
 from meta_lightning.adaptation import adapt_learner
 from meta_lightning.checks import require, require_at_least, require_matches, require_positive
+from meta_lightning.compiling import CompiledPasses, Pass
 from meta_lightning.data.form import SampleForm
 from meta_lightning.inner_loop import Adapted, Params
 from meta_lightning.losses import Loss, check_outputs, default_loss
@@ -48,6 +50,7 @@ class Learner(L.LightningModule):
         inner_steps: int,
         test_inner_steps: int | None,
         tasks_per_pass: int | None,
+        compile_passes: bool,
         inner_freeze: Sequence[str],
         outer_freeze: Sequence[str],
     ) -> None:
@@ -66,6 +69,7 @@ class Learner(L.LightningModule):
         self.test_inner_steps = test_inner_steps
         self.tasks_per_pass = tasks_per_pass
         self.tasks_that_fit: int | None = None  # in memory, as far as it is known
+        self.compiled_passes = CompiledPasses() if compile_passes else None
         names = [name for name, p in network.named_parameters() if p.requires_grad]
         self.inner_frozen = require_matches(names, inner_freeze=inner_freeze)
         self.outer_frozen = require_matches(names, outer_freeze=outer_freeze)
@@ -106,6 +110,14 @@ class Learner(L.LightningModule):
                 rank_zero_warn(f"The tasks run one after another, since vmap refuses the network or loss: {refusal}")
                 return result
         return inner_loop.one_by_one(function, *stacked)
+
+    def compiled(self, function: Pass) -> Pass:
+        """The pass, compiled where that is asked for."""
+        if self.compiled_passes is None:
+            return function
+        # what callbacks change in the middle of a training
+        key = (function.__name__, self.training, self.inner_lr, *self.meta_parameters())
+        return partial(self.compiled_passes.run, function, key)
 
     def in_passes(self, function: Callable[..., tuple[Any, ...]], *stacked: Any) -> tuple[Any, ...]:
         """A function of a meta-batch, of ``tasks_per_pass`` tasks at a time; out of memory halves that, which it says.

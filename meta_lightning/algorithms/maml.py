@@ -10,7 +10,7 @@ from torch.optim import Adam, Optimizer
 from meta_lightning import inner_loop
 from meta_lightning.algorithms.base import MetaLearner
 from meta_lightning.algorithms.learner import Support
-from meta_lightning.checks import require_choice, require_positive
+from meta_lightning.checks import require, require_choice, require_positive
 from meta_lightning.inner_loop import (
     RATES,
     MetaSGD,
@@ -56,6 +56,9 @@ class MAML(MetaLearner):
         tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time, memory and the
             draws of dropout. Default: on a CPU as many as its caches hold, elsewhere all; fewer after running out of
             memory.
+        compile_passes: Compile the passes of training with ``torch.compile``: the same result to rounding, in less time
+            once compiled, which takes a minute or two and a C++ compiler, on a GPU Triton. What the passes take from
+            Python, such as branches of the network, is as it was when they were compiled.
         transductive: Whether evaluation sends a task's queries forward together, so that batch norm takes their common
             statistics, or each alone with the support set.
         scheduler: Makes a learning-rate schedule of an optimizer, in the place of ``outer_lr_decay``: any of
@@ -90,6 +93,7 @@ class MAML(MetaLearner):
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         recompute_inner_steps: bool = False,
         tasks_per_pass: int | None = None,
+        compile_passes: bool = False,
         transductive: bool = True,
         scheduler: Scheduler | None = None,
         inner_freeze: Sequence[str] = (),
@@ -107,6 +111,7 @@ class MAML(MetaLearner):
             outer_lr=outer_lr,
             outer_lr_decay=outer_lr_decay,
             tasks_per_pass=tasks_per_pass,
+            compile_passes=compile_passes,
             transductive=transductive,
             scheduler=scheduler,
             inner_freeze=inner_freeze,
@@ -116,6 +121,11 @@ class MAML(MetaLearner):
         )
         if gradient_clip_val is not None:
             require_positive(gradient_clip_val=gradient_clip_val)
+        require(
+            not (compile_passes and recompute_inner_steps),
+            "compile_passes must be left out with recompute_inner_steps, whose second run of a step has to draw what "
+            "the first drew, got both",
+        )
         require_choice(("norm", "value"), gradient_clip_algorithm=gradient_clip_algorithm)
         self.optimizer = optimizer
         self.gradient_clip_val = gradient_clip_val
@@ -144,7 +154,9 @@ class MAML(MetaLearner):
     def meta_gradient(self, batch: TaskBatch) -> tuple[Params, Tensor, Tensor]:
         """``∇_θ mean_i L_query,i(θ'_i(θ))``, with the query losses and predictions of the tasks.  # ..., T, T R ..."""
         support = self.inner_batches(batch.support_x, batch.support_y, self.inner_steps)
-        meta_gradient, losses, predictions = self.in_passes(self.pass_gradient, support, batch.query_x, batch.query_y)
+        meta_gradient, losses, predictions = self.in_passes(
+            self.compiled(self.pass_gradient), support, batch.query_x, batch.query_y
+        )
         return meta_gradient, losses, predictions
 
     def pass_gradient(self, support: Support, query_x: Tensor, query_y: Tensor) -> tuple[Params, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from meta_lightning.algorithms.learner import Learner
 from meta_lightning.checks import require, require_at_least, require_choice, require_positive
-from meta_lightning.hardware import require_precision, require_whole_network
+from meta_lightning.hardware import keep_freed_memory, require_precision, require_whole_network
 from meta_lightning.losses import Loss
 from meta_lightning.outer_loop import DECAYS, Decay, Scheduler, is_finite, schedule_from, undone_unless
 from meta_lightning.tasks import TaskBatch, as_task_batch
@@ -35,6 +35,7 @@ class OuterLoop(Learner, ABC):
         inner_steps: int,
         test_inner_steps: int | None,
         tasks_per_pass: int | None,
+        compile_passes: bool,
         inner_freeze: Sequence[str],
         outer_freeze: Sequence[str],
         outer_lr: float,
@@ -43,7 +44,15 @@ class OuterLoop(Learner, ABC):
         max_skipped: int,
     ) -> None:
         super().__init__(
-            network, loss, inner_lr, inner_steps, test_inner_steps, tasks_per_pass, inner_freeze, outer_freeze
+            network,
+            loss,
+            inner_lr,
+            inner_steps,
+            test_inner_steps,
+            tasks_per_pass=tasks_per_pass,
+            compile_passes=compile_passes,
+            inner_freeze=inner_freeze,
+            outer_freeze=outer_freeze,
         )
         require_positive(outer_lr=outer_lr)
         require_at_least(0, max_skipped=max_skipped)
@@ -73,6 +82,8 @@ class OuterLoop(Learner, ABC):
 
     def on_fit_start(self) -> None:
         """Refuse what cannot work, before anything is trained."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
         require(
             self.scheduler is not None
             or self.outer_lr_decay == "constant"
