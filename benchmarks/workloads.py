@@ -1,6 +1,5 @@
 """What the benchmarks of speed and memory run: tasks, networks, and each peer's meta-gradient or Reptile update."""
 
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -210,13 +209,19 @@ def interleaved(steps: dict[str, Step], repeats: int, device: str) -> dict[str, 
 
 
 def peak_memory(step: Step, device: str) -> float:
-    """MB that the step needs at its height: CUDA's allocated, or this fresh process's resident less before."""
+    """MB that the step needs at its height: CUDA's allocated, or this fresh process's resident less before (Linux)."""
     if device == "cuda":
         step()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def resident(key: str) -> float:
+        # getrusage's maximum begins at that of the process which started this one
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status[key].split()[0]) * 1024 / 1e6
+
+    before = resident("VmRSS")
     step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - resident / 1e6
+    return resident("VmHWM") - before
