@@ -72,26 +72,30 @@ def learn2learn(algorithm: str, workload: Workload, device: str = "cpu") -> Step
     peer = algorithms.MAML(network, lr=INNER_LR, first_order=algorithm != "MAML")
     names = [name for name, _ in network.named_parameters()]
 
-    def adapt(x: Tensor, y: Tensor) -> Any:
-        learner = peer.clone()
-        for _ in range(workload.steps):
-            learner.adapt(F.cross_entropy(learner(x), y))
-        return learner
-
     def meta_gradient() -> Params:
         network.zero_grad()
         for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
-            (F.cross_entropy(adapt(support_x, support_y)(query_x), query_y) / workload.tasks).backward()
+            learner = learn2learn_adapted(peer, workload.steps, support_x, support_y)
+            (F.cross_entropy(learner(query_x), query_y) / workload.tasks).backward()
         return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
 
     def reptile() -> Params:
         mean: Params = {}
         for x, y in zip(batch.support_x, batch.support_y, strict=True):
-            for name, p in zip(names, adapt(x, y).module.parameters(), strict=True):
+            learner = learn2learn_adapted(peer, workload.steps, x, y)
+            for name, p in zip(names, learner.module.parameters(), strict=True):
                 mean[name] = mean.get(name, 0) + p.detach() / workload.tasks
         return mean
 
     return reptile if algorithm == "Reptile" else meta_gradient
+
+
+def learn2learn_adapted(peer: Any, steps: int, x: Tensor, y: Tensor) -> Any:
+    """A clone of learn2learn's MAML after inner steps on a task."""
+    learner = peer.clone()
+    for _ in range(steps):
+        learner.adapt(F.cross_entropy(learner(x), y))
+    return learner
 
 
 def torch_func(algorithm: str, workload: Workload, device: str = "cpu") -> Step:
