@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from workloads import ALGORITHMS, Workload, interleaved, ours, peak_memory
 
-from meta_lightning.hardware import keep_freed_memory
+from meta_lightning.machine import keep_freed_memory
 
 BASE = Workload("base", tasks=4, shots=1, size=28, filters=32, queries=5)
 AXES = {

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from workloads import INNER_LR, learn2learn_adapted
 
 from meta_lightning import MAML, Conv4, ImageFolderTasks, TaskMean
-from meta_lightning.hardware import keep_freed_memory
+from meta_lightning.machine import keep_freed_memory
 from meta_lightning.tasks import as_task_batch
 
 STEPS = 5

@@ -5,7 +5,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -186,11 +185,19 @@ def with_checkpoint_defaults(args: list[str]) -> list[str]:
     return [args[0], *defaults, *args[1:]]
 
 
+def values_of(args: list[str], *options: str) -> list[str]:
+    """The values given to an option under any of its names, as ``--option value`` or ``--option=value``, in order."""
+    values = []
+    for argument, after in zip(args, [*args[1:], None], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in options and (equals or after is not None):
+            values.append(value if equals else str(after))
+    return values
+
+
 def value_of(args: list[str], option: str) -> str | None:
-    """The last value given to an option, as ``--option value`` or ``--option=value``."""
-    values = [b for a, b in pairwise(args) if a == option]
-    values += [a.removeprefix(f"{option}=") for a in args if a.startswith(f"{option}=")]
-    return values[-1] if values else None
+    """The last value given to an option."""
+    return next(reversed(values_of(args, option)), None)
 
 
 def with_lists(args: list[str], function: Callable[..., str]) -> list[str]:
@@ -249,8 +256,7 @@ def setting(args: list[str], key: str) -> str | None:
     """What the arguments, or else their configurations, say of a setting; of a list, what its first has."""
     owner, _, name = key.rpartition(".")
     given = value_of(args, f"--{key}") or value_of(args, f"--{owner}.init_args.{name}")
-    configs = [Path(b) for a, b in pairwise(args) if a in ("-c", "--config")]
-    configs += [Path(a.removeprefix("--config=")) for a in args if a.startswith("--config=")]
+    configs = [Path(config) for config in values_of(args, "-c", "--config")]
     for config in reversed(configs if given is None else []):
         value = yaml.safe_load(config.read_text())
         for part in key.split("."):

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 Pass = Callable[..., Any]  # of containers of tensors, and to such
+MOST = 32  # graphs: a rate that falls at every step would make as many as there are steps
 
 
 class CompiledPasses:
@@ -18,15 +19,14 @@ class CompiledPasses:
 
     ``torch.compile`` cannot go through derivatives of derivatives. So the pass is first written down operation by
     operation, forward, inner loop and meta-gradient, as a graph that holds no derivative to be taken any more; that is
-    fused into few kernels, and on CUDA replayed as one graph. A pass that cannot be compiled runs as it is, which is
-    said once.
+    fused into few kernels, and on CUDA replayed as one graph. A pass that cannot be compiled runs as it is, and a
+    warning says why.
 
-    The graph holds what the pass found in Python, such as a learning rate or a branch taken, and reads θ anew.
+    A graph holds the numbers that the pass found in Python, and reads anew the tensors that it found there, such as θ.
     """
 
     def __init__(self) -> None:
         self.passes: dict[Hashable, Pass] = {}
-        self.refused = False
 
     def __reduce__(self) -> tuple[type["CompiledPasses"], tuple[()]]:
         """A copy compiles anew: the graphs read the tensors of the learner that they were made of."""
@@ -37,15 +37,16 @@ class CompiledPasses:
 
         Args:
             function: The pass.
-            key: What it depends on besides the shapes, dtypes and devices of ``args``.
+            key: What of Python it depends on, beside the shapes, dtypes and devices of ``args``.
             args: Tensors and containers of such.
         """
-        if self.refused:
-            return function(*args)
         tensors, structure = tree_flatten(args)
         device = tensors[0].device
         casts = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         key = (key, casts, str(structure), *((t.shape, t.dtype, t.device) for t in tensors))
+        if key not in self.passes and len(self.passes) == MOST:
+            rank_zero_warn(f"Further passes run as they are: {MOST} are compiled, of other shapes or settings")
+            return function(*args)
         if key not in self.passes:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):  # draws what training will
                 function(*args)  # raises what it raises anyway, and asks what it asks but once
@@ -54,13 +55,13 @@ class CompiledPasses:
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as reason:  # the compiler's, or for want of one, of any kind
-                    rank_zero_warn(f"The passes run as they are, since they cannot be compiled: {reason}")
-                    self.refused = True
-        return function(*args) if self.refused else self.passes[key](*args)
+                    rank_zero_warn(f"A pass runs as it is, since it cannot be compiled: {reason}")
+                    self.passes[key] = function
+        return self.passes[key](*args)
 
 
 def compile_pass(function: Pass, *args: Any) -> Pass:
-    """The function's operations on these arguments as one compiled graph, which has been run once."""
+    """The function's operations on these arguments as one compiled graph, which has been run."""
     rank_zero_info("Compiling a pass, which takes from seconds to minutes …")
     device = tree_leaves(args)[0].device
     on_cuda = device.type == "cuda"
@@ -78,5 +79,6 @@ def compile_pass(function: Pass, *args: Any) -> Pass:
             torch.compiler.cudagraph_mark_step_begin()
             return tree_map_only(Tensor, Tensor.clone, compiled(*args))  # the next replay overwrites its results
 
-    run(*args)
+    for _ in range(2 if on_cuda else 1):  # the second run is the one that records a CUDA graph
+        run(*args)
     return run

@@ -1,12 +1,9 @@
-"""Precisions and strategies of the Trainer in which the inner loop works, and what a CPU needs to work fast."""
-
-import ctypes
+"""Precisions and strategies of the Trainer in which the inner loop works."""
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from meta_lightning.checks import require
 
-MALLOPT = ((-1, -1), (-4, 0))  # malloc.h: M_TRIM_THRESHOLD, never; M_MMAP_MAX, no block of its own
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
 
@@ -38,15 +35,3 @@ def require_whole_network(strategy: Strategy) -> None:
         "trainer.strategy must leave the whole network to every process, as ddp does, got "
         f"{type(strategy).__name__}: it shards θ, of whose whole parameters the inner loop makes a copy for every task",
     )
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees for its next use, as torch keeps a GPU's.
-
-    glibc hands large blocks back at once, and the kernel then clears every page of the next ones, in every pass of a
-    meta-batch; what that costs stands in ``benchmarks/results/speed.md``. Other libraries of C are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in MALLOPT:
-            mallopt(parameter, value)

@@ -132,7 +132,7 @@ class SGD(NamedTuple):
         return {name: -self.lr * g for name, g in grads.items()}, None
 
 
-class MetaSGD:
+class MetaSGD(NamedTuple):
     """``θ' ← θ' − α ⊙ g`` with a rate for every number of θ, itself a parameter that is learnt (Li et al., 2017)."""
 
     def update(self, grads: Params, state: None, params: Params) -> tuple[Params, None]:

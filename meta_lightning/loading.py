@@ -95,10 +95,10 @@ class MetaIterations(DistributedSampler[TaskBatch]):
 
 
 class TaskLoader(DataLoader[TaskBatch]):
-    """Loads meta-batches by their meta-iteration; resumable, since its place is the trainer's ``global_step``."""
+    """Loads meta-batches by their meta-iteration; resumable, since its place is the trainer's count of batches."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep: ``MetaIterations`` starts from ``global_step``, which the checkpoint holds."""
+        """Nothing to keep: ``MetaIterations`` starts from the count of batches, which the checkpoint holds."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

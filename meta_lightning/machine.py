@@ -1,5 +1,6 @@
 """Where a run took place, and what it took of it."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -15,6 +16,7 @@ CHECKOUT = Path(__file__).parents[1]
 MEGABYTE = 1e6
 RECORDED = ("meta-lightning", "lightning", "torchmetrics", "learn2learn", "numpy")  # torch's own tells of CUDA as well
 PROCESS = Path("/proc/self")  # of Linux
+MALLOPT = ((-1, -1), (-4, 0))  # malloc.h: M_TRIM_THRESHOLD, never; M_MMAP_MAX, no block of its own
 
 
 def versions() -> dict[str, str]:
@@ -52,6 +54,23 @@ def processor() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
+def glibc(function: str, *args: int) -> None:
+    """Call a function of glibc's; other libraries of C have not got it."""
+    call = getattr(ctypes.CDLL(None), function, None)
+    if call is not None:
+        call(*args)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees for its next use, as torch keeps a GPU's.
+
+    glibc hands large blocks back at once, and the kernel then clears every page of the next ones, in every pass of a
+    meta-batch; what that costs stands in ``benchmarks/results/speed.md``.
+    """
+    for parameter, value in MALLOPT:
+        glibc("mallopt", parameter, value)
+
+
 class PeakMemory:
     """The most memory that is in use between ``start`` and ``peak``, in MB.
 
@@ -64,6 +83,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        glibc("malloc_trim", 0)  # what is freed but kept would be in use before, and not in the peak
         self.before = self.resident("VmRSS")
 
     def start(self) -> None:
@@ -71,6 +91,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif PROCESS.exists():
+            glibc("malloc_trim", 0)
             with suppress(OSError):  # a container may forbid it
                 (PROCESS / "clear_refs").write_text("5")  # man 5 proc_pid_clear_refs
 

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from meta_lightning.files import written_whole
 from meta_lightning.loading import MetaBatches
 from meta_lightning.tasks import TaskBatch
 
@@ -42,11 +43,10 @@ class PredictionTable(BasePredictionWriter):
         rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = Path(trainer.log_dir or trainer.default_root_dir) / f"predictions{rank}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
         task = trainer.global_rank
         batches: Any = getattr(trainer.predict_dataloaders, "dataset", None)
         class_names = batches.tasks.class_names if isinstance(batches, MetaBatches) else lambda task: []
-        with part.open("w", newline="") as file:
+        with written_whole(path) as part, part.open("w", newline="") as file:
             table = csv.writer(file)
             targets, outputs = (part[0][0, 0].numel() for part in (self.targets, predictions))
             named = ["target_class"] if class_names(task) else []
@@ -58,6 +58,5 @@ class PredictionTable(BasePredictionWriter):
                     for query, (row, y) in enumerate(zip(rows.tolist(), ys.tolist(), strict=True)):
                         table.writerow([task, query, *y, *([names[y[0]]] if names else []), *row])
                     task += trainer.world_size
-        part.replace(path)
         self.targets.clear()
         rank_zero_info(f"Wrote the predictions to {path}")

@@ -35,7 +35,7 @@ class RunRecord(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the configuration, and begin to count."""
         super().setup(trainer, pl_module, stage)
-        self.device = pl_module.device
+        self.device = trainer.strategy.root_device  # where the module is moved after this
         self.fitting = stage == "fit"
         self.counts: dict[str, float] = {}
         self.timed: str | None = None  # what is being timed

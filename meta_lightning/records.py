@@ -114,11 +114,7 @@ def predictions_by_step(learner: MetaLearner, batch: TaskBatch) -> Tensor:
                 predictions.append(learner.forward_queries(params, support_x, query_x, learner.transductive))
         return (), torch.stack(predictions, dim=1)
 
-    # Lightning evaluates in inference mode, whose tensors autograd refuses even in enable_grad: hence the clones
-    with torch.inference_mode(False), torch.enable_grad():
-        batch = TaskBatch(*(part.clone() for part in batch))
-        support = learner.inner_batches(batch.support_x, batch.support_y, learner.test_inner_steps)
-        _, predictions = learner.in_passes(predict, support, batch.support_x, batch.query_x)
+    _, predictions = learner.in_evaluation_passes(predict, batch)
     return predictions.detach()  # type: ignore[no-any-return]
 
 

@@ -19,6 +19,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities import rank_zero_only
 
 from meta_lightning.data.base import plain
+from meta_lightning.files import written_whole
 
 LAST, PREVIOUS = "last", "previous"
 
@@ -170,9 +171,7 @@ class ContinuedTable(ExperimentWriter):
         with path.open(newline="") as file:
             table = csv.DictReader([line for line in file if line.endswith("\n")])  # a kill may cut the last one
         self.columns = list(table.fieldnames or [])
-        part = path.with_suffix(".part")
-        with part.open("w", newline="") as file:
+        with written_whole(path) as part, part.open("w", newline="") as file:
             kept = csv.DictWriter(file, self.columns)
             kept.writeheader()
             kept.writerows(row for row in table if int(row["step"]) < self.step)
-        part.replace(path)

@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from meta_lightning import Glyphs
-from meta_lightning.cli import configs_dir, main
+from meta_lightning.cli import configs_dir, main, value_of, values_of
 
 
 def stem_of(name: str) -> str:
@@ -254,3 +254,11 @@ def test_predictions_of_a_regression() -> None:
     assert len(rows) == 3 * 100
     assert set(rows[0]) == {"task", "query", "target_0", "output_0"}
     assert all(float(row["target_0"]) <= 5 for row in rows)
+
+
+def test_the_last_value_of_an_option_counts_however_it_is_written() -> None:
+    args = ["fit", "--ckpt_path=last", "--ckpt_path", "a.ckpt", "-c", "a.yaml", "--config=b.yaml", "--ckpt_path"]
+    assert value_of(args, "--ckpt_path") == "a.ckpt"
+    assert value_of([*args, "b.ckpt", "--ckpt_path="], "--ckpt_path") == ""
+    assert values_of(args, "-c", "--config") == ["a.yaml", "b.yaml"]
+    assert value_of(args, "--model") is None

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from meta_lightning import machine
 from meta_lightning.cli import main
-from meta_lightning.machine import PeakMemory
+from meta_lightning.machine import PeakMemory, keep_freed_memory
 from meta_lightning.recording import finite
 
 RUN = Path("lightning_logs/version_0")
@@ -71,6 +71,16 @@ def test_peak_memory_is_that_since_the_start() -> None:
     memory = PeakMemory(torch.device("cpu"))
     with mmap.mmap(-1, 100_000_000) as large:
         large.write(b"1" * len(large))
+    assert 90 < memory.peak() < 250
+    memory.start()
+    assert memory.peak() < 50
+
+
+def test_memory_that_was_freed_and_kept_is_in_no_peak() -> None:
+    keep_freed_memory()
+    torch.ones(25_000_000)
+    memory = PeakMemory(torch.device("cpu"))
+    torch.ones(25_000_000)
     assert 90 < memory.peak() < 250
     memory.start()
     assert memory.peak() < 50

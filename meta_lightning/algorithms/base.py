@@ -1,7 +1,7 @@
 """What MAML, FOMAML and Reptile share as Lightning modules, beside the outer loop: evaluation and checkpoints."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,12 +98,16 @@ class MetaLearner(OuterLoop):
                 )
             return (), before, after
 
+        _, before, after = self.in_evaluation_passes(predict, batch)
+        return before, after
+
+    def in_evaluation_passes(self, predict: Callable[..., tuple[Any, ...]], batch: TaskBatch) -> tuple[Any, ...]:
+        """``in_passes`` of the support of each inner step, the support samples and the queries, outside of training."""
         # Lightning evaluates in inference mode, whose tensors autograd refuses even in enable_grad: hence the clones
         with torch.inference_mode(False), torch.enable_grad():
             batch = TaskBatch(*(part.clone() for part in batch))
             support = self.inner_batches(batch.support_x, batch.support_y, self.test_inner_steps)
-            _, before, after = self.in_passes(predict, support, batch.support_x, batch.query_x)
-        return before, after
+            return self.in_passes(predict, support, batch.support_x, batch.query_x)
 
     def evaluate(self, batch: TaskBatch, stage: str) -> Tensor:
         """Adapt to each task, note its query loss and scores, before and after, and return the predictions after."""

@@ -115,8 +115,11 @@ class Learner(L.LightningModule):
         """The pass, compiled where that is asked for."""
         if self.compiled_passes is None:
             return function
-        # what callbacks change in the middle of a training
-        key = (function.__name__, self.training, self.inner_lr, *self.meta_parameters())
+        # all that a pass takes from the learner: a callback may change it, and moving to a device replaces buffers
+        frozen = frozenset(self.inner_frozen), frozenset(self.outer_frozen)
+        modes = [module.training for module in self.modules()]
+        tensors = [id(tensor) for tensor in (*self.parameters(), *self.buffers())]
+        key = (function.__name__, self.inner_optimizer()[0], *frozen, *modes, *tensors, *self.meta_parameters())
         return partial(self.compiled_passes.run, function, key)
 
     def in_passes(self, function: Callable[..., tuple[Any, ...]], *stacked: Any) -> tuple[Any, ...]:
@@ -131,7 +134,9 @@ class Learner(L.LightningModule):
         """
         parts = tree_leaves(stacked)
         tasks, on_cpu = len(parts[0]), parts[0].device.type == "cpu"
-        cached = max(1, CACHED_VALUES // max(part[0].numel() for part in parts))
+        # θ', its gradient and its change weigh as well: a quarter, by what was measured of Reptile
+        parameters = sum(p.numel() for p in self.meta_parameters().values())
+        cached = max(1, CACHED_VALUES // max(parameters // 4, *(part[0].numel() for part in parts)))
         while True:
             wanted = self.tasks_per_pass or (cached if on_cpu else tasks)
             size = min(tasks, wanted, self.tasks_that_fit or tasks)
@@ -273,5 +278,6 @@ class Learner(L.LightningModule):
         Raises:
             InputError: If the samples or targets do not fit each other or the network, or there are more classes than
                 the network can be given outputs for.
+            FloatingPointError: If the inner steps diverge.
         """
         return adapt_learner(self, x, y, self.test_inner_steps if steps is None else steps, class_names)

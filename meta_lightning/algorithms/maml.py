@@ -56,9 +56,9 @@ class MAML(MetaLearner):
         tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time, memory and the
             draws of dropout. Default: on a CPU as many as its caches hold, elsewhere all; fewer after running out of
             memory.
-        compile_passes: Compile the passes of training with ``torch.compile``: the same result to rounding, in less time
-            once compiled, which takes a minute or two and a C++ compiler, on a GPU Triton. What the passes take from
-            Python, such as branches of the network, is as it was when they were compiled.
+        compile_passes: Compile the passes of training with ``torch.compile``, which changes nothing but time, rounding
+            and the draws of dropout. It takes from seconds to minutes, and a C++ compiler or, on a GPU, Triton. A
+            branch of the network by a value of a buffer or a random number of Python stays as it was then.
         transductive: Whether evaluation sends a task's queries forward together, so that batch norm takes their common
             statistics, or each alone with the support set.
         scheduler: Makes a learning-rate schedule of an optimizer, in the place of ``outer_lr_decay``: any of
@@ -122,7 +122,7 @@ class MAML(MetaLearner):
         if gradient_clip_val is not None:
             require_positive(gradient_clip_val=gradient_clip_val)
         require(
-            not (compile_passes and recompute_inner_steps),
+            not (compile_passes and recompute_inner_steps and self.second_order),
             "compile_passes must be left out with recompute_inner_steps, whose second run of a step has to draw what "
             "the first drew, got both",
         )

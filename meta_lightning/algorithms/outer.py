@@ -14,8 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from meta_lightning.algorithms.learner import Learner
 from meta_lightning.checks import require, require_at_least, require_choice, require_positive
-from meta_lightning.hardware import keep_freed_memory, require_precision, require_whole_network
+from meta_lightning.hardware import require_precision, require_whole_network
 from meta_lightning.losses import Loss
+from meta_lightning.machine import keep_freed_memory
 from meta_lightning.outer_loop import DECAYS, Decay, Scheduler, is_finite, schedule_from, undone_unless
 from meta_lightning.tasks import TaskBatch, as_task_batch
 

@@ -47,9 +47,9 @@ class Reptile(MetaLearner):
         tasks_per_pass: Tasks of a meta-batch that are computed at once, which changes nothing but time, memory and the
             draws of dropout. Default: on a CPU as many as its caches hold, elsewhere all; fewer after running out of
             memory.
-        compile_passes: Compile the passes of training with ``torch.compile``: the same result to rounding, in less time
-            once compiled, which takes a minute or two and a C++ compiler, on a GPU Triton. What the passes take from
-            Python, such as branches of the network, is as it was when they were compiled.
+        compile_passes: Compile the passes of training with ``torch.compile``, which changes nothing but time, rounding
+            and the draws of dropout. It takes from seconds to minutes, and a C++ compiler or, on a GPU, Triton. A
+            branch of the network by a value of a buffer or a random number of Python stays as it was then.
         optimizer: Not accepted: Reptile's outer loop is an interpolation.
         transductive: Whether evaluation sends a task's queries forward together, so that batch norm takes their common
             statistics, or each alone with the support set.
