@@ -16,6 +16,7 @@ from tqdm import tqdm
 from meta_lightning.checks import require, require_choice
 from meta_lightning.contact_sheet import Answer, draw_contact_sheet
 from meta_lightning.data.image_folder import files_below, try_to_prepare, visible
+from meta_lightning.data.pictures import left_out
 from meta_lightning.exporting import require_target
 from meta_lightning.files import require_writable, written_whole
 from meta_lightning.predictor import AT_ONCE, Predictor
@@ -154,8 +155,7 @@ def answer_queries(predictor: Predictor, paths: Sequence[Path], folder: Path, ta
             if path in chosen:
                 shown.append(Answer(image, names[first], float(probabilities[first]), truth))
     if unread:
-        more = f"; and {len(unread) - 10} more" if len(unread) > 10 else ""
-        said = f"{len(unread)} of the {len(paths)} files in query {folder} are left out: {'; '.join(unread[:10])}{more}"
+        said = left_out(unread, len(paths), f"query {folder}")
         require(len(unread) < len(paths), f"query must hold at least 1 picture, but {said}")
         rank_zero_warn(said)
     return Tally(len(paths) - len(unread), known, right, shown)

@@ -17,7 +17,7 @@ from meta_lightning.checks import InputError, require, require_at_least
 from meta_lightning.data import pictures
 from meta_lightning.data.cache import LabelledImages
 from meta_lightning.data.images import ImageTasks
-from meta_lightning.data.pictures import prepare_image
+from meta_lightning.data.pictures import left_out, prepare_image
 from meta_lightning.data.transforms import ImageTransforms
 from meta_lightning.tasks import SPLITS, Array, FewShotTasks, Split
 
@@ -170,9 +170,7 @@ class ImageFolderTasks(ImageTasks):
                     images[len(labels)] = image
                     labels.append(label)
         if unread:
-            more = f"; and {len(unread) - 10} more" if len(unread) > 10 else ""
-            message = f"{len(unread)} of the {len(paths)} files in root {self.root} are left out: "
-            rank_zero_warn(message + "; ".join(unread[:10]) + more)
+            rank_zero_warn(left_out(unread, len(paths), f"root {self.root}"))
         require(bool(labels), f"{LAYOUT}, but none of the {len(paths)} files in {self.root} reads as a picture")
         return LabelledImages(
             images=images[: len(labels)],

@@ -1,5 +1,6 @@
 """From a picture file to what the network sees: the same at training and when it predicts."""
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,3 +77,15 @@ def on_white(image: Image.Image) -> Image.Image:
         return image
     opaque = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque)
+
+
+def left_out(unread: Sequence[str], files: int, folder: str) -> str:
+    """What is said of files that do not read as pictures: how many of the folder's they are, and which.
+
+    Args:
+        unread: Each file with the reason.
+        files: How many there are.
+        folder: Where, as the user knows it.
+    """
+    more = f"; and {len(unread) - 10} more" if len(unread) > 10 else ""
+    return f"{len(unread)} of the {files} files in {folder} are left out: {'; '.join(unread[:10])}{more}"

@@ -10,6 +10,7 @@ import numpy as np
 from meta_lightning.checks import InputError
 from meta_lightning.data.base import TaskDataModule
 from meta_lightning.data.images import ImageTasks
+from meta_lightning.figures import pixels
 from meta_lightning.tasks import SPLITS, Split, TaskBatch, as_task_batch
 
 
@@ -81,8 +82,7 @@ def draw_task(panel: Any, batch: TaskBatch, names: Sequence[str]) -> None:
         name = textwrap.fill(f"{label}: {names[label]}" if names else str(label), 16, max_lines=3, placeholder="…")
         axes_row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
         for column, (axes, image) in enumerate(zip(axes_row, [*support, *query], strict=True)):
-            pixels = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-8)
-            axes.imshow(pixels.permute(1, 2, 0).squeeze(-1), cmap="gray_r")
+            axes.imshow(pixels(image).transpose(1, 2, 0).squeeze(-1), cmap="gray_r")
             axes.set_xticks([])
             axes.set_yticks([])
             for spine in axes.spines.values():
