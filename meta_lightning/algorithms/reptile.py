@@ -167,8 +167,11 @@ class Reptile(MetaLearner):
 
     def mean_over_ranks(self, params: Params) -> Params:
         """The mean over the ranks of what each has of its tasks."""
-        # DDP averages gradients only, and Reptile has none
-        return {name: self.trainer.strategy.reduce(p.detach(), reduce_op="mean") for name, p in params.items()}
+        # DDP averages gradients only, and Reptile has none; all in one message, since each waits for all ranks
+        together = torch.cat([p.detach().flatten() for p in params.values()])
+        mean: Tensor = self.trainer.strategy.reduce(together, reduce_op="mean")
+        parts = mean.split([p.numel() for p in params.values()])
+        return {name: part.view_as(p) for (name, p), part in zip(params.items(), parts, strict=True)}
 
     def inner_optimizer(self) -> tuple[inner_loop.InnerOptimizer[Any], Any]:
         """SGD, or Adam with the moments that training has left."""
