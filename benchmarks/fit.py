@@ -18,6 +18,7 @@ import torch
 
 from meta_lightning import MAML, Conv4, Glyphs
 from meta_lightning.checkpoints import Checkpoints
+from meta_lightning.machine import keep_freed_memory
 from meta_lightning.tasks import TaskBatch, as_task_batch
 
 
@@ -53,6 +54,8 @@ def main(steps: int, tasks: int, accelerator: str) -> None:
     data.prepare_data()
     learner = MAML(Conv4())
     device = "cuda" if accelerator == "gpu" else "cpu"
+    if device == "cpu":
+        keep_freed_memory()  # as the fit does
     batch = as_task_batch(TaskBatch(*(part.to(device) for part in data.task_set("train").batch(range(tasks)))))
     times = bare(learner.to(device), batch, steps // 2)
     clock = Clock()

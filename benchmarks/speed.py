@@ -1,6 +1,6 @@
 """Milliseconds a meta-iteration, gradient only: ours against learn2learn, a plain torch.func loop and JAX vmap + jit.
 
-    python benchmarks/speed.py [--device cuda] [--repeats 5] [--only omniglot] [--tasks N]
+    python benchmarks/speed.py [--device cuda] [--repeats 5] [--only omniglot] [--tasks N] [--without JAX]
 
 The same network, initial values and tasks for all, float32, five inner steps; before timing, everyone's gradient is
 compared with learn2learn's. Each figure is the median of repeats that are taken in turn. "Compiled" is ours with
@@ -39,20 +39,21 @@ PEERS = ("learn2learn", "torch.func", "JAX", "ours", "recomputed", "compiled")
 VARIANTS = {"graph": {}, "recomputed": {"recompute_inner_steps": True}, "compiled": {"compile_passes": True}}
 
 
-def compare(workload: Workload, device: str, repeats: int) -> None:
+def compare(workload: Workload, device: str, repeats: int, without: list[str]) -> None:
     print(f"\n{workload.name}, {workload.steps} steps\n")
     print(f"| | {' | '.join(PEERS)} | compiled in, s | × learn2learn | compiled, × | worst error |")
     print("|---" * (len(PEERS) + 5) + "|")
     for algorithm in ALGORITHMS:
         steps = {
             "learn2learn": learn2learn(algorithm, workload, device),
-            "torch.func": torch_func(algorithm, workload, device),
             "ours": ours(algorithm, workload, device),
             "compiled": ours(algorithm, workload, device, compile_passes=True),
         }
         if algorithm == "MAML":
             steps["recomputed"] = ours(algorithm, workload, device, recompute_inner_steps=True)
-        if importlib.util.find_spec("jax"):
+        if "torch.func" not in without:
+            steps["torch.func"] = torch_func(algorithm, workload, device)
+        if "JAX" not in without and importlib.util.find_spec("jax"):
             steps["JAX"] = jax_vmap(algorithm, workload)
         start = time.perf_counter()
         steps["compiled"]()
@@ -82,6 +83,7 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", choices=WORKLOADS, nargs="*", default=[*WORKLOADS])
     parser.add_argument("--tasks", type=int, default=0, help="tasks a meta-batch, in place of the workload's")
+    parser.add_argument("--without", choices=("torch.func", "JAX"), nargs="*", default=[], help="slow peers")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device == "cpu":
@@ -101,5 +103,5 @@ if __name__ == "__main__":
         where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
         print(f"torch {torch.__version__}, {where}; ms, medians of {arguments.repeats}")
         for name in arguments.only:
-            compare(chosen(name), arguments.device, arguments.repeats)
+            compare(chosen(name), arguments.device, arguments.repeats, arguments.without)
         memory(arguments.only[0], arguments.device, arguments.tasks)
