@@ -25,6 +25,8 @@ AXES = {
     "ways": [2, 5, 10, 20],
     "size": [28, 42, 84],
 }
+UNITS = ("ms", "MB")
+Curves = dict[tuple[str, str], tuple[list[int], dict[str, list[float]]]]  # by axis and variant: values, figures
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "MAML": ("MAML", {}),
     "MAML, recomputed": ("MAML", {"recompute_inner_steps": True}),
@@ -45,12 +47,9 @@ def slope(values: list[int], figures: list[float]) -> float:
 
 
 def main(device: str, quick: bool, out: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    plots = figure.subplots(2, len(AXES))
     print("| axis | algorithm | ms | MB | slope of ms | slope of MB |\n|---|---|---|---|---|---|")
-    for column, (axis, values) in enumerate(AXES.items()):
+    curves: Curves = {}
+    for axis, values in AXES.items():
         values = values[:3] if quick else values
         for variant in VARIANTS:
             points = []
@@ -59,16 +58,29 @@ def main(device: str, quick: bool, out: Path) -> None:
                 command = [sys.executable, __file__, "--device", device, "--point", json.dumps([variant, *workload])]
                 run = subprocess.run(command, check=True, capture_output=True, text=True)
                 points.append(json.loads(run.stdout.splitlines()[-1]))
-            cells = []
-            for row, unit in enumerate(("ms", "MB")):
-                figures = [point[unit] for point in points]
-                plots[row, column].loglog(values, figures, "o-", label=variant)
-                plots[row, column].set(xlabel=axis, ylabel=unit)
-                plots[row, column].grid(alpha=0.3)
-                cells.append((" ".join(f"{f:.0f}" for f in figures), slope(values, figures)))
-            (ms, time_slope), (mb, memory_slope) = cells
-            print(f"| {axis} {values} | {variant} | {ms} | {mb} | {time_slope:.2f} | {memory_slope:.2f} |", flush=True)
-    plots[0, 0].legend()
+            figures = {unit: [point[unit] for point in points] for unit in UNITS}
+            curves[axis, variant] = values, figures
+            listed = [" ".join(f"{f:.0f}" for f in figures[unit]) for unit in UNITS]
+            slopes = [f"{slope(values, figures[unit]):.2f}" for unit in UNITS]
+            print(f"| {axis} {values} | {variant} | {' | '.join(listed + slopes)} |", flush=True)
+    draw(curves, out)
+
+
+def draw(curves: Curves, out: Path) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    plots = figure.subplots(len(UNITS), len(AXES))
+    for (axis, variant), (values, figures) in curves.items():
+        for plot, unit in zip(plots[:, list(AXES).index(axis)], UNITS, strict=True):
+            plot.loglog(values, figures[unit], "o-", label=variant)
+            plot.set(xlabel=axis, ylabel=unit)
+            plot.set_xticks(values, values)
+            plot.xaxis.set_minor_locator(NullLocator())
+            plot.yaxis.set_major_formatter("{x:g}")
+            plot.grid(alpha=0.3)
+    plots[0, 0].legend(fontsize="small")
     figure.savefig(out.with_suffix(".png"), dpi=90)
 
 
