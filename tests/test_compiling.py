@@ -98,12 +98,14 @@ def test_pictures_in_both_precisions() -> None:
         return torch.cat([g.flatten() for g in grads.values()])
 
     exact = gradient(compile_passes=False, bf16=False)
-    torch.testing.assert_close(gradient(compile_passes=True, bf16=False), exact, rtol=1e-4, atol=1e-6)
-    ours, expected = (
-        (gradient(compile_passes, bf16=True) - exact).norm() / exact.norm() for compile_passes in (True, False)
-    )
+
+    def error(compile_passes: bool, bf16: bool) -> float:
+        # of the whole: the gradient of a bias before batch norm is nothing but rounding
+        return float((gradient(compile_passes, bf16) - exact).norm() / exact.norm())
+
+    assert error(compile_passes=True, bf16=False) < 1e-5
     # fused kernels round less often than the operations one by one, and still round
-    assert 1e-4 < ours < 1.5 * expected
+    assert 1e-4 < error(compile_passes=True, bf16=True) < 1.5 * error(compile_passes=False, bf16=True)
 
 
 def half_the_rate(learner: MetaLearner) -> None:
