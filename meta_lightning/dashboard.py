@@ -50,6 +50,7 @@ class Dashboard(L.Callback):
         self.pictured_tasks = pictured_tasks
         self.board: TensorBoardLogger | None = None
         self.record: TaskRecord | None = None
+        self.validated: dict[str, float] = {}  # the values of the last validation
         self.outer_lr = 0.0  # with which θ moves
         self.theta: Params | None = None  # before the step, where that is logged
         self.gradient_norm: Tensor | None = None
@@ -101,7 +102,15 @@ class Dashboard(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the hyperparameters with the last validation."""
-        self.log_hyperparameters(trainer, pl_module, "val")
+        self.log_hyperparameters(trainer, pl_module, "val", self.validated, trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last validation: a run that was killed after its last step has nothing to do when it goes on."""
+        return {"validated": self.validated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the last validation."""
+        self.validated = state_dict["validated"]
 
     # ------------------------------------------------------------------------------------------------ evaluation
 
@@ -146,13 +155,15 @@ class Dashboard(L.Callback):
             self.record.add_answers(outputs, batch[3], names)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the record."""
+        """Draw the record, and keep the values."""
         self.draw(trainer, "val")
+        if not trainer.sanity_checking:
+            self.validated = final_values(trainer, "val")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the record, and log the hyperparameters with the test."""
         self.draw(trainer, "test")
-        self.log_hyperparameters(trainer, pl_module, "test")
+        self.log_hyperparameters(trainer, pl_module, "test", final_values(trainer, "test"), logged_step(trainer))
 
     def begin(self, trainer: L.Trainer, stage: str) -> None:
         """Begin a record, unless the evaluation is but a trial."""
@@ -166,23 +177,29 @@ class Dashboard(L.Callback):
                 self.board.experiment.add_figure(f"{stage}/{name}", figure, logged_step(trainer))
             self.record = None
 
-    def log_hyperparameters(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Enter a row into HParams.
-
-        Its values have the same names for validation and test: TensorBoard takes the columns of all rows from the first
-        that it finds.
-        """
-        metrics = sorted((n, v) for n, v in trainer.callback_metrics.items() if n.startswith(f"{stage}/"))
-        values = {
-            f"final/{name.removeprefix(f'{stage}/')}": float(value)
-            for name, value in metrics
-            if "_before" not in name and not name.endswith("/tasks")
-        }
+    def log_hyperparameters(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str, values: dict[str, float], step: int
+    ) -> None:
+        """Enter a row into HParams."""
         if self.board is not None and values:
             params = {"algorithm": type(pl_module).__name__, "stage": stage, **described(pl_module.hparams)}
             if data := getattr(trainer, "datamodule", None):
                 params |= {"tasks": {"set": type(data).__name__, **described(data.hparams)}}
-            self.board.log_hyperparams(params, values, logged_step(trainer))
+            self.board.log_hyperparams(params, values, step)
+
+
+def final_values(trainer: L.Trainer, stage: str) -> dict[str, float]:
+    """What an evaluation has shown, for HParams.
+
+    The names are the same for validation and test: TensorBoard takes the columns of all rows from the first that it
+    finds.
+    """
+    metrics = sorted((n, v) for n, v in trainer.callback_metrics.items() if n.startswith(f"{stage}/"))
+    return {
+        f"final/{name.removeprefix(f'{stage}/')}": float(value)
+        for name, value in metrics
+        if "_before" not in name and not name.endswith("/tasks")
+    }
 
 
 def described(hparams: Mapping[str, Any]) -> dict[str, Any]:
