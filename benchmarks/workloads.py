@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch.func import functional_call, grad
 from torch.nn import functional as F
 
 from meta_lightning import FOMAML, MAML, Conv4, MetaLearner, Reptile, TaskBatch
+from meta_lightning.machine import MEGABYTE, PeakMemory
 
 ALGORITHMS: dict[str, type[MetaLearner]] = {"MAML": MAML, "FOMAML": FOMAML, "Reptile": Reptile}
 INNER_LR = 0.01
@@ -213,19 +213,11 @@ def interleaved(steps: dict[str, Step], repeats: int, device: str) -> dict[str, 
 
 
 def peak_memory(step: Step, device: str) -> float:
-    """MB that the step needs at its height: CUDA's allocated, or this fresh process's resident less before (Linux)."""
+    """MB that the step needs at its height: CUDA's allocated, or this fresh process's resident, less before."""
     if device == "cuda":
         step()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-
-    def resident(key: str) -> float:
-        # getrusage's maximum begins at that of the process which started this one
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(status[key].split()[0]) * 1024 / 1e6
-
-    before = resident("VmRSS")
+    memory = PeakMemory(torch.device(device))
+    before = torch.cuda.memory_allocated() / MEGABYTE if device == "cuda" else 0.0
+    memory.start()
     step()
-    return resident("VmHWM") - before
+    return memory.peak() - before

@@ -31,11 +31,9 @@ def adapt_learner(
     x, (names, targets) = learner.form.check(samples(x, "x")), numbered(y, class_names)
     require(len(x) == len(targets), f"x and y must be of one length, got {len(x)} and {len(targets)}")
     with in_evaluation(learner), torch.inference_mode(False), torch.enable_grad():
-        # a tensor made in inference mode cannot be differentiated through, but its clone can
-        inputs = learner.form.network_input(x.to(learner.device).clone())
         theta = learner.meta_parameters()
-        if inputs.is_floating_point():
-            inputs = inputs.to(next(iter(theta.values())).dtype)
+        # a tensor made in inference mode cannot be differentiated through, but its clone can
+        inputs = learner.form.network_input(x.to(learner.device).clone(), next(iter(theta.values())).dtype)
         if names is not None:
             theta |= head_for(learner, len(names), inputs)
         support = learner.inner_batches(inputs[None], targets.to(learner.device)[None], steps)

@@ -65,10 +65,7 @@ class Predictor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of samples, or regressed values.  # S ... -> S N"""
-        inputs = self.form.network_input(x)
-        if inputs.is_floating_point():  # of any precision, also that of a network trained in another
-            inputs = inputs.to(next(self.network.parameters()).dtype)
-        outputs: Tensor = self.network(inputs)
+        outputs: Tensor = self.network(self.form.network_input(x, next(self.network.parameters()).dtype))
         return outputs if self.class_names is None else outputs[:, : len(self.class_names)]
 
     @torch.no_grad()

@@ -71,7 +71,7 @@ def test_ink_is_1_whether_a_drawing_is_dark_on_light_or_light_on_dark(tmp_path: 
 def test_network_input_is_scaled_and_normalised() -> None:
     x = torch.tensor([[[[0, 255]], [[51, 102]]]], dtype=torch.uint8)
     expected = torch.tensor([[[[-1.0, 1.0]], [[0.0, 2.0]]]])
-    assert torch.allclose(SampleForm(mean=[0.5, 0.2], std=[0.5, 0.1]).network_input(x), expected)
+    assert torch.allclose(SampleForm(mean=[0.5, 0.2], std=[0.5, 0.1]).network_input(x, torch.float32), expected)
 
 
 def test_no_images() -> None:

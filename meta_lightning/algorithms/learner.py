@@ -134,11 +134,8 @@ class Learner(L.LightningModule):
         """
         parts = tree_leaves(stacked)
         tasks, on_cpu = len(parts[0]), parts[0].device.type == "cpu"
-        # θ', its gradient and its change weigh as well: a quarter, by what was measured of Reptile
-        parameters = sum(p.numel() for p in self.meta_parameters().values())
-        cached = max(1, CACHED_VALUES // max(parameters // 4, *(part[0].numel() for part in parts)))
+        wanted = self.tasks_per_pass or (self.tasks_in_caches(parts) if on_cpu else tasks)
         while True:
-            wanted = self.tasks_per_pass or (cached if on_cpu else tasks)
             size = min(tasks, wanted, self.tasks_that_fit or tasks)
             parts = [tree_map(operator.itemgetter(slice(i, i + size)), stacked) for i in range(0, tasks, size)]
             try:
@@ -154,6 +151,12 @@ class Learner(L.LightningModule):
         weights = [min(size, tasks - i) / tasks for i in range(0, tasks, size)]
         mean = tree_map(lambda *of_parts: sum(w * m for w, m in zip(weights, of_parts, strict=True)), *means)
         return mean, *map(torch.cat, others)
+
+    def tasks_in_caches(self, parts: Sequence[Tensor]) -> int:
+        """How many tasks' maps and parameters a CPU's caches hold, for these task-stacked inputs of a pass."""
+        # θ', its gradient and its change weigh as well: a quarter, by what was measured of Reptile
+        parameters = sum(p.numel() for p in self.meta_parameters().values())
+        return max(1, CACHED_VALUES // max(parameters // 4, *(part[0].numel() for part in parts)))
 
     def forward_tasks(self, params: Params, x: Tensor) -> Tensor:
         """Predictions of every task with its own parameters.  # T S ... -> T S ..."""

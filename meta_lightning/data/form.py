@@ -7,6 +7,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from meta_lightning.checks import require
@@ -50,9 +51,15 @@ class SampleForm:
         """Invert a drawing that is mostly light, and so dark on light, where training had ink 1 on 0.  # C H W"""
         return 255 - image if self.ink and image.mean() > 127.5 else image
 
-    def network_input(self, x: Tensor) -> Tensor:
-        """Samples, as the data set holds them, as the network takes them: scaled and normalised.  # S ..."""
-        return ImageTransforms(self.mean, self.std).normalise(scale_pixels(x))
+    def network_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Samples, as the data set holds them, as the network takes them: scaled and normalised.  # S ...
+
+        Args:
+            x: The samples.
+            dtype: The network's, in which samples of any other floating-point one come.
+        """
+        inputs = ImageTransforms(self.mean, self.std).normalise(scale_pixels(x))
+        return inputs.to(dtype) if inputs.is_floating_point() else inputs
 
     def check(self, x: Tensor) -> Tensor:
         """Refuse samples of another shape (InputError).  # S ..."""
