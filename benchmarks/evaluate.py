@@ -6,7 +6,8 @@
 
 What it does not know goes to fit and test. The last parameters are tested, as the papers' code does: with the query
 batch's statistics (transductive) and each query alone with the support set, 1 and 15 queries a class; a regression
-after 1, 5 and 10 inner steps. The same command goes on where it stopped; what trainings leave is in benchmarks/runs.
+after 1, 5 and 10 inner steps. --tests takes some of these: alone, 15 queries of each of 20 classes take a CPU an hour.
+The same command goes on where it stopped; what trainings leave is in benchmarks/runs.
 benchmarks/tables.py makes tables of the results.
 """
 
@@ -28,6 +29,7 @@ REGRESSION = {f"steps-{steps}": [f"--model.test_inner_steps={steps}"] for steps 
 def runs(arguments: argparse.Namespace, more: list[str]) -> list[Run]:
     """The runs that are asked for; seeds are those of the initialisation and the training tasks."""
     kinds = REGRESSION if arguments.regression else CLASSIFICATION
+    kinds = {kind: options for kind, options in kinds.items() if kind in (arguments.tests or kinds)}
     if arguments.ckpt_path:
         name = arguments.name or Path(arguments.ckpt_path).stem
         tests = {kind: [f"--ckpt_path={arguments.ckpt_path}", *more, *options] for kind, options in kinds.items()}
@@ -51,6 +53,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", help="an algorithm in the place of the configuration's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--regression", action="store_true")
+    parser.add_argument("--tests", nargs="+", choices=[*CLASSIFICATION, *REGRESSION], help="these only")
     parser.add_argument("--name", help="of the JSON file")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     parser.add_argument("--overwrite", action="store_true", help="begin anew where there are runs of other settings")

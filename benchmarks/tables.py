@@ -77,13 +77,29 @@ def mean_of(runs: Sequence[Result], kind: str, metric: str, unit: float, digits:
     return f"{mean:.{digits}f} ± {ci95:.{digits}f}"
 
 
+TRAINING = ["meta-iterations", "changed", "minutes", "on", "seeds"]
+
+
 def training_of(runs: Sequence[Result]) -> list[str]:
-    """How a run was trained: meta-iterations, minutes, device, seeds."""
+    """How a run was trained, in the columns of ``TRAINING``."""
     fits = [run["fit"] for run in runs if run["fit"]]
     if not fits:  # a checkpoint that was there
-        return ["", "", "", ""]
+        return ["" for _ in TRAINING]
     minutes = fmean(fit["train_seconds"] for fit in fits) / 60
-    return [f"{fits[0]['steps']:,}", f"{minutes:,.1f}", fits[0]["machine"]["device"], str(len(runs))]
+    changed = ", ".join(changes(runs[0]["commands"]["fit"]))
+    return [f"{fits[0]['steps']:,}", changed, f"{minutes:,.1f}", device_of(fits[0]), str(len(runs))]
+
+
+def device_of(fit: Result) -> str:
+    """What a training ran on."""
+    device, threads = fit["machine"]["device"], fit["machine"]["threads"]
+    return f"cpu, {threads} thread{'s' * (threads > 1)}" if device == "cpu" else device
+
+
+def changes(command: Sequence[str]) -> list[str]:
+    """What a training's command line changes of its configuration, beside the algorithm and what only places it."""
+    options = re.findall(r"--(model|data)\.(\w+)[= ](\S+)", " ".join(command))
+    return [f"`{name} {value}`" for _, name, value in options if name not in ("root", "seed", "epoch_length")]
 
 
 def published(results: Sequence[Result]) -> str:
@@ -103,7 +119,7 @@ def published(results: Sequence[Result]) -> str:
             rows.append([f"`{name}`", transductive, *cells[:2], alone or "", *cells[2:], *training_of(runs), over])
     if not rows:
         return to_come(f"{EVALUATE} omniglot/maml_5way_1shot.yaml --data.root data")
-    return markdown([[*heads, "meta-iterations", "minutes", "on", "seeds", "std over seeds"], *rows])
+    return markdown([[*heads, *TRAINING, "std over seeds"], *rows])
 
 
 def sinusoid(results: Sequence[Result]) -> str:
@@ -116,7 +132,7 @@ def sinusoid(results: Sequence[Result]) -> str:
     if not rows:
         return to_come(f"{EVALUATE} sinusoid/maml_5shot.yaml --regression")
     heads = ["mean squared error", "paper, 1, 5 and 10 steps", "1 step", "5 steps", "10 steps"]
-    return markdown([[*heads, "meta-iterations", "minutes", "on", "seeds"], *rows])
+    return markdown([[*heads, *TRAINING], *rows])
 
 
 def comparison(folder: Path) -> str:
@@ -126,7 +142,7 @@ def comparison(folder: Path) -> str:
     if not order:
         return to_come("python -m meta_lightning compare --config maml.yaml --out benchmarks/results/compare")
     fit = next(result["fit"] for result in results if result["fit"])
-    said = f"{fit['steps']:,} meta-iterations, on {fit['machine']['processor']}, {fit['machine']['device']}.\n"
+    said = f"{fit['steps']:,} meta-iterations, on {fit['machine']['processor']}, {device_of(fit)}.\n"
     return f"{markdown(cells_of(summarise(results, order)))}\n{said}"
 
 

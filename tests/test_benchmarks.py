@@ -41,8 +41,11 @@ def test_the_pages_have_what_the_results_say(benchmark: Any) -> None:
 
 
 def result(name: str, figures: dict[str, dict[str, float]], minutes: float = 2.0) -> dict[str, Any]:
-    fit = {"steps": 60000, "train_seconds": 60 * minutes, "machine": {"device": "cpu"}}
-    return {"name": name, "fit": fit, "tests": {kind: {"figures": values} for kind, values in figures.items()}}
+    fit = {"steps": 60000, "train_seconds": 60 * minutes, "machine": {"device": "cpu", "threads": 2}}
+    options = ["--config=x.yaml", "--model.outer_lr_decay", "cosine", "--data.queries=1", "--data.root=data"]
+    command = ["fit", *options, "--model=FOMAML", "--data.seed=0"]
+    tests = {kind: {"figures": values} for kind, values in figures.items()}
+    return {"name": name, "commands": {"fit": command}, "fit": fit, "tests": tests}
 
 
 def write(folder: Path, results: Sequence[dict[str, Any]]) -> None:
@@ -77,7 +80,7 @@ def test_tables_of_results(benchmark: Any, tmp_path: Path) -> None:
     rows = made["published"].splitlines()
     assert rows[2] == (
         "| `omniglot-maml_5way_1shot` | 98.7 ± 0.4 | 98.50 ± 0.50 | 97.50 ± 0.50 | | 96.50 ± 0.50 | 95.50 ± 0.50 "
-        "| 60,000 | 3.0 | cpu | 2 | 0.71 |"
+        "| 60,000 | `outer_lr_decay cosine`, `queries 1` | 3.0 | cpu, 2 threads | 2 | 0.71 |"
     )
     assert rows[3].startswith("| `omniglot-maml_5way_1shot-FOMAML` | 98.3 ± 0.5 | 97.00 ± 0.50 |")
     assert rows[4].startswith("| `mine` | | 50.00 ± 0.50 |")
@@ -96,9 +99,11 @@ def test_tables_of_results(benchmark: Any, tmp_path: Path) -> None:
 def test_evaluation_trains_and_tests_in_every_way(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = benchmark("evaluate")
     monkeypatch.setattr(runs, "launch", lambda args: main([*args]) or 0)
-    arguments = {"ckpt_path": None, "config": str(TINY), "name": "tiny", "model": "FOMAML", "seeds": [3]}
+    arguments = {"ckpt_path": None, "config": str(TINY), "name": "tiny", "model": "FOMAML", "seeds": [3], "tests": None}
     namespace = evaluate.argparse.Namespace(**arguments, regression=False)
     (run,) = evaluate.runs(namespace, ["--trainer.max_steps=2"])
+    (part,) = evaluate.runs(evaluate.argparse.Namespace(**arguments | {"tests": ["alone-1"]}, regression=False), [])
+    assert (part.name, part.tests) == (run.name, {"alone-1": [a for a in run.tests["alone-1"] if "max_steps" not in a]})
     runs.complete(run, Path("out"))
     done = json.loads(Path("out/results/tiny-FOMAML-seed3.json").read_text())
     assert (done["fit"]["algorithm"], done["fit"]["seed"], done["fit"]["steps"]) == ("FOMAML", 3, 2)
