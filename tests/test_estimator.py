@@ -77,7 +77,7 @@ def test_tables_and_a_network_made_in_python(tmp_path: Path) -> None:
     x = rng.normal(size=(10, 4))[y] * 3 + rng.normal(size=(120, 4))
     fit = trainer(max_steps=20, limit_val_batches=0)
     torch.manual_seed(0)
-    data = TensorTasks(x, y, ways=2, shots=3, queries=5, fractions=(1.0, 0.0, 0.0))
+    data = TensorTasks(x, y, ways=2, shots=3, queries=5, split_fractions=(1.0, 0.0, 0.0))
     fit.fit(MAML(MLP(in_features=4, hidden=[16], out_features=2), inner_lr=0.1), data)
     fit.save_checkpoint(tmp_path / "a.ckpt")
     network = MLP(in_features=4, hidden=[16], out_features=2)

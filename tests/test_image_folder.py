@@ -467,9 +467,9 @@ def test_arguments_outside_their_range_are_named() -> None:
     for arguments, message in [
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
         ({"channels": 2}, "channels must be 1 or 3, got 2"),
-        ({"split_fractions": (0.5, 0.5, 0.5)}, r"split_fractions must be three numbers .* sum to 1, got \(0.5"),
-        ({"split_fractions": (0.5, 0.6, -0.1)}, "split_fractions must be three numbers of at least 0 that sum to 1"),
-        ({"split_fractions": (0.5, 0.5)}, "split_fractions must be three numbers"),
+        ({"split_fractions": (0.5, 0.5, 0.5)}, r"split_fractions must be 3 shares, .* with the sum 1, got \(0.5"),
+        ({"split_fractions": (0.5, 0.6, -0.1)}, "split_fractions must be 3 shares"),
+        ({"split_fractions": (0.5, 0.5)}, "split_fractions must be 3 shares"),
         ({"split_seed": -1}, "split_seed must be at least 0, got -1"),
         ({"shots": 0}, "shots must be at least 1, got 0"),
     ]:

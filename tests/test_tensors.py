@@ -105,7 +105,7 @@ def test_splits_by_lot_are_disjoint_and_of_the_shares_asked_for(make: Any, count
     splits = make().splits
     assert [len(splits[split]) for split in SPLITS] == [0.6 * count, 0.2 * count, 0.2 * count]
     assert sorted(number for split in SPLITS for number in splits[split]) == list(range(count))
-    halves = make(fractions=(0.5, 0.5, 0.0)).splits
+    halves = make(split_fractions=(0.5, 0.5, 0.0)).splits
     assert [len(halves[split]) for split in SPLITS] == [0.5 * count, 0.5 * count, 0]
 
 
@@ -269,7 +269,10 @@ def test_errors_of_splits_name_argument_expected_and_got() -> None:
     refused(r"splits must hold class numbers of y once each, got \[103\]", splits={"train": [100, 103], "val": [103]})
     refused(r"splits must have the keys 'train', 'val' and 'test', got \['valid'\]", splits={"valid": [100]})
     for fractions in ((0.5, 0.5), (0.5, 0.6, -0.1), (0.5, 0.1, 0.1), (math.nan, 0.5, 0.5)):
-        refused(r"fractions must be 3 shares, of train, val and test, with the sum 1, got \(", fractions=fractions)
+        refused(
+            r"split_fractions must be 3 shares, of train, val and test, with the sum 1, got \(",
+            split_fractions=fractions,
+        )
 
 
 def test_errors_of_sets_name_argument_expected_and_got() -> None:

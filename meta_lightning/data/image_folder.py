@@ -18,6 +18,7 @@ from meta_lightning.data import pictures
 from meta_lightning.data.cache import LabelledImages
 from meta_lightning.data.images import ImageTasks
 from meta_lightning.data.pictures import left_out, prepare_image
+from meta_lightning.data.splits import Fractions, drawn_splits, require_lot
 from meta_lightning.data.transforms import ImageTransforms
 from meta_lightning.tasks import SPLITS, Array, FewShotTasks, Split
 
@@ -87,7 +88,7 @@ class ImageFolderTasks(ImageTasks):
         root: str,
         image_size: int = 84,
         channels: Literal[1, 3] = 3,
-        split_fractions: tuple[float, float, float] = (0.6, 0.2, 0.2),
+        split_fractions: Fractions = (0.6, 0.2, 0.2),
         split_seed: int = 0,
         ways: int = 5,
         shots: int = 1,
@@ -121,12 +122,8 @@ class ImageFolderTasks(ImageTasks):
             transforms,
         )
         require_at_least(1, image_size=image_size)
-        require_at_least(0, split_seed=split_seed)
+        require_lot(split_fractions, split_seed)
         require(channels in (1, 3), f"channels must be 1 or 3, got {channels}")
-        require(
-            len(split_fractions) == len(SPLITS) and min(split_fractions) >= 0 and abs(sum(split_fractions) - 1) < 1e-6,
-            f"split_fractions must be three numbers of at least 0 that sum to 1, got {split_fractions}",
-        )
         self.root = Path(root).expanduser()
         self.image_size = image_size
         self.channels = channels
@@ -183,7 +180,10 @@ class ImageFolderTasks(ImageTasks):
         """Split the classes where ``root`` does not, and leave out those with too few pictures for their split."""
         C = len(data.classes)
         self.drawn = bool(np.any(data.splits == NO_SPLIT))
-        splits = split_classes(C, self.split_fractions, self.split_seed) if self.drawn else data.splits
+        splits = data.splits.copy()
+        if self.drawn:
+            for split, members in drawn_splits(range(C), self.split_fractions, self.split_seed).items():
+                splits[members] = SPLITS.index(split)
         takes = np.array([*map(self.images_a_class, SPLITS)])
         counts = np.bincount(data.labels, minlength=C)
         small = counts < takes[splits]
@@ -263,16 +263,6 @@ def files_below(folder: Path) -> Iterator[Path]:
                 yield entry
         elif not (entry.is_symlink() and folder.resolve().is_relative_to(entry.resolve())):  # a loop would not end
             yield from files_below(entry)
-
-
-def split_classes(C: int, fractions: tuple[float, float, float], seed: int) -> Array:
-    """Each class's row in SPLITS, drawn with these shares; what rounding leaves goes to training.  # C"""
-    order = np.random.default_rng(seed).permutation(C)
-    val, test = (round(C * fraction) for fraction in fractions[1:])
-    splits = np.zeros(C, dtype=np.int64)
-    splits[order[:val]] = SPLITS.index("val")
-    splits[order[val : val + test]] = SPLITS.index("test")
-    return splits
 
 
 def try_to_prepare(path: Path, image_size: int, channels: int) -> Array | str:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from meta_lightning.checks import require, require_at_least
 from meta_lightning.data.base import TaskDataModule
-from meta_lightning.data.tensors import Fractions, as_lists, samples, split_numbers
+from meta_lightning.data.splits import Fractions, as_lists, split_numbers
+from meta_lightning.data.tensors import samples
 from meta_lightning.tasks import SPLITS, Array, Split, TaskBatch, TaskSet
 
 
@@ -26,8 +27,9 @@ class RegressionTasks(TaskDataModule):
         queries: Query points (Q).
         train_shots: Support points in training. Default: ``shots``.
         train_queries: Query points in training. Default: ``queries``.
-        splits: The numbers (from 0) of the sets of train, val and test, as in TensorTasks. Default: by ``fractions``.
-        fractions: Shares of the sets that go to train, val and test, by lot.
+        splits: The numbers (from 0) of the sets of train, val and test, as in TensorTasks. Default: by
+            ``split_fractions``.
+        split_fractions: Shares of the sets that go to train, val and test, by lot.
         split_seed: Seed of that lot. It is not ``seed``, so that other tasks never bring a set into another split.
         meta_batch_size: Tasks a meta-iteration, over all processes together (B).
         epoch_length: Meta-iterations an epoch.
@@ -53,7 +55,7 @@ class RegressionTasks(TaskDataModule):
         train_shots: int | None = None,
         train_queries: int | None = None,
         splits: Mapping[Split, Sequence[int]] | None = None,
-        fractions: Fractions = (0.6, 0.2, 0.2),
+        split_fractions: Fractions = (0.6, 0.2, 0.2),
         split_seed: int = 0,
         meta_batch_size: int = 16,
         epoch_length: int = 500,
@@ -80,7 +82,7 @@ class RegressionTasks(TaskDataModule):
             require(
                 came == first, f"tasks must be alike: expected points of {first} as in task 0, got {came} in {number}"
             )
-        self.splits = split_numbers(range(len(self.sets)), splits, fractions, split_seed, "numbers of tasks")
+        self.splits = split_numbers(range(len(self.sets)), splits, split_fractions, split_seed, "numbers of tasks")
 
     def setup(self, stage: str | None = None) -> None:
         """See that every split with sets can give its tasks; one without is refused when it is asked for."""

@@ -1,7 +1,6 @@
-"""Classification over arrays of one's own, and what its splits share with regression."""
+"""Classification over arrays of one's own."""
 
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,10 +9,8 @@ from torch import Tensor
 
 from meta_lightning.checks import InputError, require, require_at_least
 from meta_lightning.data.base import TaskDataModule
+from meta_lightning.data.splits import Fractions, as_lists, split_numbers
 from meta_lightning.tasks import SPLITS, Array, FewShotTasks, Split
-
-Fractions = tuple[float, float, float]
-Splits = dict[Split, list[int]]
 
 
 class TensorTasks(TaskDataModule):
@@ -28,8 +25,8 @@ class TensorTasks(TaskDataModule):
             other integers become int64, for embeddings.  # M ...
         y: Class number of each sample, any integers; of names, ``np.unique(names, return_inverse=True)[1]``.  # M
         splits: The class numbers of train, val and test; classes in none are left out, and so may be a split that is
-            not asked for (``fit`` validates, unless ``limit_val_batches`` is 0). Default: by ``fractions``.
-        fractions: Shares of the classes that go to train, val and test, by lot.
+            not asked for (``fit`` validates, unless ``limit_val_batches`` is 0). Default: by ``split_fractions``.
+        split_fractions: Shares of the classes that go to train, val and test, by lot.
         split_seed: Seed of that lot. It is not ``seed``, so that other tasks never bring a class into another split.
         ways: Classes a task (N).
         shots: Support samples a class (K).
@@ -59,7 +56,7 @@ class TensorTasks(TaskDataModule):
         x: Tensor | Array,
         y: Tensor | Array,
         splits: Mapping[Split, Sequence[int]] | None = None,
-        fractions: Fractions = (0.6, 0.2, 0.2),
+        split_fractions: Fractions = (0.6, 0.2, 0.2),
         split_seed: int = 0,
         ways: int = 5,
         shots: int = 1,
@@ -86,7 +83,7 @@ class TensorTasks(TaskDataModule):
         require_at_least(1, shots=shots, queries=queries, train_queries=self.train_queries)
         self.x, self.y = samples(x, "x"), class_numbers(y)
         require(len(self.x) == len(self.y), f"x and y must be of one length, got {len(self.x)} and {len(self.y)}")
-        self.splits = split_numbers(self.y.unique().tolist(), splits, fractions, split_seed, "class numbers of y")
+        self.splits = split_numbers(self.y.unique().tolist(), splits, split_fractions, split_seed, "class numbers of y")
         self.placed: Tensor | None = None
         self.task_sets: dict[Split, FewShotTasks] = {}
 
@@ -115,53 +112,6 @@ class TensorTasks(TaskDataModule):
                 block=self.meta_batch_size,
             )
         return self.task_sets[split]
-
-
-def as_lists(splits: Mapping[Split, Sequence[int]] | None) -> Splits | None:
-    """Splits as plain lists, whatever holds the numbers.
-
-    Raises:
-        InputError: If there are others than train, val and test.
-    """
-    unknown = [name for name in splits or () if name not in SPLITS]
-    require(not unknown, f"splits must have the keys 'train', 'val' and 'test', got {unknown}")
-    return None if splits is None else {split: [int(number) for number in part] for split, part in splits.items()}
-
-
-def split_numbers(
-    numbers: Sequence[int],
-    splits: Splits | None,
-    fractions: Fractions,
-    seed: int,
-    what: str,
-) -> Splits:
-    """What belongs to each split: as given, or by lot.
-
-    Args:
-        numbers: All there are.
-        splits: What the user gives; None for a lot.
-        fractions: Shares of train, val and test in the lot.
-        seed: Seed of the lot.
-        what: What the numbers are, for the messages.
-
-    Raises:
-        InputError: If something is in two splits or does not exist, or the shares are not shares.
-    """
-    require_at_least(0, split_seed=seed)
-    if splits is None:
-        require(
-            len(fractions) == 3 and min(fractions) >= 0 and abs(sum(fractions) - 1) < 1e-6,
-            f"fractions must be 3 shares, of train, val and test, with the sum 1, got {tuple(fractions)}",
-        )
-        bounds = [round(sum(fractions[:i]) * len(numbers)) for i in (1, 2)]
-        parts = np.split(np.random.default_rng(seed).permutation(np.array(numbers, dtype=np.int64)), bounds)
-        return {split: sorted(part.tolist()) for split, part in zip(SPLITS, parts, strict=True)}
-    counts = Counter(number for part in splits.values() for number in part)
-    missing = sorted(set(counts) - set(numbers))
-    require(not missing, f"splits must hold {what}, got {missing}, which do not occur")
-    repeated = sorted(number for number, count in counts.items() if count > 1)
-    require(not repeated, f"splits must hold {what} once each, got {repeated} more than once")
-    return {split: splits.get(split, []) for split in SPLITS}
 
 
 def samples(x: Tensor | Array, name: str) -> Tensor:
