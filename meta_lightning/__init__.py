@@ -1,5 +1,6 @@
 """Gradient-based meta-learning on PyTorch Lightning: MAML, FOMAML and Reptile."""
 
+from meta_lightning.adaptation.predictor import Predictor
 from meta_lightning.algorithms import FOMAML, MAML, MetaLearner, Reptile
 from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import (
@@ -19,7 +20,6 @@ from meta_lightning.data import (
 )
 from meta_lightning.metrics import TaskMean
 from meta_lightning.networks import MLP, Conv4
-from meta_lightning.predictor import Predictor
 from meta_lightning.resnet import ResNet12
 from meta_lightning.restoring import load_learner
 from meta_lightning.tasks import TaskBatch

@@ -14,17 +14,17 @@ from jsonargparse import ArgumentParser
 from lightning import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from meta_lightning.adapt import adapt
+from meta_lightning.adaptation.command import adapt
 from meta_lightning.algorithms import MetaLearner
 from meta_lightning.checkpoints import Checkpoints, read_checkpoint, verify_checkpoint
 from meta_lightning.checks import InputError
-from meta_lightning.comparison.compare import compare
+from meta_lightning.comparison.command import compare
 from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import TaskDataModule
 from meta_lightning.data.show import show_data
 from meta_lightning.predictions import PredictionTable
-from meta_lightning.recording import RunRecord
 from meta_lightning.resuming import LAST, PREVIOUS, continue_logs
+from meta_lightning.run_record import RunRecord
 
 PACKAGE = Path(__file__).parent
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from meta_lightning.predictor import Predictor
+from meta_lightning.adaptation.predictor import Predictor
 from meta_lightning.restoring import load_learner
 from meta_lightning.tasks import Array
 

@@ -47,7 +47,7 @@ def refused(checkpoint: str, *args: str) -> str:
 def test_the_table_is_what_the_predictor_says(
     checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("meta_lightning.adapt.AT_ONCE", 4)  # several batches
+    monkeypatch.setattr("meta_lightning.adaptation.command.AT_ONCE", 4)  # several batches
     adapt(checkpoint, "--steps", "3", "--save", "adapted.safetensors")
     assert {path.name for path in Path().iterdir()} == {
         *("my_photos", "queries", "predictions.csv", "predictions.png", "adapted.safetensors")
@@ -134,7 +134,7 @@ def test_nothing_is_overwritten_unasked(checkpoint: str) -> None:
 
 @pytest.mark.usefixtures("photos")
 def test_nothing_is_left_half_written(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meta_lightning.adapt.AT_ONCE", 4)
+    monkeypatch.setattr("meta_lightning.adaptation.command.AT_ONCE", 4)
     answered = []
 
     def interrupted(self: Predictor, x: object) -> torch.Tensor:

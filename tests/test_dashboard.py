@@ -21,7 +21,7 @@ from torch import nn
 
 from meta_lightning import FOMAML, MAML, MLP, Dashboard, Glyphs, MetaLearner, Reptile, Sinusoid, TensorTasks
 from meta_lightning.cli import main
-from meta_lightning.records import TaskRecord, group_of, predictions_by_step
+from meta_lightning.dashboard.task_records import TaskRecord, group_of, predictions_by_step
 from meta_lightning.tasks import as_task_batch
 
 TINY = str(Path(__file__).parent / "tiny.yaml")
@@ -145,7 +145,7 @@ def test_scalars_are_read_at_the_log_interval_only(
     mlp: MLP, sinusoid: Sinusoid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_at = []
-    monkeypatch.setattr("meta_lightning.dashboard.norm", lambda tensors: read_at.append(1) or torch.ones(()))
+    monkeypatch.setattr("meta_lightning.dashboard.callback.norm", lambda tensors: read_at.append(1) or torch.ones(()))
     events = fitted(MAML(mlp), sinusoid, max_steps=10, log_every_n_steps=4)
     assert steps_of(events, "train/update_norm") == steps_of(events, "train/loss") == [3, 7]
     assert len(read_at) == 4  # a gradient and an update each

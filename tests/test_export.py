@@ -135,7 +135,7 @@ def test_what_cannot_be_saved_or_loaded(predictor: Predictor, tmp_path: Path, mo
         predictor.save(tmp_path / "a.pkl")
     with pytest.raises(ValueError, match=r"path must name a file in a folder that can be written to, got .*nowhere"):
         predictor.save(tmp_path / "nowhere" / "a.pt2")
-    monkeypatch.setattr("meta_lightning.exporting.find_spec", lambda name: None)
+    monkeypatch.setattr("meta_lightning.adaptation.exporting.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs onnx and onnxscript: pip install 'meta-lightning\[export\]'"):
         predictor.save(tmp_path / "a.onnx")
 

@@ -14,14 +14,14 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from meta_lightning import inner_loop
-from meta_lightning.adaptation import adapt_learner
+from meta_lightning.adaptation.adapting import adapt_learner
+from meta_lightning.adaptation.predictor import Predictor
 from meta_lightning.checks import require, require_at_least, require_matches, require_positive
 from meta_lightning.compiling import CompiledPasses, Pass
 from meta_lightning.data.form import SampleForm
 from meta_lightning.inner_loop import Adapted, Params
 from meta_lightning.losses import Loss, check_outputs, default_loss
 from meta_lightning.networks import other_names, with_batch_statistics
-from meta_lightning.predictor import Predictor
 from meta_lightning.tasks import Array, TaskBatch, scale_pixels
 
 Support = list[tuple[Tensor, Tensor]]  # samples and targets of each inner step: K of T S ..., T S ...

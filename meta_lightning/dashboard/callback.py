@@ -11,10 +11,10 @@ from torch.nn.utils import get_total_norm
 
 from meta_lightning.algorithms import MetaLearner, Reptile
 from meta_lightning.checks import require_at_least
+from meta_lightning.dashboard.task_records import TaskRecord
 from meta_lightning.data.base import plain
 from meta_lightning.inner_loop import Params
 from meta_lightning.loading import class_names_of
-from meta_lightning.records import TaskRecord
 from meta_lightning.tasks import as_task_batch
 
 STAGES = {"val": "Validation", "test": "Test"}

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from meta_lightning import machine
 from meta_lightning.cli import main
 from meta_lightning.machine import PeakMemory, keep_freed_memory
-from meta_lightning.recording import finite
+from meta_lightning.run_record import finite
 
 RUN = Path("lightning_logs/version_0")
 FIXED = ["--trainer.logger", "lightning.pytorch.loggers.TensorBoardLogger", "--trainer.logger.save_dir", "logs"]

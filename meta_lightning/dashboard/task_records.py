@@ -10,8 +10,8 @@ from torch import Tensor
 from meta_lightning import inner_loop
 from meta_lightning.algorithms import MetaLearner
 from meta_lightning.algorithms.learner import Support
+from meta_lightning.dashboard.figures import PicturedTask, draw_curves, draw_groups, draw_tasks
 from meta_lightning.data.glyph_drawings import alphabet_of
-from meta_lightning.figures import PicturedTask, draw_curves, draw_groups, draw_tasks
 from meta_lightning.losses import score
 from meta_lightning.metrics import TaskMean
 from meta_lightning.tasks import TaskBatch

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from meta_lightning import inner_loop
+from meta_lightning.adaptation.predictor import Predictor
+from meta_lightning.adaptation.surgery import freeze_statistics, in_evaluation, set_parameters, widened_head
 from meta_lightning.checks import InputError, require, require_at_least
 from meta_lightning.data.tensors import samples
-from meta_lightning.predictor import Predictor
-from meta_lightning.surgery import freeze_statistics, in_evaluation, set_parameters, widened_head
 from meta_lightning.tasks import Array
 
 if TYPE_CHECKING:

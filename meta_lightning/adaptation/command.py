@@ -13,13 +13,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from tqdm import tqdm
 
+from meta_lightning.adaptation.exporting import require_target
+from meta_lightning.adaptation.predictor import AT_ONCE, Predictor
 from meta_lightning.checks import require, require_choice
 from meta_lightning.contact_sheet import Answer, draw_contact_sheet
 from meta_lightning.data.image_folder import files_below, try_to_prepare, visible
 from meta_lightning.data.pictures import left_out
-from meta_lightning.exporting import require_target
 from meta_lightning.files import require_writable, written_whole
-from meta_lightning.predictor import AT_ONCE, Predictor
 from meta_lightning.restoring import load_learner
 from meta_lightning.tasks import Array
 

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meta_lightning import exporting
-from meta_lightning.checks import require
-from meta_lightning.data.form import SampleForm
-from meta_lightning.data.tensors import samples
-from meta_lightning.networks import with_batch_statistics
-from meta_lightning.surgery import (
+from meta_lightning.adaptation import exporting
+from meta_lightning.adaptation.surgery import (
     batch_norms,
     build_network,
     hold_statistics,
     last_linear,
     set_parameters,
 )
+from meta_lightning.checks import require
+from meta_lightning.data.form import SampleForm
+from meta_lightning.data.tensors import samples
+from meta_lightning.networks import with_batch_statistics
 from meta_lightning.tasks import Array
 
 AT_ONCE = 256  # samples that go forward together, so that thousands take no more memory

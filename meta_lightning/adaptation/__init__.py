@@ -1,0 +1,1 @@
+"""From a learner and a few samples of each class to predictions about others."""
