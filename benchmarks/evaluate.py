@@ -34,8 +34,8 @@ def runs(arguments: argparse.Namespace, more: list[str]) -> list[Run]:
         name = arguments.name or Path(arguments.ckpt_path).stem
         tests = {kind: [f"--ckpt_path={arguments.ckpt_path}", *more, *options] for kind, options in kinds.items()}
         return [Run(name, None, tests)]
-    shared = [f"--config={find_config(arguments.config)}", *more]
-    shared += [f"--model={arguments.model}"] if arguments.model else []
+    model = [f"--model={arguments.model}"] if arguments.model else []
+    shared = [f"--config={find_config(arguments.config)}", *model, *more]
     name = arguments.name or arguments.config.removesuffix(".yaml").replace("/", "-")
     name += f"-{arguments.model}" if arguments.model else ""
     tests = {kind: [*shared, "--data.seed=0", *options] for kind, options in kinds.items()}

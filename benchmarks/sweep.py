@@ -41,7 +41,7 @@ class Sweep:
         return "maximize" if self.monitor.endswith("accuracy") else "minimize"
 
     def options(self, params: dict[str, float]) -> list[str]:
-        return [f"--model={self.algorithm}", *(f"--model.{name}={value}" for name, value in params.items())]
+        return [f"--model.{name}={value}" for name, value in params.items()]
 
     def __call__(self, trial: optuna.Trial) -> float:
         """Train, and return the last validation."""
@@ -51,7 +51,9 @@ class Sweep:
             "inner_steps": trial.suggest_int("inner_steps", *self.inner_steps),
         }
         places = [f"--trainer.default_root_dir={self.out / f'trial{trial.number}'}"]
-        arguments = ["fit", f"--config={self.config}", *self.more, *self.options(params), *self.fixed, *places]
+        # the algorithm first: the options that follow may be its own
+        settings = [f"--config={self.config}", f"--model={self.algorithm}", *self.more, *self.options(params)]
+        arguments = ["fit", *settings, *self.fixed, *places]
         trainer = command_line(arguments, [PyTorchLightningPruningCallback(trial, self.monitor)]).trainer
         return float(trainer.callback_metrics[self.monitor])
 
@@ -92,7 +94,7 @@ def main(args: list[str] | None = None) -> optuna.Study:
     states = [trial.state.name.lower() for trial in study.trials]
     print(", ".join(f"{states.count(state)} {state}" for state in sorted({*states})))
     if "complete" in states:
-        best = " ".join(sweep.options(study.best_params))
+        best = " ".join([f"--model={sweep.algorithm}", *sweep.options(study.best_params)])
         print(f"best {sweep.monitor} {study.best_value:.4f}: fit --config {arguments.config} {best}")
     return study
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from meta_lightning.cli import main
 from meta_lightning.comparison import runs
-from meta_lightning.comparison.report import markdown
+from meta_lightning.comparison.report import cells_of, markdown
 from meta_lightning.comparison.summary import near_best, summarise
 
 COMPARE = ["compare", "--config", str(TINY), "--out", "out"]
@@ -129,7 +129,7 @@ def test_a_grid_tells_how_many_settings_come_near_the_best(launched: list[list[s
     cells = [result(f"Reptile-seed0-grid{i}{j}")["fit"] for i, j in itertools.product(range(3), repeat=2)]
     settings = [cell["config"]["model"]["init_args"] for cell in cells]
     assert [s["inner_lr"] for s in settings[::3]] == pytest.approx([0.01 / 3, 0.01, 0.03], rel=1e-5)
-    assert [s["outer_lr"] for s in settings[:3]] == pytest.approx([0.5 / 3, 0.5, 1.0], rel=1e-5)  # ε is at most 1
+    assert [s["outer_lr"] for s in settings[:3]] == pytest.approx([1 / 9, 1 / 3, 1.0], rel=1e-5)  # ε is at most 1
     best = max(cell["figures"]["val/accuracy"] for cell in cells)
     near = sum(cell["figures"]["val/accuracy"] >= best - 0.02 for cell in cells)
     (_, reptile) = table()
@@ -186,6 +186,8 @@ def test_an_interrupted_comparison_says_how_to_go_on(monkeypatch: pytest.MonkeyP
     [
         (["--algorithms", "MAMBL"], "algorithms must be one of 'MAML', 'FOMAML', 'Reptile', got 'MAMBL'"),
         (["--algorithms", "MAML", "MAML"], "algorithms must be one or more different ones"),
+        (["--algorithms", "MAML", "Reptile=MAML"], "algorithms must be named by .* not as others are, got 'Reptile'"),
+        (["--algorithms", "a/b=MAML"], "algorithms must be named by letters, digits and .*, got 'a/b' for MAML"),
         (["--seeds", "1", "1"], "seeds must be one or more different numbers"),
         (["--grid", "-1"], "grid must be at least 0, got -1"),
         (["--options.Reptil=a"], "options must be one of 'all', 'MAML', 'FOMAML', 'Reptile', got 'Reptil'"),
@@ -215,9 +217,43 @@ def test_skipped_steps_of_all_seeds_are_added() -> None:
         fit = {"figures": {"train/skipped": seed + 1.0}, "tasks_per_second": 3.0}
         return {"name": f"MAML-seed{seed}", "fit": fit, "tests": {"test": {"figures": figures}}}
 
-    (row,) = summarise([run(0), run(1)], ["MAML"])
+    (row,) = summarise([run(0), run(1)], ["MAML"], 3)
     assert row.skipped == 3
     assert row.peak_memory is None
+    heads, cells = cells_of([row])
+    assert dict(zip(heads, cells, strict=True))["seeds"] == "2 of 3"
+
+
+def test_an_error_that_is_no_number_is_not_left_out() -> None:
+    def run(algorithm: str, mse: float | None) -> dict[str, Any]:
+        figures = {"test/mse": mse, "test/mse_ci95": 0.1, "test/mse_before": 2.0, "test/mse_before_ci95": 0.2}
+        fit = {"figures": {}, "tasks_per_second": 3.0}
+        return {"name": f"{algorithm}-seed0", "fit": fit, "tests": {"test": {"figures": figures}}}
+
+    rows = summarise([run("MAML", 0.5), run("FOMAML", None)], ["MAML", "FOMAML"], 1)
+    assert [row[:3] for row in cells_of(rows)[1:]] == [
+        ["MAML", "2.000 ± 0.200", "0.500 ± 0.100"],
+        ["FOMAML", "2.000 ± 0.200", "nan ± 0.100"],
+    ]
+
+
+@pytest.mark.usefixtures("glyphs")
+def test_an_algorithm_may_come_again_with_options_of_its_own(launched: list[list[str]]) -> None:
+    arguments = [
+        "--algorithms",
+        "Reptile",
+        "Reptile-Adam=Reptile",
+        "--options.Reptile-Adam=--model.inner_optimizer adam",
+    ]
+    main([*COMPARE, *arguments, "--grid", "1"])
+    assert [row["algorithm"] for row in table()] == ["untrained", "Reptile", "Reptile-Adam"]
+    rules = [
+        result(f"{name}-seed0")["fit"]["config"]["model"]["init_args"]["inner_optimizer"]
+        for name in ("Reptile", "Reptile-Adam")
+    ]
+    assert rules == ["sgd", "adam"]
+    assert len([*Path("out/results").glob("Reptile-Adam-seed0-grid??.json")]) == 9
+    assert len(launched) == 5 + 18
 
 
 def test_empty_cells_of_a_table_stay_cells() -> None:

@@ -1,6 +1,7 @@
 """``python -m meta_lightning compare``: the algorithms on the same tasks, in one table."""
 
 import math
+import re
 import shlex
 from collections.abc import Mapping
 from itertools import product
@@ -15,6 +16,7 @@ from meta_lightning.train import ALGORITHMS
 
 NAMES = tuple(algorithm.__name__ for algorithm in ALGORITHMS.values())
 GRID = (1 / 3, 1.0, 3.0)  # factors of inner_lr and outer_lr
+LABEL = re.compile(r"\w[\w.+-]*")  # names files and options
 
 
 def compare(
@@ -35,12 +37,14 @@ def compare(
 
     Args:
         config: Configuration of ``fit``; its algorithm is replaced.
-        algorithms: The algorithms, the first of which the others are compared with.
+        algorithms: The algorithms, the first of which the others are compared with. One may come again under a name
+            of its own, with options of its own: ``Reptile-Adam=Reptile``.
         max_steps: Meta-iterations of each training. Default: the configuration's.
         seeds: Each is the seed of an initialisation and of training tasks; several give a standard deviation.
         grid: Meta-iterations of each of the 9 short trainings an algorithm with a third, one and three times its
-            inner_lr and outer_lr, of which it is told how many come near the best; 0 for none.
-        options: What else stands on the command line of ``fit`` and ``test``, by algorithm, ``all`` for every one:
+            inner_lr and outer_lr (Reptile's at most 1: then 1, a third and a ninth), of which it is told how many come
+            near the best; 0 for none.
+        options: What else stands on the command line of ``fit`` and ``test``, by algorithm or name, ``all`` for all:
             ``--options.Reptile="--model.outer_lr 0.5 --model.inner_steps 8"``.
         out: Folder of the report (``comparison.html``, ``.md``, ``.csv``, ``.png``), the results and what runs leave.
         overwrite: Begin anew where ``out`` holds runs of other settings.
@@ -54,27 +58,31 @@ def compare(
         InterruptedError: If it was interrupted.
     """
     options = options or {}
-    for name in algorithms:
+    labelled = [(label or name, name) for label, _, name in (given.rpartition("=") for given in algorithms)]
+    labels = [label for label, _ in labelled]
+    for label, name in labelled:
         require_choice(NAMES, algorithms=name)
-    require(
-        len({*algorithms}) == len(algorithms) > 0, f"algorithms must be one or more different ones, got {algorithms}"
-    )
+        require(
+            LABEL.fullmatch(label) is not None and (label == name or label not in (*NAMES, UNTRAINED)),
+            f"algorithms must be named by letters, digits and -+._ and not as others are, got {label!r} for {name}",
+        )
+    require(len({*labels}) == len(labels) > 0, f"algorithms must be one or more different ones, got {algorithms}")
     require(len({*seeds}) == len(seeds) > 0, f"seeds must be one or more different numbers, got {seeds}")
     require_at_least(0, grid=grid)
     for name in options:
-        require_choice(("all", *algorithms), options=name)
+        require_choice(("all", *labels), options=name)
 
-    def arguments(algorithm: str, *more: str) -> list[str]:
+    def arguments(label: str, *more: str) -> list[str]:
         """What ``fit`` and ``test`` share."""
-        own = [shlex.split(options.get(name, "")) for name in ("all", algorithm)]
+        own = [shlex.split(options.get(name, "")) for name in ("all", label)]
         steps = [] if max_steps is None else [f"--trainer.max_steps={max_steps}"]
-        return [f"--config={config}", f"--model={algorithm}", *own[0], *own[1], *steps, *more]
+        return [f"--config={config}", f"--model={dict(labelled)[label]}", *own[0], *own[1], *steps, *more]
 
-    def run(algorithm: str, seed: int) -> Run:
+    def run(label: str, seed: int) -> Run:
         # the trial validation before training would count in the memory
         fit = [f"--seed_everything={seed}", f"--data.seed={seed}", "--trainer.num_sanity_val_steps=0"]
-        test = arguments(algorithm, f"--seed_everything={seed}", f"--data.seed={seeds[0]}")
-        return Run(f"{algorithm}-seed{seed}", arguments(algorithm, *fit), {"test": test})
+        test = arguments(label, f"--seed_everything={seed}", f"--data.seed={seeds[0]}")
+        return Run(f"{label}-seed{seed}", arguments(label, *fit), {"test": test})
 
     results: list[dict[str, Any]] = []
     failures: list[str] = []
@@ -87,34 +95,38 @@ def compare(
             raise InterruptedError("interrupted; the same command goes on where this one stopped") from None
         except ChildProcessError as error:
             failures.append(f"{run.name}: {error}")
-        write_report(summarise(results, algorithms), results, failures, out)
+        write_report(summarise(results, labels, len(seeds)), results, failures, out)
 
     for seed in seeds:
-        add(run(algorithms[0], seed)._replace(name=f"{UNTRAINED}-seed{seed}", fit=None))
-        for algorithm in algorithms:
-            add(run(algorithm, seed))
+        add(run(labels[0], seed)._replace(name=f"{UNTRAINED}-seed{seed}", fit=None))
+        for label in labels:
+            add(run(label, seed))
     if grid:
-        for result in [result for result in results if result["name"] in {f"{a}-seed{seeds[0]}" for a in algorithms}]:
-            for cell in grid_of(result, run(result["fit"]["algorithm"], seeds[0]), grid):
-                add(cell)
+        finished = {result["name"]: result for result in results}
+        for first in [run(label, seeds[0]) for label in labels]:
+            if first.name in finished:
+                for cell in grid_of(finished[first.name], first, grid):
+                    add(cell)
     # that a cell of the grid diverges is what the grid is to find out
     failed = [failure for failure in failures if "-grid" not in failure]
     if failed:
-        raise ChildProcessError(f"{'; '.join(failed)}. The same command tries again; {out} has the others' report")
+        report = f"; {out} has the others' report" if results else ""
+        raise ChildProcessError(f"{'; '.join(failed)}. The same command tries again{report}")
     table = (out / "comparison.md").read_text(encoding="utf-8")
     return f"{table}\nThe report is {out / 'comparison.html'}."
 
 
 def grid_of(result: Mapping[str, Any], run: Run, steps: int) -> list[Run]:
-    """The short trainings around the settings of one that is finished; Reptile's outer_lr stays at most 1."""
+    """The short trainings around the settings of one that is finished."""
     assert run.fit is not None
     settings = result["fit"]["config"]["model"]["init_args"]
-    most = 1.0 if result["fit"]["algorithm"] == "Reptile" else math.inf
+    # Reptile's is at most 1: there the grid ends at 1
+    most = 1 / GRID[-1] if result["fit"]["algorithm"] == "Reptile" else math.inf
+    middle = {"inner_lr": settings["inner_lr"], "outer_lr": min(most, settings["outer_lr"])}
     # validated once, at the end
     fit = [*run.fit, f"--trainer.max_steps={steps}", f"--data.epoch_length={steps}"]
     cells = []
-    for i, j in product(range(len(GRID)), repeat=2):
-        inner_lr, outer_lr = settings["inner_lr"] * GRID[i], min(most, settings["outer_lr"] * GRID[j])
-        rates = [f"--model.inner_lr={inner_lr:.6g}", f"--model.outer_lr={outer_lr:.6g}"]
-        cells.append(Run(f"{run.name}-grid{i}{j}", [*fit, *rates], {}))
+    for places in product(range(len(GRID)), repeat=2):
+        rates = [f"--model.{name}={rate * GRID[i]:.6g}" for (name, rate), i in zip(middle.items(), places, strict=True)]
+        cells.append(Run(f"{run.name}-grid{places[0]}{places[1]}", [*fit, *rates], {}))
     return cells

@@ -3,12 +3,13 @@
 import base64
 import csv
 import html
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from meta_lightning.comparison.figure import draw
-from meta_lightning.comparison.summary import Result, Row
+from meta_lightning.comparison.summary import CELLS, Result, Row
 from meta_lightning.files import written_whole
 
 STYLE = (
@@ -56,7 +57,7 @@ def cells_of(rows: Sequence[Row]) -> list[list[str]]:
             f"{row.after:.{digits}f} ± {row.after_ci95:.{digits}f}"
             + (
                 f" ({row.after_relative:+.{digits}f})".replace("-", "−")
-                if round(row.after_relative or 0, digits)
+                if row.after_relative and math.isfinite(row.after_relative)
                 else ""
             )
             for row in rows
@@ -65,8 +66,13 @@ def cells_of(rows: Sequence[Row]) -> list[list[str]]:
         "tasks a second": [shown(row.tasks_per_second, 0, row.tasks_per_second_relative) for row in rows],
         "peak memory, MB": [shown(row.peak_memory, 0, row.peak_memory_relative) for row in rows],
         "std over seeds": [shown(row.after_std, digits) for row in rows],
+        "seeds": [
+            f"{row.seeds}" + (f" of {row.seeds_asked}" if row.seeds < row.seeds_asked else "")
+            for row in rows
+            if row.seeds_asked > 1
+        ],
         "steps skipped": [shown(row.skipped) for row in rows],
-        "grid near best": ["" if row.near_best is None else f"{row.near_best:.0%}" for row in rows],
+        "grid near best": ["" if row.near_best is None else f"{row.near_best * CELLS:.0f} of {CELLS}" for row in rows],
     }
     heads = [head for head, cells in columns.items() if any(cells)]
     return [heads, *([columns[head][i] for head in heads] for i in range(len(rows)))]
@@ -93,9 +99,10 @@ def page(rows: Sequence[Row], results: Sequence[Result], failures: Sequence[str]
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title><style>{STYLE}</style>'
         f"<h1>{html.escape(', '.join(row.algorithm for row in rows))}</h1>"
         f"<table>{table_row(heads, 'th')}{''.join(table_row(cells, 'td') for cells in body)}</table>"
-        f"<p>± is the 95 % confidence interval over {record['figures'].get('test/tasks', 0):.0f} test tasks; in "
-        "parentheses the first algorithm's multiple, or the difference from it. Training without validation; peak "
-        "memory above what was in use before the first step; each run in a process of its own.</p>"
+        f"<p>± is the 95 % confidence interval over {record['figures'].get('test/tasks', 0):.0f} test tasks, the mean "
+        "of the seeds'; in parentheses the ratio to the first algorithm's figure, or for scores the difference. "
+        "Training without validation; peak memory above what was in use before the first step; each run in a process "
+        "of its own.</p>"
         f'<img alt="Curves and bars" src="data:image/png;base64,{base64.b64encode(figure).decode()}">{failed}'
         f"<h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>"
         f"<p>Commit {html.escape(str(record['commit']))}, {html.escape(where)}.</p></html>\n"

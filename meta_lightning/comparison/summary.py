@@ -1,10 +1,12 @@
 """From the results of runs to the rows of a table."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 UNTRAINED = "untrained"
+CELLS = 9  # of a grid
 NEAR = 2.0  # points of accuracy from the best of a grid; for a regression per cent of its error
 
 Result = Mapping[str, Any]
@@ -30,7 +32,8 @@ class Row(NamedTuple):
     tasks_per_second_relative: float | None
     peak_memory: float | None  # MB
     peak_memory_relative: float | None
-    seeds: int
+    seeds: int  # of those that were asked for, the finished
+    seeds_asked: int
     after_std: float | None  # over the seeds
     skipped: float | None  # non-finite steps, of all seeds together
     near_best: float | None  # share of the grid
@@ -52,45 +55,47 @@ def over(value: float | None, reference: float | None) -> float | None:
     return value / reference if value is not None and reference else None
 
 
-def summarise(results: Sequence[Result], algorithms: Sequence[str]) -> list[Row]:
+def summarise(results: Sequence[Result], algorithms: Sequence[str], seeds: int) -> list[Row]:
     """A row for the untrained network and for each of the algorithms that has results.
 
     Args:
         results: What ``runs.complete`` gave, each named ``<algorithm>-seed<n>``, those of a grid ``…-grid<ij>``.
         algorithms: The algorithms, the first of which the others are compared with.
+        seeds: How many seeds each was to be run with.
     """
     rows: list[Row] = []
     reference: Row | None = None
     for algorithm in (UNTRAINED, *algorithms):
-        mine = [result for result in results if result["name"].partition("-")[0] == algorithm]
+        mine = [result for result in results if result["name"].rpartition("-seed")[0] == algorithm]
         runs = [result for result in mine if result["tests"]]
         if not runs:
             continue
-        row = row_of(algorithm, runs, [result["fit"] for result in mine if "-grid" in result["name"]])
+        row = row_of(algorithm, runs, seeds, [result["fit"] for result in mine if "-grid" in result["name"]])
         if algorithm == algorithms[0]:
             reference = row
         rows.append(row)
     return [row if reference is None else relative(row, reference) for row in rows]
 
 
-def row_of(algorithm: str, runs: Sequence[Result], grid: Sequence[Mapping[str, Any]]) -> Row:
+def row_of(algorithm: str, runs: Sequence[Result], seeds: int, grid: Sequence[Mapping[str, Any]]) -> Row:
     """The row of an algorithm, not yet compared with another's."""
     tests = [next(iter(run["tests"].values())) for run in runs]
     fits = [run["fit"] for run in runs if run["fit"] is not None]
     metric, unit = score_of(tests[0], "test")
 
     def tested(name: str) -> list[float]:
-        return [unit * value for test in tests if (value := test["figures"].get(f"test/{name}")) is not None]
+        values = [test["figures"].get(f"test/{name}") for test in tests]
+        return [math.nan if value is None else unit * value for value in values]  # no number is no finite one
 
     after = tested(metric)
     skipped = [fit["figures"]["train/skipped"] for fit in fits if "train/skipped" in fit["figures"]]
     return Row(
         algorithm=algorithm,
         metric=metric,
-        before=fmean(tested(f"{metric}_before") or [float("nan")]),
-        before_ci95=fmean(tested(f"{metric}_before_ci95") or [float("nan")]),
-        after=fmean(after or [float("nan")]),
-        after_ci95=fmean(tested(f"{metric}_ci95") or [float("nan")]),
+        before=fmean(tested(f"{metric}_before")),
+        before_ci95=fmean(tested(f"{metric}_before_ci95")),
+        after=fmean(after),
+        after_ci95=fmean(tested(f"{metric}_ci95")),
         after_relative=None,
         seconds=mean(fit.get("train_seconds") for fit in fits),
         seconds_relative=None,
@@ -99,6 +104,7 @@ def row_of(algorithm: str, runs: Sequence[Result], grid: Sequence[Mapping[str, A
         peak_memory=mean(fit.get("peak_memory") for fit in fits),
         peak_memory_relative=None,
         seeds=len(runs),
+        seeds_asked=seeds,
         after_std=stdev(after) if len(after) > 1 else None,
         skipped=sum(skipped) if skipped else None,
         near_best=near_best(grid),
@@ -115,7 +121,7 @@ def relative(row: Row, reference: Row) -> Row:
     )
 
 
-def near_best(fits: Sequence[Mapping[str, Any]], cells: int = 9) -> float | None:
+def near_best(fits: Sequence[Mapping[str, Any]]) -> float | None:
     """The share of a grid's trainings that validate near the best of them; one that failed does not."""
     if not fits:
         return None
@@ -126,4 +132,4 @@ def near_best(fits: Sequence[Mapping[str, Any]], cells: int = 9) -> float | None
         near = [score for score in known if score >= max(known) - NEAR]
     else:
         near = [score for score in known if score <= min(known) * (1 + NEAR / 100)]
-    return len(near) / cells
+    return len(near) / CELLS
