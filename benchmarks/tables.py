@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from meta_lightning.comparison.command import NAMES
 from meta_lightning.comparison.report import cells_of, markdown
 from meta_lightning.comparison.summary import summarise
 
@@ -96,10 +97,13 @@ def device_of(fit: Result) -> str:
     return f"cpu, {threads} thread{'s' * (threads > 1)}" if device == "cpu" else device
 
 
+PLACES = ("root", "seed", "epoch_length", "max_steps", "logger", "enable_progress_bar")  # the steps have a column
+
+
 def changes(command: Sequence[str]) -> list[str]:
     """What a training's command line changes of its configuration, beside the algorithm and what only places it."""
-    options = re.findall(r"--(model|data)\.(\w+)[= ](\S+)", " ".join(command))
-    return [f"`{name} {value}`" for _, name, value in options if name not in ("root", "seed", "epoch_length")]
+    options = re.findall(r"--(?:model|data|trainer)\.([\w.]+)[= ](\S+)", " ".join(command))
+    return [f"`{name} {value}`" for name, value in options if name.partition(".")[0] not in PLACES]
 
 
 def published(results: Sequence[Result]) -> str:
@@ -138,12 +142,21 @@ def sinusoid(results: Sequence[Result]) -> str:
 def comparison(folder: Path) -> str:
     """A comparison's table, from its runs."""
     results = load(folder / "results")
-    order = [name for name in ("MAML", "FOMAML", "Reptile") if any(r["name"].startswith(f"{name}-") for r in results)]
-    if not order:
+    trained = [result for result in results if result["fit"] and result["tests"]]
+    if not trained:
         return to_come("python -m meta_lightning compare --config maml.yaml --out benchmarks/results/compare")
-    fit = next(result["fit"] for result in results if result["fit"])
-    said = f"{fit['steps']:,} meta-iterations, on {fit['machine']['processor']}, {device_of(fit)}.\n"
-    return f"{markdown(cells_of(summarise(results, order)))}\n{said}"
+    found = sorted({base(result) for result in trained})
+    order = [name for name in NAMES if name in found] + [name for name in found if name not in NAMES]
+    seeds = len({result["fit"]["seed"] for result in trained})
+    fit = next(result["fit"] for result in trained if base(result) == order[0])
+    model, data = (fit["config"][part]["init_args"] for part in ("model", "data"))
+    tasks = trained[0]["tests"]["test"]["figures"]["test/tasks"]
+    said = (
+        f"{fit['steps']:,} meta-iterations of {data['meta_batch_size']} tasks, {data['ways']}-way {data['shots']}-shot"
+        f"; {order[0]} with inner_lr {model['inner_lr']} and {model['inner_steps']} inner steps; seeds: {seeds}; "
+        f"{tasks:.0f} test tasks; {fit['machine']['processor']}, {device_of(fit)}.\n"
+    )
+    return f"{markdown(cells_of(summarise(results, order, seeds)))}\n{said}"
 
 
 def cosine(folder: Path) -> str:
@@ -153,16 +166,19 @@ def cosine(folder: Path) -> str:
         return to_come("python benchmarks/cosine.py --ckpt_path runs/best.ckpt")
     measured = json.loads(path.read_text())
     pairs = list(measured["points"][0]["cosines"])
+
+    def cell(point: Result, pair: str, start: str) -> str:
+        found, ci95 = point["cosines"][pair][start], point["ci95"][pair][start]
+        # an interval as wide as this says nothing, and where noise is all there is no figure
+        return "noise" if found is None or ci95 is None or ci95 >= 0.5 else f"{found:.2f} ± {ci95:.2f}"
+
     rows = [
-        [start, f"{point['inner_lr']:g}", str(point["inner_steps"])]
-        + [f"{point['cosines'][pair][start]:.2f} ± {point['ci95'][pair][start]:.2f}" for pair in pairs]
-        + [f"{of_algorithm[start]:.2f}" for of_algorithm in point["halves"].values()]
+        [start, f"{point['inner_lr']:g}", str(point["inner_steps"]), *(cell(point, pair, start) for pair in pairs)]
         for start in ("trained", "random")
         for point in measured["points"]
         if point["inner_lr"] in measured["shown"]
     ]
-    halves = [f"{name}, other tasks" for name in measured["points"][0]["halves"]]
-    return markdown([["θ", "α", "K", *pairs, *halves], *rows])
+    return markdown([["θ", "α", "K", *pairs], *rows])
 
 
 def scaling(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """The programs in benchmarks that others' figures come from."""
 
 import importlib
+import itertools
 import json
 import sqlite3
 from collections.abc import Sequence
@@ -42,7 +43,14 @@ def test_the_pages_have_what_the_results_say(benchmark: Any) -> None:
 
 def result(name: str, figures: dict[str, dict[str, float]], minutes: float = 2.0) -> dict[str, Any]:
     fit = {"steps": 60000, "train_seconds": 60 * minutes, "machine": {"device": "cpu", "threads": 2}}
-    options = ["--config=x.yaml", "--model.outer_lr_decay", "cosine", "--data.queries=1", "--data.root=data"]
+    options = [
+        "--config=x.yaml",
+        "--model.outer_lr_decay",
+        "cosine",
+        "--data.queries=1",
+        "--data.root=data",
+        "--model.network.filters=8",
+    ]
     command = ["fit", *options, "--model=FOMAML", "--data.seed=0"]
     tests = {kind: {"figures": values} for kind, values in figures.items()}
     return {"name": name, "commands": {"fit": command}, "fit": fit, "tests": tests}
@@ -73,22 +81,35 @@ def test_tables_of_results(benchmark: Any, tmp_path: Path) -> None:
         ],
     )
     of_start = {"trained": 0.5, "random": 0.25}
-    point = {"inner_lr": 0.1, "inner_steps": 2, "cosines": {"a, b": of_start}, "ci95": {"a, b": of_start}}
-    measured = {"shown": [0.1], "points": [point | {"halves": {"MAML": of_start}}]}
+    point = {
+        "inner_lr": 0.1,
+        "inner_steps": 2,
+        "cosines": {"a, b": of_start},
+        "ci95": {"a, b": {"trained": 0.12, "random": 0.12}},
+    }
+    unknown = {
+        "inner_lr": 0.1,
+        "inner_steps": 5,
+        "cosines": {"a, b": of_start},
+        "ci95": {"a, b": {"trained": 0.5, "random": None}},
+    }
+    measured = {"shown": [0.1], "points": [point, unknown]}
     (tmp_path / "results" / "cosine.json").write_text(json.dumps(measured))
     made = tables.tables(tmp_path / "results")
     rows = made["published"].splitlines()
     assert rows[2] == (
         "| `omniglot-maml_5way_1shot` | 98.7 ± 0.4 | 98.50 ± 0.50 | 97.50 ± 0.50 | | 96.50 ± 0.50 | 95.50 ± 0.50 "
-        "| 60,000 | `outer_lr_decay cosine`, `queries 1` | 3.0 | cpu, 2 threads | 2 | 0.71 |"
+        "| 60,000 | `outer_lr_decay cosine`, `queries 1`, `network.filters 8` | 3.0 | cpu, 2 threads | 2 | 0.71 |"
     )
     assert rows[3].startswith("| `omniglot-maml_5way_1shot-FOMAML` | 98.3 ± 0.5 | 97.00 ± 0.50 |")
     assert rows[4].startswith("| `mine` | | 50.00 ± 0.50 |")
     assert len(rows) == 5
     assert "| `sinusoid-maml_5shot` | 0.67, 0.38, 0.35 | 0.700 ± 0.020 | | |" in made["sinusoid"]
     assert made["cosine"].splitlines()[2:] == [
-        "| trained | 0.1 | 2 | 0.50 ± 0.50 | 0.50 |",
-        "| random | 0.1 | 2 | 0.25 ± 0.25 | 0.25 |",
+        "| trained | 0.1 | 2 | 0.50 ± 0.12 |",
+        "| trained | 0.1 | 5 | noise |",
+        "| random | 0.1 | 2 | 0.25 ± 0.12 |",
+        "| random | 0.1 | 5 | noise |",
     ]
     assert made["comparison"].startswith("*Still to be measured:* `python -m meta_lightning compare")
     page = "a\n<!-- results:sinusoid -->\nold\n<!-- end -->\nb"
@@ -158,25 +179,33 @@ def test_a_sweep_goes_on_and_shows_in_hparams(benchmark: Any) -> None:
 
 def test_the_updates_that_are_compared(benchmark: Any, mlp: MLP, sinusoid: Sinusoid) -> None:
     cosine = benchmark("cosine")
-    batches = [sinusoid.task_set("train").batch(range(i, i + 4)) for i in (0, 4)]
-    maml, fomaml, reptile = cosine.updates(mlp, batches[0], inner_lr=1e-3, inner_steps=1)
-    losses = [(mlp(x) - y).square().mean() for x, y in zip(*batches[0][:2], strict=True)]
+    batch = sinusoid.task_set("train").batch(range(4))
+    maml, fomaml, reptile = cosine.updates(mlp, batch, inner_lr=1e-3, inner_steps=1)
+    losses = [(mlp(x) - y).square().mean() for x, y in zip(*batch[:2], strict=True)]
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(torch.stack(losses).mean(), [*mlp.parameters()])])
     torch.testing.assert_close(reptile.float(), 1e-3 * gradient, rtol=1e-3, atol=1e-6)  # joint training
     assert 0.99 < torch.cosine_similarity(maml, fomaml, dim=0) < 1  # Finn et al., 2017, section 5.2
 
-    batches.append(sinusoid.task_set("train").batch(range(8, 12)))
-    found, ci95, halves = cosine.measure(mlp, batches, inner_lr=0.1, inner_steps=2)
-    each = torch.stack([cosine.updates(mlp, batch, 0.1, 2) for batch in batches])
+    # updates of two tasks share noise that is far longer than what they have in common
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.eye(3, 500, dtype=torch.float64) + torch.ones(3, 500) / 500**0.5  # cosines of about 1/2
+    noise = torch.randn(400, 1, 500, generator=generator, dtype=torch.float64)
+    found, ci95 = cosine.cosines(expected + noise)
+    first, second, _ = expected
+    true = torch.cosine_similarity(first, second, dim=0)
+    assert ((found - true).abs() < 1.5 * ci95).all()
+    assert (ci95 < 0.2).all()
+    each = (expected + noise / 10)[:6]
 
-    def cosines(vectors: torch.Tensor) -> torch.Tensor:
-        maml, fomaml, reptile = vectors
-        pairs = [(fomaml, maml), (reptile, fomaml), (reptile, maml)]
-        return torch.stack([torch.cosine_similarity(a, b, dim=0) for a, b in pairs])
+    def literal(each: torch.Tensor) -> torch.Tensor:
+        def inner(i: int, j: int) -> torch.Tensor:
+            pairs = itertools.permutations(range(len(each)), 2)
+            return torch.stack([each[a, i] @ each[b, j] for a, b in pairs]).sum()
 
-    torch.testing.assert_close(found, cosines(each.mean(0)), rtol=1e-6, atol=1e-6)
-    without = torch.stack([cosines(each[[j for j in range(3) if j != i]].mean(0)) for i in range(3)])
-    deviation = (2 / 3 * (without - without.mean(0)).square().sum(0)).sqrt()  # Efron and Tibshirani (1993), 11.5
-    torch.testing.assert_close(ci95, 1.96 * deviation, rtol=1e-5, atol=1e-6)
-    first, second = each[[0, 2]].mean(0), each[1]
-    torch.testing.assert_close(halves, torch.cosine_similarity(first, second, dim=1))
+        return torch.stack([inner(i, j) / (inner(i, i) * inner(j, j)).sqrt() for i, j in ((1, 0), (2, 1), (2, 0))])
+
+    found, ci95 = cosine.cosines(each)
+    torch.testing.assert_close(found, literal(each))
+    without = torch.stack([literal(each[[j for j in range(len(each)) if j != i]]) for i in range(len(each))])
+    deviation = ((len(each) - 1) / len(each) * (without - without.mean(0)).square().sum(0)).sqrt()
+    torch.testing.assert_close(ci95, 1.96 * deviation)  # Efron and Tibshirani (1993), 11.5
