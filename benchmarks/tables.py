@@ -23,7 +23,8 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "guide.md")
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EVALUATE = "python benchmarks/evaluate.py --config"
 
-# Finn et al. (2017), tables 1 and A: transductive. Nichol et al. (2018), tables 1 and 2: transductive, and not.
+# Finn et al. (2017), table 1: transductive. Nichol et al. (2018), tables 1 and 2: Reptile, transductive and not, and
+# FOMAML on Omniglot, transductive.
 PUBLISHED = {
     "omniglot-maml_5way_1shot": ("98.7 ± 0.4", None),
     "omniglot-maml_5way_1shot-FOMAML": ("98.3 ± 0.5", None),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -28,3 +28,19 @@ def test_links_lead_somewhere(page: Path) -> None:
         if text.startswith("`") and linked.suffix == ".py" and not text.strip("`").endswith(".py"):
             for name in text.strip("`").split("."):
                 assert re.search(rf"^ *(class|def) {name}\b", linked.read_text(), re.MULTILINE), f"{page.name}: {text}"
+
+
+def stripped(text: str) -> str:
+    """The lines without their indentation."""
+    return "\n".join(line.strip() for line in text.strip().splitlines())
+
+
+def test_the_lines_that_the_guide_quotes_are_the_projects() -> None:
+    page = ROOT / "docs" / "guide.md"
+    before, *quotes = page.read_text().split("```python\n")
+    assert len(quotes) == 4
+    for quote in quotes:
+        lines, _, after = quote.partition("```")
+        _, path = [link for link in LINK.findall(before) if link[1].endswith(".py")][-1]
+        assert stripped(lines) in stripped((page.parent / path).read_text()), path
+        before = after
