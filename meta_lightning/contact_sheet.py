@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from meta_lightning.tasks import Array
 
 COLUMNS = 10  # of queries
@@ -80,3 +82,9 @@ def draw_picture(axes: Any, image: Array, ink: bool, x: float, y: float, colour:
 def shortened(name: str, length: int) -> str:
     """A name that fits."""
     return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def pixels(image: Tensor) -> Array:
+    """An image from its darkest to its brightest as 0 to 255.  # C H W"""
+    scaled: Array = (255 * (image - image.min()) / (image.max() - image.min()).clamp(min=1e-8)).byte().numpy()
+    return scaled

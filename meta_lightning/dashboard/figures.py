@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from meta_lightning.contact_sheet import INK, MUTED, RIGHT, SUPPORT, WRONG, draw_picture, shortened
+from meta_lightning.contact_sheet import INK, MUTED, RIGHT, SUPPORT, WRONG, draw_picture, pixels, shortened
 from meta_lightning.metrics import Statistics
-from meta_lightning.tasks import Array, TaskBatch
+from meta_lightning.tasks import TaskBatch
 
 STEP, LINE = 1.16, 1.6  # from one picture of a task to the next, and from one row, in widths of a picture
 ROWS = 6  # classes of a task that are shown
@@ -121,12 +121,6 @@ def draw_classification(axes: Any, task: PicturedTask, labels: Sequence[int], ex
             draw_picture(axes, pixels(query_x[query]), task.ink, x, y, RIGHT if right else WRONG)
             if not right:
                 axes.text(x + 1, y + 1.2, f"taken for {int(answers[query]) + 1}", color=WRONG, size=7, ha="right")
-
-
-def pixels(image: Tensor) -> Array:
-    """An image from its darkest to its brightest as 0 to 255.  # C H W"""
-    scaled: Array = (255 * (image - image.min()) / (image.max() - image.min()).clamp(min=1e-8)).byte().numpy()
-    return scaled
 
 
 def readable(name: str, length: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from meta_lightning.checks import InputError
-from meta_lightning.dashboard.figures import pixels
+from meta_lightning.contact_sheet import pixels
 from meta_lightning.data.base import TaskDataModule
 from meta_lightning.data.images import ImageTasks
 from meta_lightning.tasks import SPLITS, Split, TaskBatch, as_task_batch
