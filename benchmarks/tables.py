@@ -45,7 +45,11 @@ PUBLISHED = {
     "mini_imagenet-maml_5way_5shot-FOMAML": ("63.15 ± 0.91", None),
     "mini_imagenet-reptile_5way_5shot": ("65.99 ± 0.58", "62.74 ± 0.37"),
 }
-SINUSOID = {"sinusoid-maml_5shot": "0.67, 0.38, 0.35", "sinusoid-maml_10shot": ""}
+SINUSOID = {
+    "sinusoid-maml_5shot": "0.67, 0.38, 0.35",
+    "sinusoid-maml_5shot-authors_code": "0.67, 0.38, 0.35",  # α 0.001 and 10 points in training, as it has them
+    "sinusoid-maml_10shot": "",
+}
 
 Result = dict[str, Any]
 
@@ -75,7 +79,10 @@ def mean_of(runs: Sequence[Result], kind: str, metric: str, unit: float, digits:
     figures = [run["tests"][kind]["figures"] for run in runs if kind in run["tests"]]
     if not figures:
         return ""
-    mean, ci95 = (unit * fmean(f[f"test/{metric}{suffix}"] for f in figures) for suffix in ("", "_ci95"))
+    values = [[figure[f"test/{metric}{suffix}"] for figure in figures] for suffix in ("", "_ci95")]
+    if None in values[0]:
+        return "not finite"
+    mean, ci95 = (unit * fmean(of_seeds) for of_seeds in values)
     return f"{mean:.{digits}f} ± {ci95:.{digits}f}"
 
 

@@ -23,7 +23,15 @@ def test_a_task_is_one_sine_wave_in_the_papers_ranges() -> None:
     assert 3.04 < phase.max() <= torch.pi
 
 
+def test_training_may_have_other_points_than_the_test() -> None:
+    data = Sinusoid(shots=5, queries=7, test_queries=20, train_shots=10)
+    assert [part.shape[1] for part in data.task_set("train").batch([0])] == [10, 10, 7, 7]
+    assert [part.shape[1] for part in data.task_set("test").batch([0])] == [5, 5, 20, 20]
+
+
 def test_errors_name_the_argument() -> None:
+    with pytest.raises(ValueError, match="train_shots must be at least 1, got 0"):
+        Sinusoid(train_shots=0)
     with pytest.raises(ValueError, match="shots must be at least 1, got 0"):
         Sinusoid(shots=0)
     with pytest.raises(ValueError, match="meta_batch_size must be at least 1, got 0"):

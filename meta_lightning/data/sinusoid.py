@@ -21,6 +21,7 @@ class Sinusoid(TaskDataModule):
         shots: Support points (K).
         queries: Query points in training.
         test_queries: Query points in validation and test.
+        train_shots: Support points in training. Default: ``shots``.
         meta_batch_size: Tasks a meta-iteration, over all processes together (B).
         epoch_length: Meta-iterations an epoch.
         val_tasks: Validation tasks.
@@ -37,6 +38,7 @@ class Sinusoid(TaskDataModule):
         shots: int = 10,
         queries: int = 10,
         test_queries: int = 100,
+        train_shots: int | None = None,
         meta_batch_size: int = 25,
         epoch_length: int = 1000,
         val_tasks: int = 600,
@@ -45,14 +47,16 @@ class Sinusoid(TaskDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(meta_batch_size, epoch_length, val_tasks, test_tasks, seed, num_workers)
-        require_at_least(1, shots=shots, queries=queries, test_queries=test_queries)
+        self.train_shots = shots if train_shots is None else train_shots
+        require_at_least(1, shots=shots, queries=queries, test_queries=test_queries, train_shots=self.train_shots)
         self.shots = shots
         self.queries = queries
         self.test_queries = test_queries
 
     def task_set(self, split: Split) -> TaskSet:
         """The waves of a split."""
-        return SineWaves(self.shots, self.queries if split == "train" else self.test_queries, self.seed, split)
+        shots, queries = (self.train_shots, self.queries) if split == "train" else (self.shots, self.test_queries)
+        return SineWaves(shots, queries, self.seed, split)
 
 
 class SineWaves(TaskSet):
