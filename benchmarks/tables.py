@@ -105,13 +105,15 @@ def device_of(fit: Result) -> str:
     return f"cpu, {threads} thread{'s' * (threads > 1)}" if device == "cpu" else device
 
 
+CHECKPOINT = re.compile(r".*/([^/]+)/checkpoints/\w+\.ckpt")  # of a run, whose name says it
 PLACES = ("root", "seed", "epoch_length", "max_steps", "logger", "enable_progress_bar")  # the steps have a column
 
 
 def changes(command: Sequence[str]) -> list[str]:
     """What a training's command line changes of its configuration, beside the algorithm and what only places it."""
     options = re.findall(r"--(?:model|data|trainer)\.([\w.]+)[= ](\S+)", " ".join(command))
-    return [f"`{name} {value}`" for name, value in options if name.partition(".")[0] not in PLACES]
+    changed = [(name, CHECKPOINT.sub(r"\1", value)) for name, value in options if name.partition(".")[0] not in PLACES]
+    return [f"`{name} {value}`" for name, value in changed]
 
 
 def published(results: Sequence[Result]) -> str:

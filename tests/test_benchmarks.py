@@ -99,7 +99,8 @@ def test_tables_of_results(benchmark: Any, tmp_path: Path) -> None:
     rows = made["published"].splitlines()
     assert rows[2] == (
         "| `omniglot-maml_5way_1shot` | 98.7 ± 0.4 | 98.50 ± 0.50 | 97.50 ± 0.50 | | 96.50 ± 0.50 | 95.50 ± 0.50 "
-        "| 60,000 | `outer_lr_decay cosine`, `queries 1`, `network.filters 8` | 3.0 | cpu, 2 threads | 2 | 0.71 |"
+        "| 60,000 | `outer_lr_decay cosine`, `queries 1`, `network.filters 8`, "
+        "`init_from first-seed0` | 3.0 | cpu, 2 threads | 2 | 0.71 |"
     )
     assert rows[3].startswith("| `omniglot-maml_5way_1shot-FOMAML` | 98.3 ± 0.5 | 97.00 ± 0.50 |")
     assert rows[4].startswith("| `mine` | | 50.00 ± 0.50 |")
