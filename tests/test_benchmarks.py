@@ -50,6 +50,7 @@ def result(name: str, figures: dict[str, dict[str, float]], minutes: float = 2.0
         "--data.queries=1",
         "--data.root=data",
         "--model.network.filters=8",
+        "--model.init_from=benchmarks/runs/first-seed0/checkpoints/last.ckpt",
     ]
     command = ["fit", *options, "--model=FOMAML", "--data.seed=0"]
     tests = {kind: {"figures": values} for kind, values in figures.items()}
