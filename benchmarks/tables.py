@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from meta_lightning.comparison.command import NAMES
-from meta_lightning.comparison.report import cells_of, markdown
+from meta_lightning.comparison.report import cells_of, markdown, told
 from meta_lightning.comparison.summary import summarise
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +133,7 @@ def published(results: Sequence[Result]) -> str:
             rows.append([f"`{name}`", transductive, *cells[:2], alone or "", *cells[2:], *training_of(runs), over])
     if not rows:
         return to_come(f"{EVALUATE} omniglot/maml_5way_1shot.yaml --data.root data")
-    return markdown([[*heads, *TRAINING, "std over seeds"], *rows])
+    return markdown(told([[*heads, *TRAINING, "std over seeds"], *rows]))
 
 
 def sinusoid(results: Sequence[Result]) -> str:
@@ -146,7 +146,7 @@ def sinusoid(results: Sequence[Result]) -> str:
     if not rows:
         return to_come(f"{EVALUATE} sinusoid/maml_5shot.yaml --regression")
     heads = ["mean squared error", "paper, 1, 5 and 10 steps", "1 step", "5 steps", "10 steps"]
-    return markdown([[*heads, *TRAINING], *rows])
+    return markdown(told([[*heads, *TRAINING], *rows]))
 
 
 def comparison(folder: Path) -> str:
