@@ -70,6 +70,6 @@ def bars(axes: Any, rows: Sequence[Row], field: str, title: str, shift: float = 
     colours = [colours_of([row.algorithm for row in rows])[name] for name in names]
     drawn = axes.bar(places, values, 0.4 if shift else 0.7, yerr=errors, color=colours, alpha=alpha)
     axes.bar_label(drawn, fmt="{:.3g}", padding=3)
-    axes.set_xticks(range(len(shown)), names)
+    axes.set_xticks(range(len(shown)), [name.replace("-", "-\n") for name in names])
     axes.set_title(title, size=10)
     axes.margins(y=0.12)
