@@ -68,7 +68,7 @@ def main(device: str, quick: bool, out: Path) -> None:
             listed = [" ".join(f"{f:.0f}" for f in figures[unit]) for unit in UNITS]
             slopes = [f"{slope(values, figures[unit]):.1f}" for unit in UNITS]
             print(f"| {axis} {values} | {variant} | {' | '.join(listed + slopes)} |", flush=True)
-    threads = f"{torch.get_num_threads()} threads of {processor()}" if device == "cpu" else torch.cuda.get_device_name()
+    threads = f"{processor()}, threads: {torch.get_num_threads()}" if device == "cpu" else torch.cuda.get_device_name()
     print(f"\nBeside what varies: {BASE.tasks} tasks, 5-way 1-shot, {BASE.queries} queries, 28×28, {BASE.filters} ")
     print(f"filters, 5 steps. torch {torch.__version__}, {threads}, commit {commit()}.")
     draw(curves, out)
@@ -76,7 +76,7 @@ def main(device: str, quick: bool, out: Path) -> None:
 
 def draw(curves: Curves, out: Path) -> None:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(13, 6), layout="constrained")
     plots = figure.subplots(len(UNITS), len(AXES))
@@ -87,8 +87,10 @@ def draw(curves: Curves, out: Path) -> None:
             plot.set_xticks(values, values)
             plot.xaxis.set_minor_locator(NullLocator())
             plot.yaxis.set_major_formatter("{x:g}")
+            plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            plot.yaxis.set_minor_locator(NullLocator())
             plot.grid(alpha=0.3)
-    plots[0, 0].legend(fontsize="small")
+    figure.legend(*plots[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(VARIANTS))
     figure.savefig(out.with_suffix(".png"), dpi=90)
 
 
