@@ -106,7 +106,15 @@ def device_of(fit: Result) -> str:
 
 
 CHECKPOINT = re.compile(r".*/([^/]+)/checkpoints/\w+\.ckpt")  # of a run, whose name says it
-PLACES = ("root", "seed", "epoch_length", "max_steps", "logger", "enable_progress_bar")  # the steps have a column
+PLACES = (
+    "root",
+    "seed",
+    "epoch_length",
+    "max_steps",
+    "logger",
+    "enable_progress_bar",
+    "limit_val_batches",
+)  # the steps have a column
 
 
 def changes(command: Sequence[str]) -> list[str]:
