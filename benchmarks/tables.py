@@ -45,6 +45,7 @@ PUBLISHED = {
     "mini_imagenet-maml_5way_5shot-FOMAML": ("63.15 ± 0.91", None),
     "mini_imagenet-reptile_5way_5shot": ("65.99 ± 0.58", "62.74 ± 0.37"),
 }
+DIVERGED = 1000.0  # above which nobody wants an error's decimals
 SINUSOID = {
     "sinusoid-maml_5shot": "0.67, 0.38, 0.35",
     "sinusoid-maml_5shot-authors_code": "0.67, 0.38, 0.35",  # α 0.001 and 10 points in training, as it has them
@@ -83,7 +84,8 @@ def mean_of(runs: Sequence[Result], kind: str, metric: str, unit: float, digits:
     if None in values[0]:
         return "not finite"
     mean, ci95 = (unit * fmean(of_seeds) for of_seeds in values)
-    return f"{mean:.{digits}f} ± {ci95:.{digits}f}"
+    form = f".{digits}f" if mean < DIVERGED else ".0e"
+    return f"{mean:{form}} ± {ci95:{form}}"
 
 
 TRAINING = ["meta-iterations", "changed", "minutes", "on", "seeds"]
