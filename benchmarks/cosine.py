@@ -70,7 +70,7 @@ def cosines(each: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def told(point: dict[str, Any], pair: str, start: str) -> bool:
-    """Whether a cosine was told from noise."""
+    """Whether a cosine was told from noise: there is one, and its interval is not so wide that it says nothing."""
     ci95 = point["ci95"][pair][start]
     return point["cosines"][pair][start] is not None and ci95 is not None and ci95 < 0.5
 

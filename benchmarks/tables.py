@@ -13,8 +13,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from cosine import told
+
 from meta_lightning.comparison.command import NAMES
-from meta_lightning.comparison.report import cells_of, markdown, told
+from meta_lightning.comparison.report import cells_of, markdown, without_empty_columns
 from meta_lightning.comparison.summary import summarise
 
 ROOT = Path(__file__).parents[1]
@@ -143,7 +145,7 @@ def published(results: Sequence[Result]) -> str:
             rows.append([f"`{name}`", transductive, *cells[:2], alone or "", *cells[2:], *training_of(runs), over])
     if not rows:
         return to_come(f"{EVALUATE} omniglot/maml_5way_1shot.yaml --data.root data")
-    return markdown(told([[*heads, *TRAINING, "std over seeds"], *rows]))
+    return markdown(without_empty_columns([[*heads, *TRAINING, "std over seeds"], *rows]))
 
 
 def sinusoid(results: Sequence[Result]) -> str:
@@ -156,7 +158,7 @@ def sinusoid(results: Sequence[Result]) -> str:
     if not rows:
         return to_come(f"{EVALUATE} sinusoid/maml_5shot.yaml --regression")
     heads = ["mean squared error", "paper, 1, 5 and 10 steps", "1 step", "5 steps", "10 steps"]
-    return markdown(told([[*heads, *TRAINING], *rows]))
+    return markdown(without_empty_columns([[*heads, *TRAINING], *rows]))
 
 
 def comparison(folder: Path) -> str:
@@ -188,9 +190,9 @@ def cosine(folder: Path) -> str:
     pairs = list(measured["points"][0]["cosines"])
 
     def cell(point: Result, pair: str, start: str) -> str:
-        found, ci95 = point["cosines"][pair][start], point["ci95"][pair][start]
-        # an interval as wide as this says nothing, and where noise is all there is no figure
-        return "noise" if found is None or ci95 is None or ci95 >= 0.5 else f"{found:.2f} ± {ci95:.2f}"
+        if not told(point, pair, start):
+            return "noise"
+        return f"{point['cosines'][pair][start]:.2f} ± {point['ci95'][pair][start]:.2f}"
 
     rows = [
         [start, f"{point['inner_lr']:g}", str(point["inner_steps"]), *(cell(point, pair, start) for pair in pairs)]

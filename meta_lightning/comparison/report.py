@@ -74,10 +74,12 @@ def cells_of(rows: Sequence[Row]) -> list[list[str]]:
         "steps skipped": [shown(row.skipped) for row in rows],
         "grid near best": ["" if row.near_best is None else f"{row.near_best * CELLS:.0f} of {CELLS}" for row in rows],
     }
-    return told([[*columns], *([cells[i] if cells else "" for cells in columns.values()] for i in range(len(rows)))])
+    return without_empty_columns(
+        [[*columns], *([cells[i] if cells else "" for cells in columns.values()] for i in range(len(rows)))]
+    )
 
 
-def told(cells: Sequence[Sequence[str]]) -> list[list[str]]:
+def without_empty_columns(cells: Sequence[Sequence[str]]) -> list[list[str]]:
     """A table, its heads first, without the columns in which nothing stands."""
     kept = [column for column in zip(*cells, strict=True) if any(column[1:])]
     return [[*row] for row in zip(*kept, strict=True)]
