@@ -1,5 +1,7 @@
 """Gradient-based meta-learning on PyTorch Lightning: MAML, FOMAML and Reptile."""
 
+import sys
+
 from meta_lightning.adaptation.predictor import Predictor
 from meta_lightning.algorithms import FOMAML, MAML, MetaLearner, Reptile
 from meta_lightning.dashboard import Dashboard
@@ -18,12 +20,14 @@ from meta_lightning.data import (
     TensorTasks,
     TieredImagenet,
 )
-from meta_lightning.metrics import TaskMean
-from meta_lightning.networks import MLP, Conv4
-from meta_lightning.resnet import ResNet12
-from meta_lightning.restoring import load_learner
-from meta_lightning.tasks import TaskBatch
-from meta_lightning.train import train_maml
+from meta_lightning.data.tasks import TaskBatch
+from meta_lightning.inner.rules import SGD, Adam, InnerRule, MetaSGD
+from meta_lightning.moved import FormerModules
+from meta_lightning.networks import MLP, Conv4, ResNet12
+from meta_lightning.scores import TaskMean
+from meta_lightning.train import load_learner, train_maml
+
+sys.meta_path.append(FormerModules())  # finds what no other finder does
 
 __version__ = "0.1.0"
 
@@ -33,13 +37,17 @@ __all__ = [
     "FOMAML",
     "MAML",
     "MLP",
+    "SGD",
+    "Adam",
     "Conv4",
     "Dashboard",
     "Glyphs",
     "ImageFolderTasks",
     "ImageTasks",
     "ImageTransforms",
+    "InnerRule",
     "MetaLearner",
+    "MetaSGD",
     "MiniImagenet",
     "Omniglot",
     "Predictor",

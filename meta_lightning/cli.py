@@ -10,21 +10,22 @@ from typing import Any, get_origin
 
 import lightning as L
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from meta_lightning.adaptation.command import adapt
 from meta_lightning.algorithms import MetaLearner
-from meta_lightning.checkpoints import Checkpoints, read_checkpoint, verify_checkpoint
 from meta_lightning.checks import InputError
-from meta_lightning.comparison.command import compare
+from meta_lightning.compare.command import compare
 from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import TaskDataModule
-from meta_lightning.data.show import show_data
-from meta_lightning.predictions import PredictionTable
-from meta_lightning.resuming import LAST, PREVIOUS, continue_logs
-from meta_lightning.run_record import RunRecord
+from meta_lightning.runs.checkpoint_callback import Checkpoints
+from meta_lightning.runs.checkpoint_file import LAST, PREVIOUS, read_checkpoint
+from meta_lightning.runs.prediction_table import PredictionTable
+from meta_lightning.runs.record import RunRecord
+from meta_lightning.runs.resume import continue_logs
+from meta_lightning.show import show_data
 
 PACKAGE = Path(__file__).parent
 
@@ -109,7 +110,7 @@ class MetaLightningCLI(LightningCLI):
         if path.is_file():
             resume = self.subcommand == "fit"
             checkpoint = read_checkpoint(path, "--ckpt_path", resume)
-            verify_checkpoint(checkpoint, type(self.model).__name__, self.model.state_dict())
+            self.model.accept(checkpoint)
             if resume and path.stem.startswith((LAST, PREVIOUS)):
                 ignore(IGNORED_WHEN_RESUMED)
                 continue_logs(trainer.loggers, path, checkpoint)
@@ -130,11 +131,7 @@ def configs_dir() -> Path:
 
 
 def find_config(path: str) -> str:
-    """A configuration's path: as given, or among the project's own.
-
-    Raises:
-        InputError: If it is at neither; the message lists the project's own.
-    """
+    """A configuration's path: as given, or among the project's own."""
     if Path(path).is_file():
         return path
     own = configs_dir()
@@ -225,19 +222,14 @@ def run(name: str, args: list[str]) -> None:
         parser.add_argument("--config", action="config", help="Path to a configuration file.")
     parser.add_function_arguments(function, skip={"overwrite"})
     parser.add_argument("--overwrite", action="store_true", help="Replace files that exist.")
-    options = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    options = parser.instantiate(parser.parse_args(args)).as_dict()
     if not takes_config:
         del options["config"]
     sys.stdout.write(f"{function(**options)}\n")
 
 
 def command_line(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> MetaLightningCLI:
-    """Run a subcommand of the Trainer, and return what it was run with.
-
-    Args:
-        args: The arguments, in place of those of the process.
-        callbacks: Callbacks beside those of the configuration.
-    """
+    """Run a subcommand of the Trainer, with callbacks beside the configuration's, and return what it was run with."""
     return MetaLightningCLI(
         MetaLearner,
         TaskDataModule,
@@ -275,9 +267,13 @@ def main(args: ArgsType = None) -> None:
     """
     ignore(IGNORED_WARNINGS)
     arguments = sys.argv[1:] if args is None else args
+    # what documents the options of data modules takes a second to find
+    given = [str(argument) for argument in arguments] if isinstance(arguments, Sequence) else []
+    help_asked = any(argument == "-h" or "help" in argument for argument in given)
+    set_parsing_settings(docstring_parse_attribute_docstrings=help_asked)
     try:
-        if isinstance(arguments, Sequence) and arguments[:1] and arguments[0] in FUNCTIONS:
-            run(str(arguments[0]), [str(a) for a in arguments[1:]])
+        if given and given[0] in FUNCTIONS:
+            run(given[0], given[1:])
         else:
             command_line(args)
     except (ValueError, OSError, FloatingPointError) as error:

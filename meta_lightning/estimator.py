@@ -6,8 +6,8 @@ import numpy as np
 from torch import nn
 
 from meta_lightning.adaptation.predictor import Predictor
-from meta_lightning.restoring import load_learner
-from meta_lightning.tasks import Array
+from meta_lightning.data.tasks import Array
+from meta_lightning.train import load_learner
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin
@@ -20,8 +20,8 @@ except ImportError as error:
 class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Adapts a checkpoint to a handful of examples: ``FewShotClassifier("best.ckpt").fit(X, y).predict(X)``.
 
-    Samples are those of ``Learner.adapt``, images ``M C H W`` as the data set of the training held them, or the same
-    flattened, ``M C·H·W``, as other steps of a Pipeline want them.
+    Samples are those of ``MetaLearner.adapt``, images ``M C H W`` as the data set of the training held them, or the
+    same flattened, ``M C·H·W``, as other steps of a Pipeline want them.
 
     Args:
         checkpoint: Path of the checkpoint.
@@ -33,7 +33,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         predictor_: The adapted ``Predictor``.
 
     Raises:
-        InputError: What ``load_learner`` and ``Learner.adapt`` raise, by ``fit``.
+        InputError: What ``load_learner`` and ``MetaLearner.adapt`` raise, by ``fit``.
     """
 
     def __init__(self, checkpoint: str, steps: int | None = None, network: nn.Module | None = None) -> None:

@@ -1,16 +1,21 @@
-"""Meta-training in one call, for those who bring a network and a loader."""
+"""Learners in one call: meta-trained on the tasks of a loader, or restored from a checkpoint."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from meta_lightning.algorithms import FOMAML, MAML, MetaLearner, Reptile
-from meta_lightning.algorithms.maml import OuterOptimizer
 from meta_lightning.checks import require_choice
-from meta_lightning.tasks import TaskBatch
+from meta_lightning.data.tasks import TaskBatch
+from meta_lightning.inner.rules import InnerRule
+from meta_lightning.inner.task_network import Loss
+from meta_lightning.outer.update import OuterOptimizer
+from meta_lightning.runs.checkpoint_file import restore
 
 ALGORITHMS: dict[str, type[MetaLearner]] = {"maml": MAML, "fomaml": FOMAML, "reptile": Reptile}
 
@@ -47,23 +52,33 @@ def train_maml(
     given: dict[str, Any] = {"outer_lr": outer_lr, "optimizer": optimizer_cls}
     options = {name: value for name, value in given.items() if value is not None}
     learner = ALGORITHMS[algorithm](network=model, inner_lr=inner_lr, inner_steps=inner_steps, **options)
-    recorder = LossRecorder()
+    losses: list[Tensor] = []
+    recorder = LambdaCallback(on_train_batch_end=lambda trainer, learner, outputs, *_: losses.append(outputs["loss"]))
     trainer = L.Trainer(max_epochs=1, devices=1, callbacks=[recorder], logger=False, enable_checkpointing=False)
     loader: Any = task_dataloader
     if isinstance(loader, list | tuple):  # which Lightning would take for several loaders
         loader = DataLoader(loader, batch_size=None)  # type: ignore[arg-type]
     trainer.fit(learner, loader)
-    return model, learner, [loss.item() for loss in recorder.losses]
+    return model, learner, [loss.item() for loss in losses]
 
 
-class LossRecorder(L.Callback):
-    """Keeps the loss of every meta-iteration."""
+def load_learner(
+    path: str | Path,
+    network: nn.Module | None = None,
+    loss: Loss | None = None,
+    inner_rule: InnerRule | None = None,
+) -> MetaLearner:
+    """The learner of a checkpoint, whichever algorithm's it is, on the CPU and in evaluation mode.
 
-    def __init__(self) -> None:
-        self.losses: list[Tensor] = []
+    Args:
+        path: The checkpoint.
+        network: A network like the one that was trained, which takes its parameters. A checkpoint of the command line
+            describes the network; one made in Python does not, and needs this.
+        loss: The loss, where one was given in Python, of which a checkpoint knows nothing either.
+        inner_rule: The inner rule, where its class cannot be imported.
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Note the loss that ``training_step`` returned."""
-        self.losses.append(outputs["loss"])
+    Raises:
+        InputError: If it is no checkpoint of a learner, or ``network`` is missing or another.
+    """
+    learner: MetaLearner = restore(path, network=network, loss=loss, inner_rule=inner_rule)
+    return learner

@@ -13,15 +13,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from tqdm import tqdm
 
-from meta_lightning.adaptation.exporting import require_target
+from meta_lightning.adaptation.export import require_target
 from meta_lightning.adaptation.predictor import AT_ONCE, Predictor
 from meta_lightning.checks import require, require_choice
-from meta_lightning.contact_sheet import Answer, draw_contact_sheet
 from meta_lightning.data.image_folder import files_below, try_to_prepare, visible
 from meta_lightning.data.pictures import left_out
+from meta_lightning.data.tasks import Array
+from meta_lightning.drawing import Answer, draw_contact_sheet
 from meta_lightning.files import require_writable, written_whole
-from meta_lightning.restoring import load_learner
-from meta_lightning.tasks import Array
+from meta_lightning.runs.checkpoint_file import restore
 
 HEADER = ("path", "class", "probability", "runner_up", "runner_up_probability")
 SHOWN = 60  # queries on the contact sheet
@@ -52,7 +52,7 @@ def adapt(
 
     Args:
         ckpt_path: Checkpoint of a learner of images.
-        support: Folder of the pictures to adapt to: a folder a class, named after it.
+        support: Folder of the pictures to adapt to: a folder per class, named after it.
         query: Folder of the pictures to classify, at any depth.
         out: The table, a CSV file.
         steps: Inner steps. Default: the checkpoint's test_inner_steps.
@@ -72,7 +72,7 @@ def adapt(
     if save is not None:
         require_target(save, overwrite, "save")
     classes, queries = list_support(support), list_queries(query, support)
-    learner = load_learner(ckpt_path)
+    learner = restore(ckpt_path)
     require(
         learner.form.image_size is not None,
         f"ckpt_path must be of a learner that was trained on images, got {ckpt_path}, which was not",
@@ -93,16 +93,14 @@ def adapt(
     if save is not None:
         predictor.save(save, overwrite)
         said.append(f"Saved the predictor to {save}.")
-    return "\n".join([*said, *accuracy(tally)])
+    if tally.known:
+        said.append(accuracy(tally))
+    return "\n".join(said)
 
 
 def list_support(folder: Path) -> dict[str, list[Path]]:
-    """The files of each class.
-
-    Raises:
-        InputError: If there are not two classes, or one has no file.
-    """
-    require(folder.is_dir(), f"support must be a folder that holds a folder a class, got {folder}, which is none")
+    """The files of each class."""
+    require(folder.is_dir(), f"support must be a folder that holds a folder per class, got {folder}, which is none")
     classes = {entry.name: [*files_below(entry)] for entry in visible(folder) if entry.is_dir()}
     require(
         len(classes) >= 2,
@@ -114,11 +112,7 @@ def list_support(folder: Path) -> dict[str, list[Path]]:
 
 
 def list_queries(folder: Path, support: Path) -> list[Path]:
-    """The files to classify.
-
-    Raises:
-        InputError: If there is none, or they are those of the support set.
-    """
+    """The files to classify."""
     require(folder.is_dir(), f"query must be a folder of pictures, got {folder}, which is none")
     require(
         folder.resolve() != support.resolve(),
@@ -130,11 +124,7 @@ def list_queries(folder: Path, support: Path) -> list[Path]:
 
 
 def answer_queries(predictor: Predictor, paths: Sequence[Path], folder: Path, table: Path) -> Tally:
-    """Classify pictures, a batch in memory at a time, into a CSV file; what does not read is left out with a warning.
-
-    Raises:
-        InputError: If none is a picture.
-    """
+    """Classify pictures, a batch in memory at a time, into a CSV file; files that do not read are left out."""
     names = predictor.class_names or []
     chosen = {paths[i] for i in np.linspace(0, len(paths) - 1, min(SHOWN, len(paths))).round().astype(int)}
     unread: list[str] = []
@@ -164,13 +154,7 @@ def answer_queries(predictor: Predictor, paths: Sequence[Path], folder: Path, ta
 def probabilities_of(
     predictor: Predictor, paths: Sequence[Path], unread: list[str]
 ) -> Iterator[tuple[Path, Array, Array]]:
-    """Each picture, prepared as in training, and the probabilities of its classes.  # C H W, N
-
-    Args:
-        predictor: The predictor, of images.
-        paths: The pictures.
-        unread: Takes why others did not read.
-    """
+    """Each picture, prepared as in training, and the probabilities of its classes.  # C H W, N"""
     form = predictor.form
     size, channels = form.image_size or 0, form.channels or 0
     Image.init()  # in one thread: while another loads pillow's formats, a file of a late one may go unrecognised
@@ -186,16 +170,13 @@ def probabilities_of(
             bar.update(len(batch))
 
 
-def accuracy(tally: Tally) -> list[str]:
-    """How many answers are right, in a sentence, where that is known."""
-    if not tally.known:
-        return []
+def accuracy(tally: Tally) -> str:
+    """How many answers are right, in a sentence."""
     from scipy.stats import binomtest
 
     low, high = binomtest(tally.right, tally.known).proportion_ci(method="wilson")
-    sentence = (
+    return (
         f"Accuracy {100 * tally.right / tally.known:.1f} %: {tally.right} of the {tally.known} queries that lie in "
         f"folders named after classes (95 % confidence interval {100 * low:.1f} to {100 * high:.1f} %, Wilson's, of a "
         "proportion over such queries, with these support pictures)."
     )
-    return [sentence]

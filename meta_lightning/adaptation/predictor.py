@@ -10,19 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meta_lightning.adaptation import exporting
-from meta_lightning.adaptation.surgery import (
-    batch_norms,
-    build_network,
-    hold_statistics,
-    last_linear,
-    set_parameters,
-)
+from meta_lightning.adaptation.export import WRITERS, read_metadata, read_parameters, require_target
+from meta_lightning.adaptation.surgery import build_network, last_linear, set_parameters
 from meta_lightning.checks import require
 from meta_lightning.data.form import SampleForm
+from meta_lightning.data.tasks import Array
 from meta_lightning.data.tensors import samples
-from meta_lightning.networks import with_batch_statistics
-from meta_lightning.tasks import Array
+from meta_lightning.files import written_whole
+from meta_lightning.networks.batch_statistics import batch_norms, hold_statistics, with_batch_statistics
 
 AT_ONCE = 256  # samples that go forward together, so that thousands take no more memory
 
@@ -112,8 +107,10 @@ class Predictor(nn.Module):
             "network": self.description,
         }
         metadata = {name: json.dumps(value) for name, value in values.items()}
-        example = torch.zeros(2, *self.sample_shape)
-        exporting.save_predictor(self, Path(path), metadata, example, overwrite)
+        path = Path(path)
+        require_target(path, overwrite, "path")
+        with written_whole(path) as part:
+            WRITERS[path.suffix](copy.deepcopy(self).cpu(), part, metadata, torch.zeros(2, *self.sample_shape))
 
     @classmethod
     def load(cls, path: str | Path, network: nn.Module | None = None) -> "Predictor":
@@ -126,7 +123,7 @@ class Predictor(nn.Module):
         Raises:
             InputError: If the file is not one of these, or the network is missing or another.
         """
-        metadata = exporting.read_metadata(Path(path))
+        metadata = read_metadata(Path(path))
         class_names, sample_shape, form, description = (
             json.loads(metadata[name]) for name in ("class_names", "sample_shape", "form", "network")
         )
@@ -142,5 +139,5 @@ class Predictor(nn.Module):
             wide = {n: p.new_empty(len(class_names), *p.shape[1:]) for n, p in layer.named_parameters(name)}
             set_parameters(network, wide)
         predictor = cls(network, class_names, sample_shape, SampleForm(**form), description)
-        exporting.read_parameters(predictor, Path(path))
+        read_parameters(predictor, Path(path))
         return predictor

@@ -1,8 +1,8 @@
 """The algorithms, one LightningModule each."""
 
-from meta_lightning.algorithms.base import MetaLearner
 from meta_lightning.algorithms.fomaml import FOMAML
 from meta_lightning.algorithms.maml import MAML
+from meta_lightning.algorithms.meta_learner import MetaLearner
 from meta_lightning.algorithms.reptile import Reptile
 
 __all__ = ["FOMAML", "MAML", "MetaLearner", "Reptile"]

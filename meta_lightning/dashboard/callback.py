@@ -1,23 +1,20 @@
 """What TensorBoard shows beside the scalars of training and evaluation."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import get_total_norm as norm
 
-from meta_lightning.algorithms import MetaLearner, Reptile
-from meta_lightning.checks import require_at_least
+from meta_lightning.algorithms.meta_learner import MetaLearner
+from meta_lightning.checks import plain, require_at_least
 from meta_lightning.dashboard.task_records import TaskRecord
-from meta_lightning.data.base import plain
-from meta_lightning.inner_loop import Params
-from meta_lightning.loading import class_names_of
-from meta_lightning.tasks import as_task_batch
-
-STAGES = {"val": "Validation", "test": "Test"}
+from meta_lightning.data.loading import class_names_of
+from meta_lightning.data.tasks import as_task_batch
+from meta_lightning.inner.params import Params
 
 
 class Dashboard(L.Callback):
@@ -27,7 +24,8 @@ class Dashboard(L.Callback):
     tasks with their answers; at test the accuracy by alphabet too, or by class where the names tell of none. At the end
     the hyperparameters go to TensorBoard's HParams with the last loss and scores. Every log interval of training has
 
-    * ``train/gradient_norm``: of the meta-gradient, before it is clipped; of Reptile ``‖θ_new − θ_old‖ / ε``;
+    * ``train/gradient_norm``: of the meta-gradient, before it is clipped; of an algorithm without one, such as Reptile,
+      ``‖θ_new − θ_old‖ / outer_lr``;
     * ``train/update_norm``: ``‖θ_new − θ_old‖``;
     * ``train/tasks_per_second``: of all processes, without the time of validation.
 
@@ -58,30 +56,28 @@ class Dashboard(L.Callback):
         self.tasks = 0  # since then
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the logger."""
+        """Find the logger, and keep the learner."""
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         self.board = boards[0] if self.enabled and boards and trainer.is_global_zero else None
         if self.board is not None:
             # Lightning would enter hp_metric −1 at the start, and TensorBoard keeps what was entered first
             self.board._default_hp_metric = False
+            assert isinstance(pl_module, MetaLearner)
+            self.learner = pl_module
 
-    # ------------------------------------------------------------------------------------------------ training
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Keep θ if the step will be logged."""
         if self.started is None:
             self.started, self.tasks = time.perf_counter(), 0
         # asked for as Lightning's own monitors do
         if self.board is not None and trainer._logger_connector.should_update_logs:
-            self.theta = {name: p.detach().clone() for name, p in theta(pl_module).items()}
-            self.outer_lr = learner(pl_module).outer_optimizer().param_groups[0]["lr"]
+            self.theta = {name: p.detach().clone() for name, p in self.learner.meta_parameters().items()}
+            self.outer_lr = self.learner.outer_optimizer().param_groups[0]["lr"]
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the meta-gradient: averaged over the processes, and not clipped yet."""
         if self.theta is not None:
-            self.gradient_norm = norm(p.grad for p in theta(pl_module).values() if p.grad is not None)
+            self.gradient_norm = norm([p.grad for p in self.learner.meta_parameters().values() if p.grad is not None])
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -90,19 +86,19 @@ class Dashboard(L.Callback):
         self.tasks += len(batch[0]) * trainer.world_size
         if self.theta is None or self.board is None or self.started is None:
             return
-        update_norm = norm(p.detach() - self.theta[name] for name, p in theta(pl_module).items())
-        if isinstance(pl_module, Reptile) and self.outer_lr:
-            self.gradient_norm = update_norm / self.outer_lr
+        update_norm = norm([p.detach() - self.theta[name] for name, p in self.learner.meta_parameters().items()])
         values = {"train/update_norm": float(update_norm)}
         if self.gradient_norm is not None:
             values["train/gradient_norm"] = float(self.gradient_norm)
+        elif self.outer_lr:
+            values["train/gradient_norm"] = float(update_norm) / self.outer_lr
         values["train/tasks_per_second"] = self.tasks / (time.perf_counter() - self.started)
         self.board.log_metrics(values, logged_step(trainer))
         self.theta = self.gradient_norm = self.started = None
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the hyperparameters with the last validation."""
-        self.log_hyperparameters(trainer, pl_module, "val", self.validated, trainer.global_step)
+        self.log_hyperparameters(trainer, "val", self.validated, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         """The last validation: a run that was killed after its last step has nothing to do when it goes on."""
@@ -112,93 +108,58 @@ class Dashboard(L.Callback):
         """Go on with the last validation."""
         self.validated = state_dict["validated"]
 
-    # ------------------------------------------------------------------------------------------------ evaluation
-
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin a record, outside of the time of training."""
+        """Begin a record, outside of the time of training, unless the evaluation is but a trial."""
         self.started = None
-        self.begin(trainer, "val")
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin a record."""
-        self.begin(trainer, "test")
+        shown = self.board is not None and not trainer.sanity_checking
+        name = "Test" if trainer.testing else "Validation"
+        self.record = TaskRecord(name, self.curve_tasks, self.pictured_tasks) if shown else None
 
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        """Note what the tasks of a batch do."""
-        if self.record is not None:
-            names = class_names_of(trainer.val_dataloaders, batch_idx, len(batch[0]))
-            with trainer.precision_plugin.forward_context():
-                self.record.add_adaptation(learner(pl_module), as_task_batch(batch), names)
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Note what the tasks of a batch do, and how each class fares."""
-        if self.record is not None:
-            names = class_names_of(trainer.test_dataloaders, batch_idx, len(batch[0]))
-            with trainer.precision_plugin.forward_context():
-                self.record.add_adaptation(learner(pl_module), as_task_batch(batch), names)
-            self.record.add_answers(outputs, batch[3], names)
+        """Adapt to the tasks of a batch once more, for the record, and note of a test how each class fares."""
+        if self.record is None:
+            return
+        loader = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        names = class_names_of(loader, batch_idx, len(batch[0]))
+        with trainer.precision_plugin.forward_context():
+            self.record.add_adaptation(self.learner, as_task_batch(batch), names)
+        if trainer.testing:
+            groups = class_names_of(loader, batch_idx, len(batch[0]), groups=True)
+            self.record.add_answers(outputs, batch[3], groups)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the record, and keep the values."""
-        self.draw(trainer, "val")
-        if not trainer.sanity_checking:
-            self.validated = final_values(trainer, "val")
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the record, and log the hyperparameters with the test."""
-        self.draw(trainer, "test")
-        self.log_hyperparameters(trainer, pl_module, "test", final_values(trainer, "test"), logged_step(trainer))
-
-    def begin(self, trainer: L.Trainer, stage: str) -> None:
-        """Begin a record, unless the evaluation is but a trial."""
-        shown = self.board is not None and not trainer.sanity_checking
-        self.record = TaskRecord(STAGES[stage], self.curve_tasks, self.pictured_tasks) if shown else None
-
-    def draw(self, trainer: L.Trainer, stage: str) -> None:
-        """Draw what was recorded."""
+        """Draw the record, and keep the values of a validation, or log the hyperparameters with those of a test."""
+        stage = "test" if trainer.testing else "val"
         if self.record is not None and self.board is not None:
             for name, figure in self.record.figures().items():
                 self.board.experiment.add_figure(f"{stage}/{name}", figure, logged_step(trainer))
             self.record = None
+        if trainer.testing:
+            self.log_hyperparameters(trainer, stage, final_values(trainer, stage), logged_step(trainer))
+        elif not trainer.sanity_checking:
+            self.validated = final_values(trainer, stage)
 
-    def log_hyperparameters(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str, values: dict[str, float], step: int
-    ) -> None:
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]  # dataloader_idx has no name here
+    on_test_end = on_validation_end
+
+    def log_hyperparameters(self, trainer: L.Trainer, stage: str, values: dict[str, float], step: int) -> None:
         """Enter a row into HParams."""
         if self.board is not None and values:
-            params = {"algorithm": type(pl_module).__name__, "stage": stage, **described(pl_module.hparams)}
+            params = {"algorithm": type(self.learner).__name__, "stage": stage, **described(self.learner.hparams)}
             if data := getattr(trainer, "datamodule", None):
                 params |= {"tasks": {"set": type(data).__name__, **described(data.hparams)}}
             self.board.log_hyperparams(params, values, step)
 
 
 def final_values(trainer: L.Trainer, stage: str) -> dict[str, float]:
-    """What an evaluation has shown, for HParams.
-
-    The names are the same for validation and test: TensorBoard takes the columns of all rows from the first that it
-    finds.
-    """
-    metrics = sorted((n, v) for n, v in trainer.callback_metrics.items() if n.startswith(f"{stage}/"))
+    """What an evaluation has shown, for HParams."""
     return {
-        f"final/{name.removeprefix(f'{stage}/')}": float(value)
-        for name, value in metrics
-        if "_before" not in name and not name.endswith("/tasks")
+        name.replace(f"{stage}/", "final/", 1): float(value)
+        for name, value in sorted(trainer.callback_metrics.items())
+        if name.startswith(f"{stage}/") and "_before" not in name and not name.endswith("/tasks")
     }
 
 
@@ -207,24 +168,6 @@ def described(hparams: Mapping[str, Any]) -> dict[str, Any]:
     return {name: plain(value) for name, value in hparams.items() if not name.startswith("_")}
 
 
-def theta(pl_module: L.LightningModule) -> Params:
-    """The learner's θ."""
-    return learner(pl_module).meta_parameters()
-
-
-def learner(pl_module: L.LightningModule) -> MetaLearner:
-    """The learner, which is what this package trains."""
-    assert isinstance(pl_module, MetaLearner)
-    return pl_module
-
-
-def norm(tensors: Iterable[Tensor]) -> Tensor:
-    """The Euclidean norm of all of them together."""
-    total: Tensor = get_total_norm([*tensors])
-    return total
-
-
 def logged_step(trainer: L.Trainer) -> int:
     """The step at which Lightning logs scalars now."""
-    step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
-    return step
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

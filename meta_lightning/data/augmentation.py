@@ -37,9 +37,5 @@ class FlipCropJitter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Augmented images.  # B C H W"""
-        x = self.layers(x)
-        if not self.padding:
-            return x
-        crop: nn.Module = self.crop(x.shape[-2:], padding=self.padding)
-        cropped: Tensor = crop(x)
-        return cropped
+        augmented: Tensor = self.layers(x)
+        return self.crop(x.shape[-2:], padding=self.padding)(augmented) if self.padding else augmented

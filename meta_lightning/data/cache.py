@@ -17,7 +17,7 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from meta_lightning.checks import require
-from meta_lightning.tasks import SPLITS, Array, Split
+from meta_lightning.data.tasks import SPLITS, Array, Split
 
 FORMAT = 2  # of what the data sets pack and of how it is written: another one is another cache
 
@@ -43,16 +43,7 @@ def default_cache_dir() -> Path:
 def load_or_build(
     folder: Path, build: Callable[[], LabelledImages], sources: Callable[[], Sequence[Path]] = list, verify: bool = True
 ) -> LabelledImages:
-    """Map a cache into memory, or build it where it is missing, spoilt or older than its sources.
-
-    Processes that start at once may each build it: the first to finish puts its own in place, and all read that one.
-
-    Args:
-        folder: The cache.
-        build: Makes the data set from its source.
-        sources: The files that ``build`` reads; none where they are gone, and then a cache that is there serves.
-        verify: Read the whole cache to compare its checksums; without it only its form is looked at.
-    """
+    """Map a cache into memory, or build it where it is missing, spoilt or older than its sources."""
     known = fingerprint(sources())
     if folder.exists():
         try:
@@ -89,11 +80,7 @@ def fingerprint(files: Sequence[Path]) -> str | None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Be the only process that writes a cache, and sweep away what killed ones left of it.
-
-    Raises:
-        OSError: If its place cannot be written.
-    """
+    """Be the only process that writes a cache, and sweep away what killed ones left of it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         with suppress(NotImplementedError):  # a file system without locks: every process writes under a name of its own
@@ -104,10 +91,15 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def pack(folder: Path, data: LabelledImages, sources: str | None) -> None:
-    """Write a data set and, when it is whole, put it in the place of whatever is there."""
+    """Write a data set, last its checksums, and, when it is whole, put it in the place of whatever is there."""
     part = part_of(folder)
     try:
-        write(part, data, sources)
+        part.mkdir(parents=True)
+        checksums = {}
+        for name, array in data._asdict().items():
+            np.save(part / f"{name}.npy", array)
+            checksums[name] = checksum(array)
+        (part / "checksums.json").write_text(json.dumps(checksums | {"sources": sources}))
         if folder.exists():
             remove(folder)
         part.rename(folder)
@@ -127,22 +119,8 @@ def part_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.{uuid4().hex}.part")
 
 
-def write(folder: Path, data: LabelledImages, sources: str | None) -> None:
-    """Write a data set as arrays and, last, their checksums and the fingerprint of what it was made from."""
-    folder.mkdir(parents=True)
-    checksums = {}
-    for name, array in data._asdict().items():
-        np.save(folder / f"{name}.npy", array)
-        checksums[name] = checksum(array)
-    (folder / "checksums.json").write_text(json.dumps(checksums | {"sources": sources}))
-
-
 def read(folder: Path, sources: str | None, verify: bool) -> LabelledImages | None:
-    """Map a data set that ``write`` left; None if it was made from other sources than these, where these are known.
-
-    Raises:
-        OSError, ValueError, KeyError, EOFError, TypeError: If it is not what ``write`` left.
-    """
+    """Map a data set that ``pack`` left; None if it was made from other sources than these, where these are known."""
     checksums = json.loads((folder / "checksums.json").read_text())
     if sources not in (None, checksums["sources"]):
         return None

@@ -2,13 +2,12 @@
 
 import tempfile
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
 from meta_lightning.checks import require
 from meta_lightning.data.learn2learn_sets import PublishedSplits, SplitImages, decode, reading
-from meta_lightning.tasks import Split
+from meta_lightning.data.tasks import SPLITS, Split
 
 
 class CIFARFS(PublishedSplits):
@@ -20,24 +19,23 @@ class CIFARFS(PublishedSplits):
     Files, in the folder ``cifarfs/cifar100``: ``data/<class>/*.png``, and ``splits/bertinetto/{train,val,test}.txt``
     with a class a line. The folder ``cifarfs/processed`` that learn2learn makes of them is neither needed nor read:
     when learn2learn is stopped at it, it is taken for whole.
-
-    The arguments are those of ``PublishedSplits``.
     """
 
-    image_size, channels = 32, 3
-    title: ClassVar[str] = "CIFAR-FS"
-    loader: ClassVar[str] = "CIFARFS"
-    files: ClassVar[tuple[str, ...]] = (
+    image_size = 32
+    channels = 3
+    title = "CIFAR-FS"
+    loader = "CIFARFS"
+    files = (
         "cifarfs/cifar100/data",
-        *(f"cifarfs/cifar100/splits/bertinetto/{split}.txt" for split in ("train", "val", "test")),
+        *(f"cifarfs/cifar100/splits/bertinetto/{split}.txt" for split in SPLITS),
     )
-    origin: ClassVar[str] = (
+    origin = (
         "a folder cifarfs with the folder cifar100 that cifar100.zip from https://zenodo.org/record/7978538 unpacks to"
     )
 
     def read_split(self, split: Split) -> SplitImages:
         """Read the images of a split, through learn2learn."""
-        raw = self.root.resolve() / "cifarfs" / "cifar100"
+        raw = self.folder.resolve() / "cifarfs" / "cifar100"
         listing = raw / "splits" / "bertinetto" / f"{split}.txt"
         with reading(listing):
             names = sorted({line.strip() for line in listing.read_text().splitlines()} - {""})
@@ -51,8 +49,5 @@ class CIFARFS(PublishedSplits):
                 (processed / name).symlink_to(folder, target_is_directory=True)
             with reading(raw / "data"):
                 dataset = self.dataset(Path(links), split)
-            return SplitImages(
-                images=decode(dataset, lambda row: Path(dataset.samples[row][0]).resolve()),
-                labels=np.array(dataset.targets),
-                classes=dataset.classes,
-            )
+            images = decode(dataset, lambda row: Path(dataset.samples[row][0]).resolve())
+        return SplitImages(images, np.array(dataset.targets), dataset.classes)

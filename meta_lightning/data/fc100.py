@@ -1,12 +1,10 @@
 """FC100."""
 
-from typing import ClassVar
-
 import numpy as np
 
 from meta_lightning.checks import require
 from meta_lightning.data.learn2learn_sets import PublishedSplits, SplitImages, channels_first, reading
-from meta_lightning.tasks import Split
+from meta_lightning.data.tasks import SPLITS, Split
 
 
 class FC100(PublishedSplits):
@@ -19,27 +17,24 @@ class FC100(PublishedSplits):
 
     Files: ``FC100_{train,val,test}.pickle``, each a pickle of ``{"data": uint8 [images, 32, 32, 3], "labels": [number,
     …]}``. A pickle can run code when it is read: use none that you do not trust.
-
-    The arguments are those of ``PublishedSplits``.
     """
 
-    image_size, channels = 32, 3
-    title: ClassVar[str] = "FC100"
-    loader: ClassVar[str] = "FC100"
-    files: ClassVar[tuple[str, ...]] = tuple(f"FC100_{split}.pickle" for split in ("train", "val", "test"))
-    origin: ClassVar[str] = "the files that fc100.zip from https://zenodo.org/record/7978538 unpacks to"
+    image_size = 32
+    channels = 3
+    title = "FC100"
+    loader = "FC100"
+    files = tuple(f"FC100_{split}.pickle" for split in SPLITS)
+    origin = "the files that fc100.zip from https://zenodo.org/record/7978538 unpacks to"
 
     def read_split(self, split: Split) -> SplitImages:
         """Read one pickle, through learn2learn."""
-        path = self.root / f"FC100_{split}.pickle"
+        path = self.folder / f"FC100_{split}.pickle"
         with reading(path):
-            dataset = self.dataset(self.root, split)
+            dataset = self.dataset(self.folder, split)
             images = np.asarray(dataset.images)
             numbers, labels = np.unique(dataset.labels, return_inverse=True)
         require(
             len(images) == len(labels),
             f"{path} must have a label for each of its {len(images)} images, got {len(labels)}",
         )
-        return SplitImages(
-            images=channels_first(images, path), labels=labels.astype(np.int64), classes=[str(n) for n in numbers]
-        )
+        return SplitImages(channels_first(images, path), labels.astype(np.int64), [str(n) for n in numbers])

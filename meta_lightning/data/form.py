@@ -10,41 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meta_lightning.checks import require
+from meta_lightning.checks import InputError, require
 from meta_lightning.data.pictures import prepare_image
+from meta_lightning.data.tasks import Array, scale_pixels
 from meta_lightning.data.transforms import ImageTransforms
-from meta_lightning.tasks import Array, scale_pixels
 
 
 @dataclass(frozen=True)
 class SampleForm:
-    """The form of a data set's samples; None where the data do not fix it.
+    """The form of a data set's samples; None where the data do not fix it."""
 
-    Args:
-        image_size: Side of its square images, in pixels.
-        channels: Channels of its images.
-        ink: Whether its images are drawings whose ink is 1 on a ground of 0.
-        mean: Subtracted from each channel of the pixels, together with ``std``.
-        std: What each channel is divided by then.
-    """
-
-    image_size: int | None = None
-    channels: int | None = None
-    ink: bool = False
-    mean: list[float] | None = None
-    std: list[float] | None = None
+    image_size: int | None = None  # side of its square images, in pixels
+    channels: int | None = None  # of its images
+    ink: bool = False  # whether its images are drawings whose ink is 1 on a ground of 0
+    mean: list[float] | None = None  # subtracted from each channel of the pixels, together with ``std``
+    std: list[float] | None = None  # what each channel is divided by then
 
     def prepare(self, path: Path) -> Array:
-        """Read a picture as the images of training were, see ``prepare_image``.  # C H W, uint8
-
-        Raises:
-            InputError: If the data were no images, or the file is no picture.
-            OSError: If the file cannot be read.
-        """
-        require(
-            self.image_size is not None and self.channels is not None, "the learner must have been trained on images"
-        )
-        assert self.image_size is not None and self.channels is not None  # noqa: PT018
+        """Read a picture as the images of training were, see ``prepare_image``; InputError without such.  # C H W"""
+        if self.image_size is None or self.channels is None:
+            raise InputError("the learner must have been trained on images")
         return self.ink_on_ground(prepare_image(path, self.image_size, self.channels))
 
     def ink_on_ground(self, image: Array) -> Array:
@@ -52,12 +37,7 @@ class SampleForm:
         return 255 - image if self.ink and image.mean() > 127.5 else image
 
     def network_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Samples, as the data set holds them, as the network takes them: scaled and normalised.  # S ...
-
-        Args:
-            x: The samples.
-            dtype: The network's, in which samples of any other floating-point one come.
-        """
+        """Samples as the data set holds them, scaled, normalised and in the network's ``dtype``.  # S ..."""
         inputs = ImageTransforms(self.mean, self.std).normalise(scale_pixels(x))
         return inputs.to(dtype) if inputs.is_floating_point() else inputs
 
@@ -72,12 +52,7 @@ class SampleForm:
 
 
 def form_of(hparams: Mapping[str, Any], data_class: type | None = None) -> SampleForm:
-    """The form of the samples of a data module.
-
-    Args:
-        hparams: Its hyperparameters, as checkpoints hold them; ``_class_path`` in them names its class.
-        data_class: Its class, where that is known otherwise.
-    """
+    """The form of the samples of a data module."""
     with suppress(ImportError, AttributeError, KeyError):  # also where the class of one's own is not at hand
         data_class = resolve_name(hparams["_class_path"])
     transforms = hparams.get("transforms") or {}

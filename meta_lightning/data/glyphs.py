@@ -8,9 +8,9 @@ import numpy as np
 
 from meta_lightning.data import glyph_drawings
 from meta_lightning.data.cache import LabelledImages
-from meta_lightning.data.glyph_drawings import ALPHABET_SPLIT, draw_glyphs
-from meta_lightning.data.images import ImageTasks
-from meta_lightning.tasks import SPLITS
+from meta_lightning.data.glyph_drawings import ALPHABET_SPLIT, alphabet_of, draw_glyphs
+from meta_lightning.data.image_module import ImageTasks
+from meta_lightning.data.tasks import SPLITS
 
 
 class Glyphs(ImageTasks):
@@ -18,11 +18,11 @@ class Glyphs(ImageTasks):
 
     As hard as Omniglot for raw pixels, and nothing is downloaded: the drawings are made in seconds, once, and cached.
     Training, validation and test have different alphabets (``glyph_drawings.ALPHABET_SPLIT``).
-
-    The arguments are those of ``ImageTasks``.
     """
 
-    image_size, channels, ink = 28, 1, True
+    image_size = 28
+    channels = 1
+    ink = True
 
     @property
     def cache_name(self) -> str:
@@ -40,3 +40,7 @@ class Glyphs(ImageTasks):
             classes=np.array(drawings.classes),
             splits=np.array([SPLITS.index(ALPHABET_SPLIT[alphabet]) for alphabet in drawings.alphabets]),
         )
+
+    def group_of(self, class_name: str) -> str:
+        """The alphabet of a character."""
+        return alphabet_of(class_name).title()

@@ -1,6 +1,5 @@
-"""The user's own pictures, in a folder a class."""
+"""The user's own pictures, in one folder per class."""
 
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +15,11 @@ from PIL import Image
 from meta_lightning.checks import InputError, require, require_at_least
 from meta_lightning.data import pictures
 from meta_lightning.data.cache import LabelledImages
-from meta_lightning.data.images import ImageTasks
+from meta_lightning.data.image_module import FolderTasks
+from meta_lightning.data.module import options
 from meta_lightning.data.pictures import left_out, prepare_image
-from meta_lightning.data.splits import Fractions, drawn_splits, require_lot
-from meta_lightning.data.transforms import ImageTransforms
-from meta_lightning.tasks import SPLITS, Array, FewShotTasks, Split
+from meta_lightning.data.splits import RandomSplit
+from meta_lightning.data.tasks import SPLITS, Array, FewShotTasks, Split, least_and_most
 
 LAYOUT = "root must hold pictures as root/{train,val,test}/<class>/* or, for a split drawn here, as root/<class>/*"
 NO_SPLIT = len(SPLITS)  # in place of a class's split; not -1, which would read as the last of SPLITS
@@ -35,7 +34,8 @@ class Listing(NamedTuple):
     labels: list[int]  # of each path: its row in ``classes``
 
 
-class ImageFolderTasks(ImageTasks):
+@options
+class ImageFolderTasks(RandomSplit, FolderTasks):
     """The user's own pictures: every folder is a class, named after it.
 
     ``root`` is laid out in one of two ways, seen from whether it has a folder ``train``, ``val`` or ``test``:
@@ -51,97 +51,33 @@ class ImageFolderTasks(ImageTasks):
     ``prepare_image``; a file that does not read is left out with a warning. So is a class with fewer pictures than a
     task of its split takes.
 
-    Args:
-        root: Folder that holds the pictures.
-        image_size: Side of the square that pictures are fitted into, in pixels.
-        channels: 3 for colour, 1 for grey.
-        split_fractions: Shares of the classes that train, validate and test, for ``root/<class>/*``; (0, 0, 1) is a
-            folder wholly for testing.
-        split_seed: Seed of that split.
-        ways: Classes a task (N).
-        shots: Support images a class (K).
-        queries: Query images a class (Q).
-        train_ways: Classes a task in training. Default: ``ways``.
-        train_shots: Support images a class in training, or the least and most of them, to be drawn for each meta-batch.
-            Default: ``shots``.
-        train_queries: Query images a class in training. Default: ``queries``.
-        meta_batch_size: Tasks a meta-iteration, over all processes together (B).
-        epoch_length: Meta-iterations an epoch.
-        val_tasks: Validation tasks.
-        test_tasks: Test tasks, also those of ``predict``.
-        seed: Seed of the tasks; the split does not depend on it.
-        num_workers: Processes that load; with 0 the training process does.
-        cache_dir: Where the packed images are kept. Default: ``meta_lightning`` in the user's cache folder.
-        transforms: Normalisation, and the augmentation of training tasks.
-
     Raises:
-        InputError: If an argument is outside its range, ``root`` is laid out in neither way, a class is in two splits,
+        InputError: If an option is outside its range, ``root`` is laid out in neither way, a class is in two splits,
             no file is a picture, or a split that is asked for has too few classes.
         FileNotFoundError: If ``root`` is missing or has no files in folders.
     """
 
-    image_size: int
-    channels: int
+    image_size: int = 84  # type: ignore[misc]  # fixed by other data sets
+    """Side of the square that pictures are fitted into, in pixels."""
+    channels: Literal[1, 3] = 3  # type: ignore[misc]
+    """3 for colour, 1 for grey."""
 
-    def __init__(
-        self,
-        root: str,
-        image_size: int = 84,
-        channels: Literal[1, 3] = 3,
-        split_fractions: Fractions = (0.6, 0.2, 0.2),
-        split_seed: int = 0,
-        ways: int = 5,
-        shots: int = 1,
-        queries: int = 15,
-        train_ways: int | None = None,
-        train_shots: int | tuple[int, int] | None = None,
-        train_queries: int | None = None,
-        meta_batch_size: int = 16,
-        epoch_length: int = 500,
-        val_tasks: int = 200,
-        test_tasks: int = 600,
-        seed: int = 0,
-        num_workers: int = 0,
-        cache_dir: str | None = None,
-        transforms: ImageTransforms | None = None,
-    ) -> None:
-        super().__init__(
-            ways,
-            shots,
-            queries,
-            train_ways,
-            train_shots,
-            train_queries,
-            meta_batch_size,
-            epoch_length,
-            val_tasks,
-            test_tasks,
-            seed,
-            num_workers,
-            cache_dir,
-            transforms,
-        )
-        require_at_least(1, image_size=image_size)
-        require_lot(split_fractions, split_seed)
-        require(channels in (1, 3), f"channels must be 1 or 3, got {channels}")
-        self.root = Path(root).expanduser()
-        self.image_size = image_size
-        self.channels = channels
-        self.split_fractions = split_fractions
-        self.split_seed = split_seed
-        self.drawn = False  # whether the classes are split here
-        self.class_splits: Array = np.empty(0)  # of each class, also of those that are left out: its row in SPLITS
+    def __post_init__(self) -> None:
+        """Refuse other forms of pictures."""
+        super().__post_init__()
+        require_at_least(1, image_size=self.image_size)
+        require(self.channels in (1, 3), f"channels must be 1 or 3, got {self.channels}")
 
     @cached_property
     def listing(self) -> Listing:
         """The files, looked for once."""
-        return list_pictures(self.root)
+        return list_pictures(self.folder)
 
     @property
     def cache_name(self) -> str:
         """A name for each ``root`` and form, and for the code that prepares the pictures."""
-        made_by = [str(self.root.resolve()), Path(pictures.__file__).read_text(), PIL.__version__]
-        return f"image-folder-{self.image_size}x{self.channels}-{zlib.crc32(' '.join(made_by).encode()):08x}"
+        name = f"image-folder-{self.image_size}x{self.channels}"
+        return self.named_for_root(name, Path(pictures.__file__).read_text(), PIL.__version__)
 
     def sources(self) -> list[Path]:
         """The files of ``root``, while there are any."""
@@ -153,7 +89,7 @@ class ImageFolderTasks(ImageTasks):
     def build(self) -> LabelledImages:
         """Read the pictures, in parallel: pillow decodes and resizes without Python's global lock."""
         paths, size = self.listing.paths, self.image_size
-        rank_zero_info(f"Reading {len(paths)} files from {self.root} …")
+        rank_zero_info(f"Reading {len(paths)} files from {self.folder} …")
         Image.init()  # in one thread: while another loads pillow's formats, a file of a late one may go unrecognised
         images = np.empty((len(paths), self.channels, size, size), dtype=np.uint8)
         labels: list[int] = []
@@ -167,8 +103,8 @@ class ImageFolderTasks(ImageTasks):
                     images[len(labels)] = image
                     labels.append(label)
         if unread:
-            rank_zero_warn(left_out(unread, len(paths), f"root {self.root}"))
-        require(bool(labels), f"{LAYOUT}, but none of the {len(paths)} files in {self.root} reads as a picture")
+            rank_zero_warn(left_out(unread, len(paths), f"root {self.folder}"))
+        require(bool(labels), f"{LAYOUT}, but none of the {len(paths)} files in {self.folder} reads as a picture")
         return LabelledImages(
             images=images[: len(labels)],
             labels=np.array(labels, dtype=np.int64),
@@ -182,9 +118,9 @@ class ImageFolderTasks(ImageTasks):
         self.drawn = bool(np.any(data.splits == NO_SPLIT))
         splits = data.splits.copy()
         if self.drawn:
-            for split, members in drawn_splits(range(C), self.split_fractions, self.split_seed).items():
+            for split, members in self.drawn_splits(range(C)).items():
                 splits[members] = SPLITS.index(split)
-        takes = np.array([*map(self.images_a_class, SPLITS)])
+        takes = np.array([*map(self.images_per_class, SPLITS)])
         counts = np.bincount(data.labels, minlength=C)
         small = counts < takes[splits]
         if small.any():
@@ -193,39 +129,29 @@ class ImageFolderTasks(ImageTasks):
                 for c in small.nonzero()[0]
             ]
             rank_zero_warn(f"Classes with fewer images than shots + queries are left out: {', '.join(few)}.")
-        self.class_splits = splits
+        self.class_splits = splits  # also of those that are left out
         return data._replace(splits=np.where(small, NO_SPLIT, splits))
 
-    def images_a_class(self, split: Split) -> int:
+    def images_per_class(self, split: Split) -> int:
         """The most images of a class that a task of a split takes."""
-        if split == "train":
-            return int(np.max(self.train_shots)) + self.train_queries  # of a range, or the number itself
-        return self.shots + self.queries
+        shots, queries = self.sizes(split)
+        return least_and_most(shots)[1] + queries
 
     def make_task_set(self, split: Split) -> FewShotTasks:
-        """The tasks of a split.
-
-        Raises:
-            InputError: If it has too few classes, saying how many pictures they have.
-        """
-        data, ways = self.load(), self.train_ways if split == "train" else self.ways
+        """The tasks of a split."""
+        data, ways = self.load(), self.ways_of(split)
         enough, of_split = len(data.members(split)), int(np.sum(self.class_splits == SPLITS.index(split)))
         drawn = f" (split_fractions gives it {of_split} of the {len(data.classes)} classes)" if self.drawn else ""
         require(
             enough >= ways,
-            f"root must hold at least {ways} classes (ways) of {self.images_a_class(split)} images (shots + queries) "
-            f"for the {split} split{drawn}, got {enough} and {of_split - enough} with fewer images in {self.root}",
+            f"root must hold at least {ways} classes (ways) of {self.images_per_class(split)} images (shots + queries) "
+            f"for the {split} split{drawn}, got {enough} and {of_split - enough} with fewer images in {self.folder}",
         )
         return super().make_task_set(split)
 
 
 def list_pictures(root: Path) -> Listing:
-    """Find the classes of ``root`` and their files, sorted by name.
-
-    Raises:
-        InputError: If a class is in two of train, val and test.
-        FileNotFoundError: If there is nothing in the places where pictures belong.
-    """
+    """Find the classes of ``root`` and their files, sorted by name."""
     if not root.is_dir():
         raise FileNotFoundError(f"{LAYOUT}, but {root} is not a folder")
     folders = [entry for entry in visible(root) if entry.is_dir()]

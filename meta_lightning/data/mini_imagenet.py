@@ -1,12 +1,10 @@
 """mini-ImageNet."""
 
-from typing import ClassVar
-
 import numpy as np
 
 from meta_lightning.checks import require
 from meta_lightning.data.learn2learn_sets import PublishedSplits, SplitImages, channels_first, reading
-from meta_lightning.tasks import Split
+from meta_lightning.data.tasks import Split
 
 
 class MiniImagenet(PublishedSplits):
@@ -18,23 +16,20 @@ class MiniImagenet(PublishedSplits):
     Files: ``mini-imagenet-cache-{train,validation,test}.pkl``, each a pickle of ``{"image_data": uint8 [images, 84, 84,
     3], "class_dict": {name: [row, …]}}``. A pickle can run code when it is read: use none that you do not trust.
     learn2learn holds a split as float32 besides: packing the cache takes 5 GB of memory, once.
-
-    The arguments are those of ``PublishedSplits``.
     """
 
-    image_size, channels = 84, 3
-    title: ClassVar[str] = "mini-ImageNet"
-    loader: ClassVar[str] = "MiniImagenet"
-    files: ClassVar[tuple[str, ...]] = tuple(
-        f"mini-imagenet-cache-{mode}.pkl" for mode in ("train", "validation", "test")
-    )
-    origin: ClassVar[str] = "the files of these names from https://zenodo.org/record/7978538"
+    image_size = 84
+    channels = 3
+    title = "mini-ImageNet"
+    loader = "MiniImagenet"
+    files = tuple(f"mini-imagenet-cache-{mode}.pkl" for mode in ("train", "validation", "test"))
+    origin = "the files of these names from https://zenodo.org/record/7978538"
 
     def read_split(self, split: Split) -> SplitImages:
         """Read one pickle, through learn2learn."""
-        path = self.root / f"mini-imagenet-cache-{'validation' if split == 'val' else split}.pkl"
+        path = self.folder / f"mini-imagenet-cache-{'validation' if split == 'val' else split}.pkl"
         with reading(path):
-            dataset = self.dataset(self.root, split)
+            dataset = self.dataset(self.folder, split)
             images, members = dataset.data["image_data"], dataset.data["class_dict"]
             rows = np.concatenate([np.asarray(rows, dtype=np.int64) for rows in members.values()])
         # learn2learn gives an image that no class lists to class 1, and one that two classes list to the last of them
@@ -43,8 +38,4 @@ class MiniImagenet(PublishedSplits):
             f"class_dict of {path} must list every image once, got {len(rows)} rows, {len(np.unique(rows))} of them "
             f"different, for {len(images)} images",
         )
-        return SplitImages(
-            images=channels_first(images, path),
-            labels=dataset.y.astype(np.int64),
-            classes=[str(name) for name in members],
-        )
+        return SplitImages(channels_first(images, path), dataset.y.astype(np.int64), [str(name) for name in members])

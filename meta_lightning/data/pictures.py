@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from meta_lightning.checks import InputError
-from meta_lightning.tasks import Array
+from meta_lightning.data.tasks import Array
 
 WHITE = {"I": 65535, "F": 1.0}  # of pixels with more than 8 bits, where the image keeps to it
 TRANSPARENT = ("LA", "PA", "RGBA", "RGBa")
@@ -80,12 +80,6 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def left_out(unread: Sequence[str], files: int, folder: str) -> str:
-    """What is said of files that do not read as pictures: how many of the folder's they are, and which.
-
-    Args:
-        unread: Each file with the reason.
-        files: How many there are.
-        folder: Where, as the user knows it.
-    """
+    """What is said of files that do not read as pictures: how many of the folder's they are, and which."""
     more = f"; and {len(unread) - 10} more" if len(unread) > 10 else ""
     return f"{len(unread)} of the {files} files in {folder} are left out: {'; '.join(unread[:10])}{more}"

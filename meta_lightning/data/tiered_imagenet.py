@@ -1,13 +1,12 @@
 """tiered-ImageNet."""
 
 import pickle
-from typing import ClassVar
 
 import numpy as np
 
 from meta_lightning.checks import require
 from meta_lightning.data.learn2learn_sets import PublishedSplits, SplitImages, decode, reading
-from meta_lightning.tasks import Split
+from meta_lightning.data.tasks import SPLITS, Split
 
 
 class TieredImagenet(PublishedSplits):
@@ -22,38 +21,32 @@ class TieredImagenet(PublishedSplits):
     ``{train,val,test}_labels.pkl``, each a pickle of ``{"label_specific": [number, …], "label_specific_str": [name,
     …]}``. A pickle can run code when it is read: use none that you do not trust. The decoded images are 16.5 GB, and
     packing the cache takes about 21 GB of memory and some minutes, once.
-
-    The arguments are those of ``PublishedSplits``.
     """
 
-    image_size, channels = 84, 3
-    title: ClassVar[str] = "tiered-ImageNet"
-    loader: ClassVar[str] = "TieredImagenet"
-    files: ClassVar[tuple[str, ...]] = tuple(
-        f"tiered-imagenet/{split}_{part}.pkl" for split in ("train", "val", "test") for part in ("images_png", "labels")
-    )
-    origin: ClassVar[str] = (
+    image_size = 84
+    channels = 3
+    title = "tiered-ImageNet"
+    loader = "TieredImagenet"
+    files = tuple(f"tiered-imagenet/{split}_{part}.pkl" for split in SPLITS for part in ("images_png", "labels"))
+    origin = (
         "the folder tiered-imagenet with these files, which https://zenodo.org/record/7978538 has as tiered-imagenet-*"
     )
 
     def read_split(self, split: Split) -> SplitImages:
         """Read the two pickles of a split, the images through learn2learn."""
-        path = self.root / "tiered-imagenet" / f"{split}_images_png.pkl"
+        path = self.folder / "tiered-imagenet" / f"{split}_images_png.pkl"
         labels_path = path.with_name(f"{split}_labels.pkl")
         with reading(labels_path), labels_path.open("rb") as file:
             described = pickle.load(file)
             # learn2learn drops the names
             labels, names = np.asarray(described["label_specific"]), [str(n) for n in described["label_specific_str"]]
         with reading(path):
-            dataset = self.dataset(self.root, split)
+            dataset = self.dataset(self.folder, split)
         numbers = np.unique(labels).tolist()
         require(
             len(dataset.images) == len(labels) and set(numbers) <= set(range(len(names))),
             f"{labels_path} must number the {len(dataset.images)} images of {path.name} by the {len(names)} classes "
             f"that it names, got {len(labels)} numbers from {min(numbers, default=0)} to {max(numbers, default=0)}",
         )
-        return SplitImages(
-            images=decode(dataset, lambda row: f"image {row} of {path}"),
-            labels=labels.astype(np.int64),
-            classes=names,
-        )
+        images = decode(dataset, lambda row: f"image {row} of {path}")
+        return SplitImages(images, labels.astype(np.int64), names)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from meta_lightning.checks import require, require_positive
-from meta_lightning.tasks import TaskBatch, as_task_batch
+from meta_lightning.data.tasks import TaskBatch, as_task_batch
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ImageTransforms:
     and on several, which draw for their own tasks. The tasks themselves are; so is all that has no augmentation.
 
     ``inner_update`` and ``forward_with_weights`` take images as they are given: after training with ``mean`` and
-    ``std`` give them ``transforms.normalise(scale_pixels(x))``, the latter from ``meta_lightning.tasks``.
+    ``std`` give them ``transforms.normalise(scale_pixels(x))``, the latter from ``meta_lightning.data.tasks``.
 
     Args:
         mean: Subtracted from each channel of the pixels, which are in [0, 1]; together with ``std``.
@@ -28,7 +28,7 @@ class ImageTransforms:
         query: Augmentation of the training tasks' query images.
 
     Raises:
-        InputError: If ``mean`` and ``std`` are not a number a channel each, or a deviation is not greater than 0.
+        InputError: If ``mean`` and ``std`` are not a number per channel each, or a deviation is not greater than 0.
     """
 
     mean: Sequence[float] | None = None
@@ -39,7 +39,7 @@ class ImageTransforms:
     def __post_init__(self) -> None:
         """Refuse what is no mean and standard deviation a channel."""
         mean, std = list(self.mean or []), list(self.std or [])
-        require(len(mean) == len(std), f"mean and std must have a number a channel each, got {mean} and {std}")
+        require(len(mean) == len(std), f"mean and std must have a number per channel each, got {mean} and {std}")
         for value in std:
             require_positive(std=value)
 
@@ -64,7 +64,7 @@ class ImageTransforms:
         """Pixels in [0, 1] less ``mean``, by ``std``.  # ... C H W"""
         if not self.mean or not self.std:
             return x
-        require(len(self.mean) == x.shape[-3], f"mean must have {x.shape[-3]} numbers, one a channel, got {self.mean}")
+        require(len(self.mean) == x.shape[-3], f"mean must have {x.shape[-3]} numbers (channels), got {self.mean}")
         return (x - x.new_tensor(self.mean).view(-1, 1, 1)) / x.new_tensor(self.std).view(-1, 1, 1)
 
 

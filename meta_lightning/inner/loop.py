@@ -1,0 +1,127 @@
+"""The inner loop of all tasks of a pass at once: pure functions of task-stacked parameters.
+
+The tasks go forward together, one ``vmap`` over the stacked parameters, and are differentiated outside it: ``vmap``
+over *gradients* is silently wrong at second order for normalisation layers whose scale and shift are adapted, because
+torch's batching rule for their backward takes the saved statistics as constants.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from meta_lightning.inner.params import Params, gradient, of_rule
+from meta_lightning.inner.rules import InnerRule
+
+Support = Sequence[tuple[Tensor, Tensor]]  # samples and targets of each inner step: K of T S ..., T S ...
+
+
+class Adapted(NamedTuple):
+    """What the inner loop leaves behind."""
+
+    params: Params  # θ'_k
+    losses: Tensor  # T: the support losses at θ'_{k-1}
+    state: Any  # the inner rule's, its tensors task-stacked
+
+
+class InnerStep(NamedTuple):
+    """One inner step of every task, ``θ' ← θ' − α ∇L_support(θ')`` or what the rule makes of the gradient."""
+
+    support_losses: Callable[[Params, Tensor, Tensor], Tensor]  # of parameters, samples and targets  # T
+    rule: InnerRule
+    lr: float
+    moved: Collection[str]
+
+    def __call__(self, params: Params, state: Any, x: Tensor, y: Tensor, create_graph: bool = False) -> Adapted:
+        """Step."""
+        losses = self.support_losses(params, x, y)
+        grads = gradient(losses.sum(), {name: params[name] for name in self.moved}, create_graph)
+        change, state = self.rule.update(grads, state, of_rule(params), self.lr)
+        params = params | {name: params[name] + delta for name, delta in change.items()}
+        return Adapted(params, losses.detach(), state)
+
+
+def trajectory(
+    step: InnerStep, params: Params, support: Support, second_order: bool = False, recompute: bool = False
+) -> Iterator[Adapted]:
+    """θ'_1 … θ'_K of every task (Finn et al., 2017, algorithm 2, lines 6 and 7)."""
+    state = step.rule.start()
+    for x, y in support:
+        adapted = (
+            recomputed(step, params, state, x, y)
+            if second_order and recompute
+            else step(params, state, x, y, create_graph=second_order)
+        )
+        params, state = adapted.params, adapted.state
+        yield adapted
+
+
+def minibatches(x: Tensor, y: Tensor, steps: int, size: int, seed: int, rank: int, ranks: int) -> Support:
+    """Minibatches of each inner step, from a cycle through the support set that is reshuffled at each round."""
+    T, S = x.shape[:2]
+    rounds = -(-steps * size // S)
+    sequence = np.random.SeedSequence((torch.initial_seed(), seed))
+    generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
+    # of the tasks of all ranks, of which each has every R-th, so that they draw what one process does
+    order = torch.rand(T * ranks, rounds, S, generator=generator)[rank::ranks].argsort(-1)
+    order = order.flatten(1).to(x.device)  # T rounds*S
+    tasks = torch.arange(T, device=x.device)[:, None]
+    return [(x[tasks, rows], y[tasks, rows]) for rows in torch.split(order, size, dim=1)[:steps]]
+
+
+def recomputed(step: InnerStep, params: Params, state: Any, x: Tensor, y: Tensor) -> Adapted:
+    """An inner step that keeps its inputs, not its graph (Griewank and Walther, 2008, chapter 12).
+
+    The gradient is exact, and memory does not grow with the activations of K steps.
+    """
+    tensors, structure = tree_flatten((params, state))
+    device = x.device.type
+    cast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    structures: list[Any] = []  # of what the step leaves
+
+    def run(tensors: list[Tensor], create_graph: bool) -> list[Tensor]:
+        with torch.enable_grad(), torch.autocast(*cast):
+            params, state = tree_unflatten(tensors, structure)
+            left, after = tree_flatten(step(params, state, x, y, create_graph))
+        structures.append(after)
+        return left
+
+    left = Recomputed.apply(run, *tensors)
+    adapted: Adapted = tree_unflatten(list(left), structures[0])
+    return adapted
+
+
+class Recomputed(Function):
+    """A function of tensors that runs again, with its graph, when it is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., list[Tensor]], *tensors: Tensor) -> Any:
+        """Run it, and remember with which random numbers."""
+        ctx.run, ctx.random = run, (torch.get_rng_state(), *get_device_states(*tensors))
+        ctx.save_for_backward(*tensors)
+        return tuple(tensor.detach() for tensor in run(fresh(tensors), create_graph=False))
+
+    @staticmethod
+    def backward(ctx: Any, *v: Tensor) -> Any:
+        """Run it again, and take v back through it."""
+        tensors = fresh(ctx.saved_tensors)
+        random, devices, states = ctx.random
+        with torch.random.fork_rng(devices):  # dropout drops what it dropped
+            torch.set_rng_state(random)
+            set_device_states(devices, states)
+            left = ctx.run(tensors, create_graph=True)
+        outputs = [(tensor, g) for tensor, g in zip(left, v, strict=True) if tensor.requires_grad]
+        inputs = [tensor for tensor in tensors if tensor.requires_grad]
+        values, grads = map(list, zip(*outputs, strict=True))
+        by_input = iter(torch.autograd.grad(values, inputs, grads, materialize_grads=True))
+        return None, *(next(by_input) if tensor.requires_grad else None for tensor in tensors)
+
+
+def fresh(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same values as leaves of a new graph; integers as they are."""
+    return [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in tensors]

@@ -1,0 +1,155 @@
+"""The predictions and losses of all tasks at once, each with parameters of its own."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from meta_lightning.checks import require
+from meta_lightning.inner.kernels import TasksAsChannels
+from meta_lightning.inner.params import Params, of_network, unstack
+
+# predictions and targets of one task to a scalar; modules are named for the command line, which builds them
+Loss = nn.Module | Callable[[Tensor, Tensor], Tensor]
+
+
+def default_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error for floating-point targets, cross-entropy for class numbers."""
+    return F.mse_loss(predictions, targets) if targets.is_floating_point() else F.cross_entropy(predictions, targets)
+
+
+class TaskNetwork:
+    """A network and a loss, applied to every task with its own parameters.
+
+    All tasks go through one ``vmap``. What vmap refuses (in-place writes into fresh tensors, control flow that depends
+    on data, recurrent layers) runs one task after another, which is said once.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner  # has the network and the loss, which may be replaced
+        network: nn.Module = owner.network
+        # cuDNN's kernels have no second derivative, and no first one in evaluation mode
+        self.recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
+        # vmap's rule for an embedding forgets padding_idx; of a sparse one it refuses the backward, too late to loop
+        embeddings = [module for module in network.modules() if isinstance(module, nn.Embedding)]
+        self.loops_over_tasks = any(module.padding_idx is not None or module.sparse for module in embeddings)
+        self.aliases = other_names(network)
+        self.outputs_checked = False
+
+    def predict(self, params: Params, x: Tensor) -> Tensor:
+        """Predictions of every task with its own parameters.  # T S ... -> T S ..."""
+        return self.over_tasks(self.predict_task, params, x)
+
+    def predict_task(self, params: Params, x: Tensor) -> Tensor:
+        """Predictions of one task.  # S ... -> S ..."""
+        weights = of_network(params)
+        weights |= {alias: weights[name] for alias, name in self.aliases.items() if name in weights}
+        with torch.backends.cudnn.flags(enabled=False) if self.recurrent else nullcontext():
+            # torch's own tying restores the parameters of a module that stands in two places in the wrong order
+            predictions: Tensor = functional_call(self.owner.network, weights, (x,), tie_weights=False)
+        return predictions
+
+    def predict_queries(self, params: Params, support_x: Tensor, query_x: Tensor, transductive: bool) -> Tensor:
+        """Predictions of every task's queries with its own parameters.  # T R ..."""
+        if transductive:
+            return self.predict(params, query_x)
+
+        def predict_alone(params: Params, support_x: Tensor, query_x: Tensor) -> Tensor:
+            def predict_query(query: Tensor) -> Tensor:
+                return self.predict_task(params, torch.cat([support_x, query[None]]))[-1]
+
+            return self.over_tasks(predict_query, query_x)
+
+        # as many queries at once as take no more memory than all of them together would
+        at_once = max(1, query_x.shape[1] // (support_x.shape[1] + 1))
+        parts = query_x.split(at_once, dim=1)
+        return torch.cat([self.over_tasks(predict_alone, params, support_x, part) for part in parts], dim=1)
+
+    def losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Every task's loss.  # T S ..., T S ... -> T"""
+        if self.owner.loss is default_loss and not self.outputs_checked:
+            # once, since to look at the targets waits for the device
+            check_outputs(predictions, targets)
+            self.outputs_checked = True
+        losses = self.over_tasks(self.owner.loss, predictions, targets)
+        require(losses.ndim == 1, f"loss must give a scalar per task, got shape {tuple(losses.shape[1:])}")
+        return losses
+
+    def losses_of(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
+        """Every task's loss with its own parameters.  # T S ..., T S ... -> T"""
+        return self.losses(self.predict(params, x), y)
+
+    def over_tasks(self, function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
+        """A function of one task on all tasks.  # -> T ..."""
+        if not self.loops_over_tasks:
+            try:
+                return together(function, *stacked)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as refusal:
+                # a fault of the function's own is raised by the loop as well, and so is not taken for vmap's
+                result = one_by_one(function, *stacked)
+                self.loops_over_tasks = True
+                rank_zero_warn(f"The tasks run one after another, since vmap refuses the network or loss: {refusal}")
+                return result
+        return one_by_one(function, *stacked)
+
+
+def together(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
+    """A function of one task on all tasks at once, by vmap."""
+    with differentiable_attention(), TasksAsChannels():
+        result: Tensor = vmap(function, randomness="different")(*stacked)
+    return result
+
+
+def one_by_one(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
+    """What ``together`` computes, one task after another."""
+    first = stacked[0] if isinstance(stacked[0], Tensor) else next(iter(stacked[0].values()))
+    with differentiable_attention():
+        return torch.stack([function(*(unstack(part, task) for part in stacked)) for task in range(len(first))])
+
+
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Attention by kernels that have a second derivative, in evaluation too, where torch would take its fast path."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def other_names(network: nn.Module) -> dict[str, str]:
+    """The names of tied parameters beside their first: those that they have in other modules, to the first."""
+    first: dict[int, str] = {}
+    places: set[tuple[int, str]] = set()
+    others = {}
+    for name, p in network.named_parameters(remove_duplicate=False):
+        owner, _, attribute = name.rpartition(".")
+        place = (id(network.get_submodule(owner)), attribute)
+        if id(p) in first and place not in places:
+            others[name] = first[id(p)]
+        first.setdefault(id(p), name)
+        places.add(place)
+    return others
+
+
+def check_outputs(predictions: Tensor, targets: Tensor) -> None:
+    """Refuse a network whose predictions do not fit the targets of ``default_loss``.  # T S N ..., T S ..."""
+    if targets.is_floating_point():
+        came, expected = tuple(predictions.shape[1:]), tuple(targets.shape[1:])
+        require(came == expected, f"network must give outputs of the targets' shape {expected} per task, got {came}")
+    else:
+        classes, outputs = int(targets.max()) + 1, predictions.shape[2]
+        require(
+            outputs >= classes,
+            f"network must give an output for each class: expected at least {classes}, got {outputs}",
+        )

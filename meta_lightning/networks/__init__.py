@@ -1,0 +1,7 @@
+"""The papers' networks, each a setting of a class; any other ``nn.Module`` serves as well."""
+
+from meta_lightning.networks.conv4 import Conv4
+from meta_lightning.networks.mlp import MLP
+from meta_lightning.networks.resnet12 import ResNet12
+
+__all__ = ["MLP", "Conv4", "ResNet12"]
