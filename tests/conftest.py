@@ -7,11 +7,15 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
+import yaml
+from torch import Tensor
 
 from meta_lightning import MLP, Glyphs, Sinusoid
 from meta_lightning.cli import main
 
-TINY = Path(__file__).parent / "tiny.yaml"
+TINY = str(Path(__file__).parent / "tiny.yaml")
+RUN = Path("lightning_logs/version_0")
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -37,6 +41,18 @@ def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test in a folder of its own, without Lightning's greetings."""
     monkeypatch.chdir(tmp_path)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Float64 by default, on one thread."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.double)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors this small: on a busy machine threads mostly wait for each other
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float)
 
 
 @pytest.fixture
@@ -71,3 +87,31 @@ def checkpoint(glyphs: Glyphs, tmp_path_factory: pytest.TempPathFactory) -> str:
     options = f"--trainer.default_root_dir {folder} --checkpoint.dirpath {folder} --trainer.max_steps 1"
     main(f"fit --config {TINY} {options} --data.transforms.mean [0.2] --data.transforms.std [0.5]".split())
     return str(folder / "last.ckpt")
+
+
+def fails(*args: str) -> str:
+    """The sentence with which a command line is refused."""
+    with pytest.raises(SystemExit) as error:
+        main(list(args))
+    said = str(error.value.code)
+    assert said.startswith("error: ")
+    assert "\n" not in said
+    return said
+
+
+def printed_config(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    """What --print_config prints."""
+    with pytest.raises(SystemExit):
+        main([*args, "--print_config"])
+    config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    return config
+
+
+class Seen(L.Callback):
+    """Notes the support set of every training batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append(batch[0])

@@ -46,4 +46,4 @@ if __name__ == "__main__":
     )
     trainer.fit(learner, Sinusoid(meta_batch_size=4, epoch_length=6))
     noted = {"before_skipped": spoil.noted[2], "after_skipped": spoil.noted[4], "after": learner.state_dict()}
-    torch.save({"skipped": learner.skipped, **noted}, f"{trainer.global_rank}.pt")
+    torch.save({"skipped": learner.outer_update.skipped, **noted}, f"{trainer.global_rank}.pt")

@@ -181,6 +181,8 @@ def record_checkpoints(found: dict[str, Any], folder: Path) -> None:
 if __name__ == "__main__":
     figures_file = DATA / "recorded.json"
     record = json.loads(figures_file.read_text()) if sys.argv[1:] else {"steps": {}, "resumed": {}, "adapted": {}}
+    if record.get("fingerprint", fingerprint()) != fingerprint():
+        sys.exit("error: the other figures were recorded on another machine or with other versions: record all of them")
     record_steps(record, sys.argv[1:] or CASES)
     if not sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, fails
 from PIL import Image
 from scipy.stats import binomtest
-from test_cli import fails
 
 from meta_lightning import Glyphs, Predictor, load_learner
 from meta_lightning.cli import main
@@ -119,9 +118,9 @@ def test_right_and_wrong_are_coloured(checkpoint: str) -> None:
 @pytest.mark.usefixtures("photos")
 def test_nothing_is_overwritten_unasked(checkpoint: str) -> None:
     for name, message in (
-        ("predictions.csv", "out must name a new file, or overwrite be set: predictions.csv exists"),
-        ("predictions.png", "the contact sheet beside out must name a new file, .*: predictions.png exists"),
-        ("a.onnx", "save must name a new file, .*: a.onnx exists"),
+        ("predictions.csv", r"\bout .*overwrite.*predictions\.csv"),
+        ("predictions.png", r"contact sheet .*overwrite.*predictions\.png"),
+        ("a.onnx", r"\bsave .*overwrite.*a\.onnx"),
     ):
         Path(name).write_text("mine")
         assert re.search(message, refused(checkpoint, "--save", "a.onnx"))
@@ -155,15 +154,15 @@ def test_nothing_is_left_half_written(checkpoint: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--support", "nowhere"], "support must be a folder that holds a folder a class, got nowhere, which is none"),
-        (["--query", "nowhere"], "query must be a folder of pictures, got nowhere, which is none"),
-        (["--query", "my_photos"], "query must be another folder than support.* got my_photos for both"),
-        (["--out", "a.txt"], "the suffix of out must be one of '.csv', got '.txt'"),
-        (["--out", "nowhere/a.csv"], "out must name a file in a folder that can be written to, got nowhere/a.csv"),
-        (["--save", "a.pkl"], "the suffix of save must be one of '.safetensors', '.pt2', '.onnx', got '.pkl'"),
-        (["--save", "nowhere/a.pt2"], "save must name a file in a folder that can be written to, got nowhere/a.pt2"),
-        (["--steps", "0"], "steps must be at least 1, got 0"),
-        (["--ckpt_path", "nothing.ckpt"], "path must name a checkpoint, got nothing.ckpt, which is no file"),
+        (["--support", "nowhere"], r"\bsupport .*\bnowhere\b"),
+        (["--query", "nowhere"], r"\bquery .*\bnowhere\b"),
+        (["--query", "my_photos"], r"\bquery .*support.*\bmy_photos\b"),
+        (["--out", "a.txt"], r"\bout .*'\.csv'.*'\.txt'"),
+        (["--out", "nowhere/a.csv"], r"\bout .*nowhere/a\.csv"),
+        (["--save", "a.pkl"], r"\bsave .*'\.onnx'.*'\.pkl'"),
+        (["--save", "nowhere/a.pt2"], r"\bsave .*nowhere/a\.pt2"),
+        (["--steps", "0"], r"\bsteps .* 0"),
+        (["--ckpt_path", "nothing.ckpt"], r"path .*nothing\.ckpt"),
     ],
 )
 def test_impossible_arguments(args: list[str], message: str, checkpoint: str) -> None:
@@ -174,20 +173,19 @@ def test_impossible_arguments(args: list[str], message: str, checkpoint: str) ->
 def test_impossible_folders(checkpoint: str) -> None:
     support, queries = Path("my_photos"), Path("queries")
     (support / "daleth").mkdir()
-    assert "support must hold at least 1 picture of each class, got none of daleth" in refused(checkpoint)
+    assert re.search(r"\bsupport .*\bdaleth$", refused(checkpoint))
     (support / "daleth/a.png").write_bytes((support / "aleph/0.png").read_bytes()[:100])
-    assert re.search(r"my_photos/daleth/a.png does not read as a picture: ", refused(checkpoint))
+    assert re.search(r"my_photos/daleth/a\.png .*picture: ", refused(checkpoint))
     for name in ("daleth", "aleph", "beth"):
         shutil.rmtree(support / name)
-    assert "support must hold at least 2 classes, a folder each, got 1 in my_photos: gimel" in refused(checkpoint)
+    assert re.search(r"\bsupport .*\b2 .*\b1 .*my_photos: gimel", refused(checkpoint))
     shutil.copytree(support / "gimel", support / "aleph")
     shutil.rmtree(queries)
     queries.mkdir()
     (queries / "empty").mkdir()
-    assert "query must hold at least 1 picture, got none in queries" in refused(checkpoint)
+    assert re.search(r"\bquery .*\b1 .*\bqueries$", refused(checkpoint))
     (queries / "notes.txt").write_text("no picture")
-    said = refused(checkpoint)
-    assert re.search("query must hold at least 1 picture, but 1 of the 1 files .* left out: queries/notes.txt", said)
+    assert re.search(r"\bquery .*\b1 of the 1 .*: queries/notes\.txt", refused(checkpoint))
 
 
 @pytest.mark.usefixtures("photos")
@@ -195,7 +193,7 @@ def test_queries_that_do_not_read_are_left_out_with_a_warning(
     checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("queries/aleph/2.png").write_bytes(b"spoilt")
-    with pytest.warns(UserWarning, match=r"1 of the 15 files in query queries are left out: queries/aleph/2.png does"):
+    with pytest.warns(UserWarning, match=r"\b1 of the 15 .*query .*: queries/aleph/2\.png"):
         adapt(checkpoint)
     assert "Classified 14 pictures" in capsys.readouterr().out
     assert len(Path("predictions.csv").read_text().splitlines()) == 15
@@ -205,8 +203,7 @@ def test_queries_that_do_not_read_are_left_out_with_a_warning(
 def test_a_checkpoint_of_regression_is_refused(tmp_path: Path) -> None:
     options = "--data Sinusoid --model.network meta_lightning.MLP --checkpoint.monitor val/mse --trainer.max_steps 1"
     main(f"fit --config {TINY} {options} --checkpoint.dirpath {tmp_path / 'sine'}".split())
-    said = refused("sine/last.ckpt")
-    assert "ckpt_path must be of a learner that was trained on images, got sine/last.ckpt, which was not" in said
+    assert re.search(r"\bckpt_path .*images.*sine/last\.ckpt", refused("sine/last.ckpt"))
 
 
 def test_help_lists_adapt(capsys: pytest.CaptureFixture[str]) -> None:

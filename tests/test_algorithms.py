@@ -1,6 +1,5 @@
 """The algorithms under a Trainer; their mathematics is in test_gradients."""
 
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -43,12 +42,12 @@ def test_outer_lr_decays_to_the_end_of_training(
     learner = algorithm(network=mlp, outer_lr_decay=decay)  # type: ignore[call-arg]
     trainer(max_steps=8, limit_val_batches=0).fit(learner, sinusoid)
     halfway = {"constant": 1, "linear": 0.5, "cosine": 0.5}[decay]
-    assert learner.outer_lr_factor(0) == 1
-    assert learner.outer_lr_factor(4) == pytest.approx(halfway)
-    assert learner.outer_lr_factor(8) == pytest.approx(1 if decay == "constant" else 0)
+    assert learner.outer_update.factor(0) == 1
+    assert learner.outer_update.factor(4) == pytest.approx(halfway)
+    assert learner.outer_update.factor(8) == pytest.approx(1 if decay == "constant" else 0)
     if algorithm is not Reptile:
         (group,) = learner.optimizers().param_groups  # type: ignore[union-attr]
-        assert group["lr"] == pytest.approx(0.001 * learner.outer_lr_factor(8))
+        assert group["lr"] == pytest.approx(0.001 * learner.outer_update.factor(8))
 
 
 def test_reptile_has_no_optimizer(mlp: MLP, sinusoid: Sinusoid) -> None:
@@ -63,9 +62,9 @@ def test_reptiles_persistent_moments_are_in_the_checkpoint(mlp: MLP, sinusoid: S
     fit.fit(learner, sinusoid)
     fit.save_checkpoint(tmp_path / "a.ckpt")
     loaded = Reptile.load_from_checkpoint(tmp_path / "a.ckpt", network=MLP(hidden=[8]))
-    assert loaded.moments is not None
-    assert loaded.moments.step == 12
-    assert loaded.moments.state().second["head.weight"].abs().sum() > 0
+    moments = loaded.inner_rule.start()
+    assert moments.step == 12
+    assert moments.second["head.weight"].abs().sum() > 0
 
 
 def test_predictions_of_another_form_have_no_score(mlp: MLP, sinusoid: Sinusoid) -> None:
@@ -95,18 +94,18 @@ def test_a_gradient_that_is_not_finite_stops_as_well() -> None:
     """The loss of sqrt at 0 is finite, its gradient is not."""
     zeros = torch.zeros(2, 3, 1)
     learner = MAML(nn.Linear(1, 1, bias=False), lambda prediction, target: prediction.sqrt().sum(), max_skipped=0)
-    with pytest.raises(FloatingPointError, match="its gradient not finite, at step 0"):
+    with pytest.raises(FloatingPointError, match=r"gradient .*step 0\b"):
         trainer(max_steps=1).fit(learner, DataLoader([[zeros] * 4], batch_size=None))
     assert learner.meta_parameters()["weight"].isfinite().all()
 
 
 def test_a_loss_without_a_reduction_is_refused(mlp: MLP, sinusoid: Sinusoid) -> None:
-    with pytest.raises(ValueError, match=r"loss must give a scalar a task, got shape \(5, 1\)"):
+    with pytest.raises(ValueError, match=r"loss .*scalar.*\(5, 1\)"):
         trainer().test(MAML(mlp, loss=nn.MSELoss(reduction="none")), sinusoid)
 
 
 def test_lazy_networks_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"network must have been called once, .* got lazy \['weight', 'bias'\]"):
+    with pytest.raises(ValueError, match=r"network .*\['weight', 'bias'\]"):
         MAML(nn.LazyLinear(5))
 
 
@@ -162,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     learner.inner_lr = 1e30
     options: dict[str, Any] = {"enable_checkpointing": True, "callbacks": [checkpoints], "log_every_n_steps": 1}
     fit = trainer(max_steps=9, limit_val_batches=0, **options)
-    with pytest.raises(FloatingPointError, match=r"the loss became (nan|inf), .* at step 3: inner_lr .*last\.ckpt"):
+    with pytest.raises(FloatingPointError, match=r"loss .*\b(nan|inf)\b.*step 3\b.*inner_lr .*last\.ckpt"):
         fit.fit(learner, sinusoid, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"].values()
     for theta in (mlp.parameters(), kept):
@@ -172,34 +171,34 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inner_lr": 0.0}, "inner_lr must be greater than 0, got 0.0"),
-        ({"inner_lr": float("nan")}, "inner_lr must be greater than 0, got nan"),
-        ({"outer_lr": -0.1}, "outer_lr must be greater than 0, got -0.1"),
-        ({"inner_steps": 0}, "inner_steps must be at least 1, got 0"),
-        ({"inner_steps": -3}, "inner_steps must be at least 1, got -3"),
-        ({"max_skipped": -1}, "max_skipped must be at least 0, got -1"),
-        ({"test_inner_steps": 0}, "test_inner_steps must be at least 1, got 0"),
-        ({"outer_lr_decay": "step"}, "outer_lr_decay must be one of 'constant', 'linear', 'cosine', got 'step'"),
+        ({"inner_lr": 0.0}, r"\binner_lr .*got 0\.0"),
+        ({"inner_lr": float("nan")}, r"\binner_lr .* nan"),
+        ({"outer_lr": -0.1}, r"\bouter_lr .* -0\.1"),
+        ({"inner_steps": 0}, r"\binner_steps .* 0"),
+        ({"inner_steps": -3}, r"\binner_steps .* -3"),
+        ({"max_skipped": -1}, r"\bmax_skipped .* -1"),
+        ({"test_inner_steps": 0}, r"\btest_inner_steps .* 0"),
+        ({"outer_lr_decay": "step"}, r"\bouter_lr_decay .*'linear', 'cosine'.*'step'"),
     ],
 )
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_errors_name_the_argument(algorithm: Any, options: dict[str, Any], message: str, mlp: MLP) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=message):
         algorithm(mlp, **options)
 
 
 def test_what_reptile_refuses_and_warns_of(mlp: MLP) -> None:
-    with pytest.raises(ValueError, match=r"outer_lr must be in \(0, 1\]: it is Reptile's interpolation ε, got 1.5"):
+    with pytest.raises(ValueError, match=r"outer_lr .*\(0, 1\].* 1\.5"):
         Reptile(mlp, outer_lr=1.5)
-    with pytest.raises(ValueError, match="optimizer must be left out: Reptile moves θ towards the adapted parameters"):
+    with pytest.raises(ValueError, match=r"optimizer .*Reptile.*\bAdam\b"):
         Reptile(mlp, optimizer=torch.optim.Adam)
-    with pytest.raises(ValueError, match=r"inner_beta1 must be in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"beta1 .*\[0, 1\).* 1\b"):
         Reptile(mlp, inner_beta1=1)
-    with pytest.raises(ValueError, match="inner_batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"\binner_batch_size .* 0"):
         Reptile(mlp, inner_batch_size=0)
-    with pytest.warns(UserWarning, match="outer_lr 0.001 looks like a learning rate; for Reptile it is the interpol"):
+    with pytest.warns(UserWarning, match=r"outer_lr 0\.001 .*Reptile"):
         Reptile(mlp, outer_lr=0.001)
-    with pytest.warns(UserWarning, match="inner_steps 1 on the full support set makes Reptile joint training"):
+    with pytest.warns(UserWarning, match=r"inner_steps 1 .*Reptile"):
         Reptile(mlp, inner_steps=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -226,9 +225,9 @@ def test_train_maml(algorithm: Any, plain: bool, mlp: MLP, sinusoid: Sinusoid) -
 
 
 def test_train_maml_refuses(mlp: MLP) -> None:
-    with pytest.raises(ValueError, match="algorithm must be one of 'maml', 'fomaml', 'reptile', got 'anil'"):
+    with pytest.raises(ValueError, match=r"algorithm .*'maml', 'fomaml', 'reptile'.*'anil'"):
         train_maml(mlp, [], algorithm="anil")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="optimizer must be left out"):
+    with pytest.raises(ValueError, match=r"optimizer .*Reptile.*\bSGD\b"):
         train_maml(mlp, [], algorithm="reptile", optimizer_cls=torch.optim.SGD)
 
 
@@ -254,10 +253,10 @@ def test_an_optimizer_s_own_groups_are_kept(mlp: MLP, sinusoid: Sinusoid) -> Non
 
 
 def test_reptile_needs_a_parameter_that_both_loops_move(mlp: MLP) -> None:
-    with pytest.raises(ValueError, match="inner_freeze and outer_freeze must leave Reptile a parameter"):
+    with pytest.raises(ValueError, match=r"inner_freeze .*outer_freeze .*Reptile"):
         Reptile(mlp, inner_freeze=["features.*"], outer_freeze=["head.*"])
 
 
 def test_a_loss_with_parameters_to_learn_is_refused(mlp: MLP) -> None:
-    with pytest.raises(ValueError, match=r"loss must have no parameters to learn, .* got \['weight'\]"):
+    with pytest.raises(ValueError, match=r"loss .*parameters.*\['weight'\]"):
         MAML(mlp, loss=nn.PReLU())

@@ -21,8 +21,8 @@ from meta_lightning.data.cifar_fs import CIFARFS
 from meta_lightning.data.fc100 import FC100
 from meta_lightning.data.learn2learn_sets import PublishedSplits
 from meta_lightning.data.mini_imagenet import MiniImagenet
+from meta_lightning.data.tasks import SPLITS, import_learn2learn, scale_pixels
 from meta_lightning.data.tiered_imagenet import TieredImagenet
-from meta_lightning.tasks import SPLITS, import_learn2learn, scale_pixels
 
 IMAGES = 5  # a class
 Classes = dict[str, np.ndarray]  # images of each class, in the order of the file: 5 H W 3, uint8
@@ -185,9 +185,7 @@ def test_what_is_missing_is_named_and_nothing_is_downloaded_unasked(
     tried: list[str],
 ) -> None:
     root = tmp_path / "root"
-    message = (
-        r"root must hold {}: expected .*{} in .*root, missing {}\. Pass --data.download true .* copy there .*zenodo"
-    )
+    message = r"root .*{}.*{} .*/root\b.*{}\b.*--data\.download .*zenodo"
     with pytest.raises(FileNotFoundError, match=message.format(kind.title, kind.files[-1], "all of them")):
         kind(str(root)).prepare_data()
     assert not root.exists()  # learn2learn would have made it
@@ -214,7 +212,7 @@ def test_a_download_that_fails_says_how_else_to_get_it_and_leaves_nothing(
 ) -> None:
     root = tmp_path / "root"
     replace_downloads(monkeypatch, download)
-    message = rf"{kind.title} could not be downloaded to .*root \(.*{reason}.*\)\. Copy there, .*zenodo"
+    message = rf"{kind.title} .*/root \(.*{reason}.*\).*zenodo"
     with pytest.raises(OSError, match=message) as raised:
         kind(str(root), download=True, cache_dir=str(tmp_path / "cache")).prepare_data()
     assert raised.value.__cause__ is None  # the command line shows the cause where there is one
@@ -275,9 +273,7 @@ def test_a_class_in_two_splits_is_named(
 ) -> None:
     twice = names["train"][0]
     write_all(tmp_path, write, names | {"test": [*names["test"], twice]}, size)
-    message = (
-        rf"every class of {kind.title} must be in one split, got 1 in more of them under .*: {twice} in train and test"
-    )
+    message = rf"{kind.title} .*\b1 .*: {twice} in train and test"
     with pytest.raises(InputError, match=message):
         kind(str(tmp_path)).prepare_data()
 
@@ -298,9 +294,9 @@ def test_a_pickle_that_is_empty_truncated_or_another_is_named(
         whole = (tmp_path / file).read_bytes()
         (tmp_path / file).write_bytes(spoil(whole))
         if file.endswith("images_png.pkl") and spoil(b"") != b"":
-            message = r"must number the 1 images of test_images_png.pkl"
+            message = r"test_labels\.pkl .*\b1 .*test_images_png\.pkl"
         else:
-            message = rf"root must hold readable files, but .*{file} does not read \(.*Delete it, and download or copy"
+            message = rf"root .*{file} .*\(\w+: .*\)"
         with pytest.raises(InputError, match=message):
             kind(str(tmp_path), download=True).prepare_data()
         (tmp_path / file).write_bytes(whole)
@@ -313,12 +309,12 @@ def test_mini_imagenet_lists_every_image_once(tmp_path: Path) -> None:
     path = tmp_path / "mini-imagenet-cache-validation.pkl"
     published = pickle.loads(path.read_bytes())
     for images, rows, message in (
-        (9, range(8), r"must list every image once, got 8 rows, 8 of them different, for 9 images"),
-        (4, [0, 1, 2, 2], r"must list every image once, got 4 rows, 3 of them different, for 4 images"),
+        (9, range(8), r"8 rows, 8 .*\b9 images"),
+        (4, [0, 1, 2, 2], r"4 rows, 3 .*\b4 images"),
     ):
         spoilt = {"image_data": published["image_data"][:images], "class_dict": {"n04": list(rows)}}
         path.write_bytes(pickle.dumps(spoilt))
-        with pytest.raises(InputError, match=f"class_dict of .*validation.pkl {message}"):
+        with pytest.raises(InputError, match=rf"class_dict .*validation\.pkl .*\b{message}"):
             MiniImagenet(str(tmp_path)).prepare_data()
 
 
@@ -327,18 +323,10 @@ def test_images_that_are_not_colour_uint8_of_one_size_are_refused(tmp_path: Path
     path = tmp_path / "FC100_val.pickle"
     published = pickle.loads(path.read_bytes())
     for images, labels, message in (
-        (
-            published["data"] / 255,
-            10,
-            r"images of .*FC100_val.pickle must be uint8 .*, got float64 of \(10, 32, 32, 3\)",
-        ),
-        (published["data"][..., 0], 10, r"images of .*FC100_val.pickle must be .*, got uint8 of \(10, 32, 32\)"),
-        (
-            published["data"][:, :30],
-            10,
-            r"images of all splits must have one shape .*, got \(3, 32, 32\) and \(3, 30, 32\)",
-        ),
-        (published["data"], 9, r"FC100_val.pickle must have a label for each of its 10 images, got 9"),
+        (published["data"] / 255, 10, r"FC100_val\.pickle .*uint8 .*float64 .*\(10, 32, 32, 3\)"),
+        (published["data"][..., 0], 10, r"FC100_val\.pickle .*uint8 .*\(10, 32, 32\)"),
+        (published["data"][:, :30], 10, r"images .*splits .*shape .*\(3, 32, 32\) .*\(3, 30, 32\)"),
+        (published["data"], 9, r"FC100_val\.pickle .*label .*\b10 .* 9"),
     ):
         path.write_bytes(pickle.dumps({"data": images, "labels": published["labels"][:labels]}))
         with pytest.raises(InputError, match=message):
@@ -350,11 +338,8 @@ def test_tiered_imagenet_names_the_image_and_the_labels_that_are_wrong(tmp_path:
     path, labels_path = (tmp_path / "tiered-imagenet" / f"val_{part}.pkl" for part in ("images_png", "labels"))
     whole, labels = path.read_bytes(), pickle.loads(labels_path.read_bytes())
     for spoilt, message in (
-        (b"\x89PNG", r"image 3 of .*val_images_png.pkl does not read \(UnidentifiedImageError"),
-        (
-            png(np.zeros((1, 84, 3), np.uint8)),
-            r"must have one shape .*, got \(84, 84, 3\) and, in image 3 of .*\(1, 84, 3\)",
-        ),
+        (b"\x89PNG", r"image 3 of .*val_images_png\.pkl .*\(UnidentifiedImageError"),
+        (png(np.zeros((1, 84, 3), np.uint8)), r"shape .*\(84, 84, 3\) .*image 3 of .*\(1, 84, 3\)"),
     ):
         images = pickle.loads(whole)
         images[3] = np.frombuffer(spoilt, np.uint8)
@@ -363,10 +348,7 @@ def test_tiered_imagenet_names_the_image_and_the_labels_that_are_wrong(tmp_path:
             TieredImagenet(str(tmp_path)).prepare_data()
     path.write_bytes(whole)
     labels_path.write_bytes(pickle.dumps(labels | {"label_specific": labels["label_specific"] + 1}))
-    message = (
-        r"val_labels.pkl must number the 10 images of .* by the 2 classes that it names, got 10 numbers from 1 to 2"
-    )
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=r"val_labels\.pkl .*\b10 .*\b2 classes .*\b10 .*\b1 to 2"):
         TieredImagenet(str(tmp_path)).prepare_data()
 
 
@@ -378,14 +360,14 @@ def test_cifar_fs_needs_each_class_and_reads_each_image(tmp_path: Path) -> None:
     assert len(CIFARFS(str(tmp_path)).build().classes) == 8
     spoilt = data / "n04" / "n04_s_000002.png"
     spoilt.write_bytes(spoilt.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"root must hold .*, but .*data/n04/n04_s_000002.png does not read \(OSError"):
+    with pytest.raises(InputError, match=r"root .*data/n04/n04_s_000002\.png .*\(OSError"):
         CIFARFS(str(tmp_path)).prepare_data()
     for path in (data / "n04").iterdir():
         path.unlink()
-    with pytest.raises(InputError, match=r"data does not read \(FileNotFoundError: Found no valid file .* n04"):
+    with pytest.raises(InputError, match=r"root .*/data .*\(FileNotFoundError: .*\bn04\b"):
         CIFARFS(str(tmp_path)).prepare_data()
     (data / "n04").rmdir()
-    with pytest.raises(InputError, match=r"val.txt must list folders of .*data, got n04, which is none"):
+    with pytest.raises(InputError, match=r"val\.txt .*/data\b.* n04\b"):
         CIFARFS(str(tmp_path)).prepare_data()
 
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from meta_lightning import MLP, Sinusoid
 from meta_lightning.cli import main
-from meta_lightning.comparison import runs
+from meta_lightning.compare import runs
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -46,7 +46,7 @@ def test_a_spoilt_cache_is_built_anew_and_said(name: str, how: str, tmp_path: Pa
     else:
         kept = {"empty": 0, "truncated": len(content) // 2, "altered": len(content)}[how]
         path.write_bytes(bytes(content[:kept]))
-    with pytest.warns(UserWarning, match=r"The cache .*cache is spoilt \(.*\): it is built anew"):
+    with pytest.warns(UserWarning, match=r"cache .*/cache .*spoilt \(.+\)"):
         assert same(load_or_build(folder, build), build())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -55,7 +55,7 @@ def test_a_spoilt_cache_is_built_anew_and_said(name: str, how: str, tmp_path: Pa
 
 def test_without_a_writable_folder_the_images_stay_in_memory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="cache_dir .*file cannot be written .*: the images are kept in memory only"):
+    with pytest.warns(UserWarning, match=r"cache_dir .*/file .*memory"):
         assert same(load_or_build(tmp_path / "file" / "cache", build), build())
 
 

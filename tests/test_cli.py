@@ -5,12 +5,11 @@ import json
 import pickle
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
+from conftest import RUN, TINY, fails, printed_config
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -23,29 +22,9 @@ def stem_of(name: str) -> str:
     return Path(name).stem.partition("_")[0]
 
 
-TINY = str(Path(__file__).parent / "tiny.yaml")
-RUN = Path("lightning_logs/version_0")
 OWN = sorted(path.relative_to(configs_dir()).as_posix() for path in configs_dir().rglob("*.yaml"))
 OF_MAML = [name for name in OWN if stem_of(name) == "maml" and "/" in name]
 pytestmark = pytest.mark.usefixtures("glyphs")
-
-
-def fails(*args: str) -> str:
-    """The sentence with which a command line is refused."""
-    with pytest.raises(SystemExit) as error:
-        main(list(args))
-    said = str(error.value.code)
-    assert said.startswith("error: ")
-    assert "\n" not in said
-    return said
-
-
-def printed_config(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
-    """What --print_config prints."""
-    with pytest.raises(SystemExit):
-        main([*args, "--print_config"])
-    config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
-    return config
 
 
 @pytest.mark.parametrize("algorithm", ["MAML", "FOMAML", "Reptile"])
@@ -203,26 +182,26 @@ def test_misspelt_options_are_refused(args: list[str], message: str, capsys: pyt
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--data.ways", "500"], "ways must be from 2 to the 169 classes of the val split, got 500"),
-        (["--data.shots", "19"], r"shots \+ queries must be at most 20, .* got 19 \+ 2"),
-        (["--data.ways", "7"], "network must give an output for each class: expected at least 7, got 5"),
-        (["--model.inner_steps", "0"], "inner_steps must be at least 1, got 0"),
-        (["--model.inner_lr", "0"], "inner_lr must be greater than 0, got 0"),
-        (["--model.outer_lr", "-1"], "outer_lr must be greater than 0, got -1"),
-        (["--model.gradient_clip_val", "0"], "gradient_clip_val must be greater than 0, got 0"),
-        (["--model", "Reptile", "--model.outer_lr", "1.5"], r"outer_lr must be in \(0, 1\].* got 1.5"),
-        (["--model", "Reptile", "--model.optimizer", "Adam"], "optimizer must be left out: Reptile"),
-        (["--model.outer_lr_decay", "linear", "--trainer.max_steps", "-1"], "needs an end of training"),
-        (["--data", "Omniglot", "--data.root", "nowhere"], "root must hold Omniglot: expected 32460 .*--data.download"),
+        (["--data.ways", "500"], r"\bways .*\b169 .*val .* 500"),
+        (["--data.shots", "19"], r"shots \+ queries .*\b20\b.* 19 \+ 2"),
+        (["--data.ways", "7"], r"network .*\b7\b.* 5"),
+        (["--model.inner_steps", "0"], r"\binner_steps .* 0"),
+        (["--model.inner_lr", "0"], r"\binner_lr .*got 0\b"),
+        (["--model.outer_lr", "-1"], r"\bouter_lr .* -1"),
+        (["--model.gradient_clip_val", "0"], r"gradient_clip_val .*got 0\b"),
+        (["--model", "Reptile", "--model.outer_lr", "1.5"], r"\bouter_lr .*\(0, 1\].* 1\.5"),
+        (["--model", "Reptile", "--model.optimizer", "Adam"], r"\boptimizer .*Reptile"),
+        (["--model.outer_lr_decay", "linear", "--trainer.max_steps", "-1"], r"outer_lr_decay .*max_steps"),
+        (["--data", "Omniglot", "--data.root", "nowhere"], r"root .*Omniglot.*\b32460 .*--data\.download"),
         (
             ["--model.loss", "torch.nn.CrossEntropyLoss", "--model.loss.reduction", "none"],
-            "loss must give a scalar a t",
+            r"\bloss .*scalar.*\(\d+,\)",
         ),
-        (["--model.network.channels", "3"], r"expected channels 3, as it has, got .* \(C, H, W\) = \(1, 28, 28\)"),
-        (["--data", "Sinusoid", "--model.network", "meta_lightning.MLP"], "checkpoint.monitor must be .* val/mse"),
-        (["--config", "nothing.yaml"], f"nothing.yaml: no such file, .* own configurations are: {', '.join(OWN)}"),
-        (["--ckpt_path", "typo.ckpt"], "--ckpt_path must name a checkpoint, got typo.ckpt, which is no file"),
-        (["--ckpt_path", TINY], "--ckpt_path must name a checkpoint, got .*tiny.yaml, which does not read"),
+        (["--model.network.channels", "3"], r"network .*channels 3\b.*\(1, 28, 28\)"),
+        (["--data", "Sinusoid", "--model.network", "meta_lightning.MLP"], r"checkpoint\.monitor .*val/mse"),
+        (["--config", "nothing.yaml"], rf"--config .*nothing\.yaml.*: {', '.join(OWN)}"),
+        (["--ckpt_path", "typo.ckpt"], r"--ckpt_path .*typo\.ckpt"),
+        (["--ckpt_path", TINY], r"--ckpt_path .*tiny\.yaml"),
     ],
 )
 def test_impossible_settings_are_refused_before_anything_is_written(args: list[str], message: str) -> None:
@@ -234,9 +213,9 @@ def test_a_checkpoint_of_another_algorithm_or_network_is_refused() -> None:
     main(["fit", "--config", TINY, "--trainer.max_steps", "1"])
     checkpoint = str(RUN / "checkpoints/last.ckpt")
     said = fails("test", "--config", TINY, "--model", "FOMAML", "--ckpt_path", checkpoint)
-    assert "must be of FOMAML, the algorithm in use, got one of MAML" in said
+    assert re.search(r"checkpoint .*\bFOMAML\b.* MAML\b", said)
     said = fails("test", "--config", TINY, "--model.network.filters", "6", "--ckpt_path", checkpoint)
-    assert re.search(r"of the network in use, .* expected \(6, 1, 3, 3\), got \(4, 1, 3, 3\)", said)
+    assert re.search(r"checkpoint .*network.*\(6, 1, 3, 3\).*\(4, 1, 3, 3\)", said)
 
 
 def test_the_command_line_beats_the_optimizer_of_a_resumed_checkpoint() -> None:

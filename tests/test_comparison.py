@@ -12,9 +12,9 @@ from conftest import TINY
 from PIL import Image
 
 from meta_lightning.cli import main
-from meta_lightning.comparison import runs
-from meta_lightning.comparison.report import cells_of, markdown
-from meta_lightning.comparison.summary import near_best, summarise
+from meta_lightning.compare import runs
+from meta_lightning.compare.report import cells_of, markdown
+from meta_lightning.compare.summary import near_best, summarise
 
 COMPARE = ["compare", "--config", str(TINY), "--out", "out"]
 
@@ -107,7 +107,7 @@ def test_a_failed_run_loses_no_other_and_is_resumed(
 
     monkeypatch.setattr(runs, "launch", dies_once)
     arguments = [*COMPARE, "--algorithms", "MAML", "FOMAML"]
-    with pytest.raises(SystemExit, match=r"MAML-seed0: fit ended with exit status -9\. The same command tries again"):
+    with pytest.raises(SystemExit, match=r"MAML-seed0: fit .* -9\b"):
         main(arguments)
     assert [row["algorithm"] for row in table()] == ["untrained", "FOMAML"]
     assert "MAML-seed0: fit ended" in Path("out/comparison.html").read_text()
@@ -140,17 +140,16 @@ def test_a_grid_tells_how_many_settings_come_near_the_best(launched: list[list[s
 @pytest.mark.usefixtures("launched")
 def test_runs_of_other_settings_are_neither_taken_nor_replaced_unasked(glyphs: Any) -> None:
     config = Path("mine.yaml")
-    config.write_text(TINY.read_text())
+    config.write_text(Path(TINY).read_text())
     compare = ["compare", "--config", str(config), "--out", "out", "--algorithms", "FOMAML"]
     main([*compare, "--max_steps", "1"])
-    message = "out must be a new folder, or overwrite be set: .* with --trainer.max_steps=1 where now is .*steps=2"
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=r"\bout .*overwrite.*max_steps=1\b.*max_steps=2\b"):
         main([*compare, "--max_steps", "2"])
     assert result("FOMAML-seed0")["fit"]["steps"] == 1
     main([*compare, "--max_steps", "2", "--overwrite"])
     assert result("FOMAML-seed0")["fit"]["steps"] == 2
-    config.write_text(TINY.read_text().replace("inner_steps: 2", "inner_steps: 3"))
-    with pytest.raises(SystemExit, match="a configuration that was edited since"):
+    config.write_text(Path(TINY).read_text().replace("inner_steps: 2", "inner_steps: 3"))
+    with pytest.raises(SystemExit, match=r"\bout .*overwrite.*configuration"):
         main([*compare, "--max_steps", "2"])
 
 
@@ -167,7 +166,7 @@ def test_a_cell_of_the_grid_that_diverges_is_not_near_the_best(
 
 def test_where_everything_fails_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "launch", lambda args: 1)
-    with pytest.raises(SystemExit, match="untrained-seed0: test ended with exit status 1; MAML-seed0: fit ended"):
+    with pytest.raises(SystemExit, match=r"untrained-seed0: test .* 1\b.*MAML-seed0: fit .* 1\b"):
         main(COMPARE)
 
 
@@ -177,21 +176,21 @@ def test_an_interrupted_comparison_says_how_to_go_on(monkeypatch: pytest.MonkeyP
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runs, "launch", interrupted)
-    with pytest.raises(SystemExit, match="interrupted; the same command goes on where this one stopped"):
+    with pytest.raises(SystemExit, match=r"interrupted.*same command"):
         main(COMPARE)
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--algorithms", "MAMBL"], "algorithms must be one of 'MAML', 'FOMAML', 'Reptile', got 'MAMBL'"),
-        (["--algorithms", "MAML", "MAML"], "algorithms must be one or more different ones"),
-        (["--algorithms", "MAML", "Reptile=MAML"], "algorithms must be named by .* not as others are, got 'Reptile'"),
-        (["--algorithms", "a/b=MAML"], "algorithms must be named by letters, digits and .*, got 'a/b' for MAML"),
-        (["--seeds", "1", "1"], "seeds must be one or more different numbers"),
-        (["--grid", "-1"], "grid must be at least 0, got -1"),
-        (["--options.Reptil=a"], "options must be one of 'all', 'MAML', 'FOMAML', 'Reptile', got 'Reptil'"),
-        (["--config", "nothing.yaml"], "nothing.yaml: no such file"),
+        (["--algorithms", "MAMBL"], r"algorithms .*'MAML', 'FOMAML', 'Reptile'.*'MAMBL'"),
+        (["--algorithms", "MAML", "MAML"], r"algorithms .*'MAML', 'MAML'"),
+        (["--algorithms", "MAML", "Reptile=MAML"], r"algorithms .*'Reptile' for MAML"),
+        (["--algorithms", "a/b=MAML"], r"algorithms .*'a/b' for MAML"),
+        (["--seeds", "1", "1"], r"seeds .*\b1, 1\b"),
+        (["--grid", "-1"], r"grid .* -1"),
+        (["--options.Reptil=a"], r"options .*'all', 'MAML', 'FOMAML', 'Reptile'.*'Reptil'"),
+        (["--config", "nothing.yaml"], r"--config .*nothing\.yaml"),
     ],
 )
 @pytest.mark.usefixtures("launched")

@@ -19,10 +19,23 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata
 from torch import nn
 
-from meta_lightning import FOMAML, MAML, MLP, Dashboard, Glyphs, MetaLearner, Reptile, Sinusoid, TensorTasks
+from meta_lightning import (
+    FOMAML,
+    MAML,
+    MLP,
+    Dashboard,
+    Glyphs,
+    ImageTasks,
+    MetaLearner,
+    MiniImagenet,
+    Omniglot,
+    Reptile,
+    Sinusoid,
+    TensorTasks,
+)
 from meta_lightning.cli import main
-from meta_lightning.dashboard.task_records import TaskRecord, group_of, predictions_by_step
-from meta_lightning.tasks import as_task_batch
+from meta_lightning.dashboard.task_records import TaskRecord, predictions_by_step
+from meta_lightning.data.tasks import as_task_batch
 
 TINY = str(Path(__file__).parent / "tiny.yaml")
 ALGORITHMS = [MAML, FOMAML, Reptile]
@@ -225,8 +238,8 @@ def test_accuracy_by_alphabet() -> None:
     record = TaskRecord("Test", 1, 1)
     targets = torch.tensor([[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2]])
     answers = torch.tensor([[0, 1, 1, 1, 0, 2], [0, 0, 0, 0, 2, 2]])
-    names = [["Greek/a", "Greek/b", "Latin/a"], ["Greek/c", "Latin/b", "Latin/c"]]
-    record.add_answers(nn.functional.one_hot(answers).float(), targets, names)
+    groups = [["Greek", "Greek", "Latin"], ["Greek", "Latin", "Latin"]]
+    record.add_answers(nn.functional.one_hot(answers).float(), targets, groups)
     greek, latin = (record.groups[name].compute() for name in ("Greek", "Latin"))
     assert greek.tasks == latin.tasks == 2
     assert greek.mean == pytest.approx((3 / 4 + 1) / 2)
@@ -236,16 +249,26 @@ def test_accuracy_by_alphabet() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "group"),
+    ("data", "name", "group"),
     [
-        ("CANADIAN SYLLABICS PA", "Canadian Syllabics"),
-        ("HEBREW LETTER ALEF", "Hebrew"),
-        ("Ojibwe_(Canadian)/character03 90°", "Ojibwe_(Canadian)"),
-        ("n01532829", "n01532829"),
+        (Glyphs(), "CANADIAN SYLLABICS PA", "Canadian Syllabics"),
+        (Glyphs(), "HEBREW LETTER ALEF", "Hebrew"),
+        (Omniglot(), "Ojibwe_(Canadian)/character03 90°", "Ojibwe_(Canadian)"),
+        (MiniImagenet(), "n01532829", "n01532829"),
     ],
 )
-def test_group_of_a_class(name: str, group: str) -> None:
-    assert group_of(name) == group
+def test_group_of_a_class(data: ImageTasks, name: str, group: str) -> None:
+    assert data.group_of(name) == group
+
+
+@pytest.mark.usefixtures("glyphs")
+def test_tasks_know_the_groups_of_their_classes() -> None:
+    data = Glyphs()
+    tasks = data.task_set("test")
+    assert tasks.class_groups(3) == [data.group_of(name) for name in tasks.class_names(3)]
+    x, y = torch.randn(100, 5), torch.arange(10).repeat(10)
+    by_number = TensorTasks(x, y, ways=2, queries=2).task_set("train")
+    assert by_number.class_groups(0) == by_number.class_names(0)
 
 
 def test_what_cannot_be_pictured_is_left_out() -> None:

@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from meta_lightning import MAML, MLP, Glyphs, TensorTasks, load_learner
+from meta_lightning.data.tasks import Array
 from meta_lightning.estimator import FewShotClassifier
-from meta_lightning.tasks import Array
 
 
 @pytest.fixture
@@ -129,9 +129,9 @@ def test_what_is_refused(checkpoint: str, drawings: tuple[Array, Array]) -> None
         FewShotClassifier(checkpoint).predict(x)
     with pytest.raises(ValueError, match="Unknown label type: continuous"):
         FewShotClassifier(checkpoint).fit(x, np.linspace(0, 1, 27))
-    with pytest.raises(ValueError, match="y must hold at least 2 classes"):
+    with pytest.raises(ValueError, match=r"\by .*\b2 .*\[0\]"):
         FewShotClassifier(checkpoint).fit(x[:9], y[:9])
-    with pytest.raises(ValueError, match=r"x must hold images of shape \[S, 1, 28, 28\]"):
+    with pytest.raises(ValueError, match=r"\bx .*\[S, 1, 28, 28\].*\[27, 1, 28, 20\]"):
         FewShotClassifier(checkpoint).fit(x[..., :20], y)
-    with pytest.raises(ValueError, match=r"path must name a checkpoint, got nothing.ckpt"):
+    with pytest.raises(ValueError, match=r"path .*nothing\.ckpt"):
         FewShotClassifier("nothing.ckpt").fit(x, y)

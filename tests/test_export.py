@@ -75,14 +75,14 @@ def test_a_network_made_in_python_is_given_again(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     predictor = MAML(Conv4(filters=4)).adapt(torch.rand(5, 1, 28, 28), torch.arange(5))
     predictor.save(path)
-    with pytest.raises(ValueError, match=r"network must be given: .*a.safetensors does not describe the one"):
+    with pytest.raises(ValueError, match=r"network .*a\.safetensors"):
         Predictor.load(path)
     network = Conv4(filters=4)
     before = network.head.weight.clone()
     x = torch.rand(3, 1, 28, 28)
     assert torch.equal(Predictor.load(path, network)(x), predictor(x))
     assert torch.equal(network.head.weight, before)
-    with pytest.raises(ValueError, match="network must be like the one that was adapted, got another: "):
+    with pytest.raises(ValueError, match=r"(?s)network .*another: .*\[8, 1, 3, 3\]"):
         Predictor.load(path, Conv4(filters=8))
 
 
@@ -122,21 +122,21 @@ def test_tied_parameters_are_saved_once(tmp_path: Path) -> None:
 def test_what_cannot_be_saved_or_loaded(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.safetensors"
     path.write_text("mine")
-    with pytest.raises(ValueError, match=r"path must name a new file, or overwrite be set: .*a.safetensors exists"):
+    with pytest.raises(ValueError, match=r"path .*overwrite.*a\.safetensors"):
         predictor.save(path)
     assert path.read_text() == "mine"
-    with pytest.raises(ValueError, match=r"path must name a saved predictor, got .*a.safetensors, which is no"):
+    with pytest.raises(ValueError, match=r"path .*a\.safetensors.*no safetensors"):
         Predictor.load(path)
-    with pytest.raises(ValueError, match=r"path must name a saved predictor, got nothing, which is no file"):
+    with pytest.raises(ValueError, match=r"path .*\bnothing\b"):
         Predictor.load("nothing")
     predictor.save(path, overwrite=True)
     assert Predictor.load(path).class_names == NAMES
-    with pytest.raises(ValueError, match=r"the suffix of path must be one of '.safetensors', .*, got '.pkl'"):
+    with pytest.raises(ValueError, match=r"path .*'\.safetensors'.*'\.pkl'"):
         predictor.save(tmp_path / "a.pkl")
-    with pytest.raises(ValueError, match=r"path must name a file in a folder that can be written to, got .*nowhere"):
+    with pytest.raises(ValueError, match=r"path .*nowhere/a\.pt2"):
         predictor.save(tmp_path / "nowhere" / "a.pt2")
-    monkeypatch.setattr("meta_lightning.adaptation.exporting.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs onnx and onnxscript: pip install 'meta-lightning\[export\]'"):
+    monkeypatch.setattr("meta_lightning.adaptation.export.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"path .*a\.onnx .*onnxscript.*'meta-lightning\[export\]'"):
         predictor.save(tmp_path / "a.onnx")
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import RUN, fails
+from conftest import RUN, fails
 
-from meta_lightning.checkpoints import STATE
 from meta_lightning.cli import main
+from meta_lightning.runs.checkpoint_file import STATE
 
 TINY = str(Path(__file__).parent / "tiny.yaml")
 SINUSOID = ["--config", TINY, "--data", "Sinusoid", "--data.val_tasks", "3", "--model.network", "meta_lightning.MLP"]
@@ -41,9 +41,7 @@ def test_a_full_disk(write: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "fsync", full)
     said = fails("fit", *SINUSOID)
-    assert re.search(
-        r"No space left on device, while writing a checkpoint; those written before are whole: '.*ckpt", said
-    )
+    assert re.search(r"No space left on device\b.*checkpoint.*'.*\.ckpt", said)
     kept = {path.name: step_of(path) for path in (RUN / "checkpoints").iterdir()}
     # best and last after 2 steps, then after 4
     assert kept == [{}, {"best.ckpt": 2}, {"best.ckpt": 2, "last.ckpt": 2}, {"best.ckpt": 4, "last.ckpt": 2}][write - 1]
@@ -87,7 +85,7 @@ def test_a_truncated_checkpoint_is_refused_and_the_one_before_it_offered() -> No
         LAST.write_bytes(whole[:size])
         for path in ("last", str(LAST)):
             said = fails("fit", *SINUSOID, "--ckpt_path", path)
-            assert re.search(rf"got \S*{LAST}, which does not read: .*; the one before it that does is (\S+)$", said)
+            assert re.search(rf"ckpt_path .*{LAST}, .*; .* \S+\.ckpt$", said)
         offered = said.rpartition(" ")[2]
         assert step_of(Path(offered)) in (2, 4)
     main(["fit", *SINUSOID, "--ckpt_path", offered, "--trainer.max_steps", "6"])
@@ -108,12 +106,12 @@ def test_a_checkpoint_that_lacks_something(key: str) -> None:
     del checkpoint[key]
     torch.save(checkpoint, LAST)
     written = LAST.read_bytes()
-    held = "parameters" if key == "state_dict" else "all that training goes on from"
+    held = "parameters" if key == "state_dict" else "training"
     version = checkpoint["pytorch-lightning_version"]
     said = fails("fit", *SINUSOID, "--ckpt_path", "last")
     if key != "state_dict":
         main(["test", "--ckpt_path", str(LAST), "--trainer.accelerator", "cpu", "--data.test_tasks", "2"])
-    assert f"checkpoint with {held}, got {LAST} without {key}, written by Lightning {version}" in said
+    assert re.search(rf"ckpt_path .*\b{held}\b.*{LAST} .*\b{key}, .*Lightning {re.escape(version)}", said)
     assert LAST.read_bytes() == written
 
 
@@ -124,19 +122,19 @@ def test_a_parameter_is_missing() -> None:
     torch.save(checkpoint, LAST)
     config = (RUN / "config.yaml").read_bytes()
     said = fails("fit", *SINUSOID, "--ckpt_path", "last", "--model.inner_lr", "0.5")
-    assert re.search(r"must be of the network in use, .* network.head.bias: expected \(1,\), got None", said)
+    assert re.search(r"checkpoint .*network\.head\.bias: .*\(1,\), .*None", said)
     assert (RUN / "config.yaml").read_bytes() == config
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model.network.in_features", "3"], "expected in_features 3"),
-        (["--checkpoint.monitor", "val/accuracy"], "checkpoint.monitor must be a value of the validation"),
+        (["--model.network.in_features", "3"], r"network .*in_features 3\b.*\(1,\)"),
+        (["--checkpoint.monitor", "val/accuracy"], r"checkpoint\.monitor .* val/accuracy"),
     ],
 )
 def test_what_is_refused_leaves_nothing(args: list[str], message: str) -> None:
-    assert message in fails("fit", *SINUSOID, *args)
+    assert re.search(message, fails("fit", *SINUSOID, *args))
     assert not RUN.exists()
 
 

@@ -75,7 +75,7 @@ def test_network_input_is_scaled_and_normalised() -> None:
 
 
 def test_no_images() -> None:
-    with pytest.raises(ValueError, match="the learner must have been trained on images"):
+    with pytest.raises(ValueError, match=r"learner .*images"):
         SampleForm().prepare(Path("x.png"))
 
 

@@ -119,5 +119,5 @@ def test_raw_pixels_fail_as_often_as_on_omniglot(glyphs: GlyphDrawings) -> None:
 
 
 def test_drawings_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="drawings must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"drawings .* 0"):
         draw_glyphs(drawings=0)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from meta_lightning import Glyphs
-from meta_lightning.tasks import as_task_batch
+from meta_lightning.data.tasks import as_task_batch
 
 
 def test_splits_have_different_classes_and_alphabets(glyphs: Glyphs) -> None:
@@ -27,9 +27,9 @@ def test_classes_have_20_drawings_scaled_to_0_to_1(glyphs: Glyphs) -> None:
 
 
 def test_impossible_tasks_are_refused_before_training(glyphs: Glyphs) -> None:
-    with pytest.raises(ValueError, match=r"ways must be from 2 to the \d+ classes of the val split, got 500"):
+    with pytest.raises(ValueError, match=r"\bways .*\d+ .*val .* 500"):
         Glyphs(ways=500).setup()
-    with pytest.raises(ValueError, match=r"shots \+ queries must be at most 20, .* train split, got 6 \+ 15"):
+    with pytest.raises(ValueError, match=r"shots \+ queries .*\b20\b.*train .* 6 \+ 15"):
         Glyphs(shots=6).setup()
-    with pytest.raises(ValueError, match="queries must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^queries .* 0"):
         Glyphs(queries=0)

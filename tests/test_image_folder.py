@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -21,9 +22,9 @@ from torchvision.transforms import v2
 
 from meta_lightning.checks import InputError
 from meta_lightning.data.image_folder import ImageFolderTasks
-from meta_lightning.data.images import ImageTasks
+from meta_lightning.data.image_module import ImageTasks
 from meta_lightning.data.pictures import prepare_image
-from meta_lightning.tasks import SPLITS, Array
+from meta_lightning.data.tasks import SPLITS, Array
 
 CALTECH = SHARED / "data" / "caltech101_84_jpeg.npz"
 SMALL = {"image_size": 8, "ways": 2, "shots": 1, "queries": 2}
@@ -109,7 +110,7 @@ def test_a_flat_folder_is_split_by_the_seed_alone(flat_root: Path) -> None:
 def test_the_default_split_gives_five_ways_of_25_classes(tmp_path: Path) -> None:
     for c in range(25):
         make_class(tmp_path / "p" / f"{c}", 2)
-    data = ImageFolderTasks(str(tmp_path / "p"), 8, queries=1).load()
+    data = ImageFolderTasks(str(tmp_path / "p"), image_size=8, queries=1).load()
     assert [len(data.members(split)) for split in SPLITS] == [15, 5, 5]
 
 
@@ -303,11 +304,11 @@ def test_a_picture_of_one_pixel_and_one_very_long(tmp_path: Path) -> None:
 def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(b"")
-    with pytest.raises(InputError, match=r"a\.jpg does not read as a picture: no format that pillow knows"):
+    with pytest.raises(InputError, match=r"a\.jpg .*picture: no format"):
         prepare_image(path, 8, 3)
-    with path.open("rb") as file, pytest.raises(InputError, match=r"a\.jpg does not read as a picture"):
+    with path.open("rb") as file, pytest.raises(InputError, match=r"a\.jpg .*picture"):
         prepare_image(file, 8, 3)
-    with pytest.raises(InputError, match="the file does not read as a picture"):
+    with pytest.raises(InputError, match=r"^the file .*picture"):
         prepare_image(BytesIO(b"x"), 8, 3)
     with pytest.raises(FileNotFoundError):
         prepare_image(tmp_path / "missing.png", 8, 3)
@@ -324,17 +325,17 @@ def test_unreadable_files_are_skipped_counted_and_named(split_root: Path) -> Non
     with pytest.warns(UserWarning, match="left out") as caught:
         data = tasks(split_root).load()
     (message,) = [str(warning.message) for warning in caught]
-    assert f"5 of the 41 files in root {split_root} are left out" in message
+    assert re.search(rf"\b5 of the 41 .*root {re.escape(str(split_root))} ", message)
     for name in ("empty.jpg", "notes.txt", "truncated.jpg", "truncated.png", "nowhere.png"):
         assert str(folder / name) in message
-    assert "truncated.jpg does not read as a picture: image file is truncated" in message
+    assert re.search(r"truncated\.jpg [^;]*: image file is truncated", message)
     assert len(data.images) == len(data.labels) == 36
     assert data.images[data.labels == 0][:, 2, 0, 0].tolist() == [0, 1, 2, 3]
     assert data.images[data.labels == 8][:, 2, 0, 0].tolist() == [0, 1, 2, 3]
 
     for number in range(8):
         (folder / f"x{number}.jpg").write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"^13 of the 49 files .*empty.jpg .*x4.jpg [^;]*; and 3 more$"):
+    with pytest.warns(UserWarning, match=r"^13 of the 49 .*empty\.jpg .*x4\.jpg [^;]*; .*\b3 more$"):
         tasks(split_root).load()
 
 
@@ -343,7 +344,7 @@ def test_a_folder_without_one_picture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p" / "a" / "x.jpg").write_bytes(b"")
     with (
         pytest.warns(UserWarning, match="1 of the 1 files"),
-        pytest.raises(InputError, match=r"none of the 1 files .* reads as a picture"),
+        pytest.raises(InputError, match=r"^root .*none of the 1 "),
     ):
         tasks(tmp_path / "p").load()
 
@@ -388,20 +389,17 @@ def test_classes_with_too_few_pictures_are_named_and_left_out(
 
 
 def test_too_few_classes_say_which_split_and_what_it_has(split_root: Path, flat_root: Path) -> None:
-    with pytest.raises(
-        InputError,
-        match=r"at least 3 classes \(ways\) of 3 images \(shots \+ queries\) for the test split, got 2 and 0 with",
-    ):
+    with pytest.raises(InputError, match=r"root .*\b3 .*\(ways\) .*\b3 .*\(shots \+ queries\) .*test .* 2 and 0\b"):
         tasks(split_root, ways=3).setup("test")
-    with pytest.raises(InputError, match=r"at least 5 classes \(ways\) .* for the train split, got 4"):
+    with pytest.raises(InputError, match=r"root .*\b5 .*\(ways\) .*train .* 4 and 0\b"):
         tasks(split_root, train_ways=5).setup("fit")
     make_class(split_root / "test" / "tiny", 2)
     with (
         pytest.warns(UserWarning, match="tiny"),
-        pytest.raises(InputError, match="for the test split, got 2 and 1 with fewer images"),
+        pytest.raises(InputError, match=r"root .*test .* 2 and 1\b"),
     ):
         tasks(split_root, ways=3).setup("predict")
-    with pytest.raises(InputError, match=r"val split \(split_fractions gives it 2 of the 10 classes\), got 2 and 0"):
+    with pytest.raises(InputError, match=r"root .*val .*split_fractions .*\b2 of the 10 .* 2 and 0\b"):
         tasks(flat_root, ways=3).setup("validate")
 
 
@@ -410,7 +408,7 @@ def test_a_split_that_is_not_asked_for_may_be_small_or_missing(split_root: Path,
     wholly = tasks(flat_root, ways=10, split_fractions=(0.0, 0.0, 1.0))
     wholly.setup("test")
     assert sorted(wholly.load().members("test")) == list(range(10))
-    with pytest.raises(InputError, match=r"train split \(split_fractions gives it 0 of the 10 classes\), got 0 and 0"):
+    with pytest.raises(InputError, match=r"root .*train .*split_fractions .*\b0 of the 10 .* 0 and 0\b"):
         wholly.setup("fit")
 
     shutil.rmtree(split_root / "train")
@@ -419,59 +417,60 @@ def test_a_split_that_is_not_asked_for_may_be_small_or_missing(split_root: Path,
     only.setup("test")
     assert only.load().classes.tolist() == ["test_0", "test_1"]
     assert only.task_set("test").batch([0]).query_x.shape == (1, 4, 3, 8, 8)
-    with pytest.raises(InputError, match="for the train split, got 0 and 0 with fewer"):
+    with pytest.raises(InputError, match=r"root .*train .* 0 and 0\b"):
         only.setup("fit")
 
 
 def test_a_class_in_two_splits_is_named(split_root: Path) -> None:
     make_class(split_root / "test" / "train_2", 4)
-    with pytest.raises(InputError, match=r"each class in one of train, val and test.* in more than one: train_2$"):
+    with pytest.raises(InputError, match=r"root .*more than one: train_2$"):
         tasks(split_root).load()
 
 
 def test_a_root_that_is_missing_empty_or_laid_out_otherwise_is_refused(tmp_path: Path) -> None:
-    layout = r"root must hold pictures as root/\{train,val,test\}/<class>/\* or, .* as root/<class>/\*, but "
+    layout = r"^root .*root/\{train,val,test\}/<class>/\* .*root/<class>/\*.*/p "
     root = tmp_path / "p"
-    with pytest.raises(FileNotFoundError, match=layout + ".*p is not a folder"):
+    with pytest.raises(FileNotFoundError, match=layout + "is not a folder"):
         tasks(root).load()
     root.mkdir()
     Image.new("RGB", (8, 8)).save(root / "beside.png")
-    with pytest.raises(FileNotFoundError, match=layout + ".*p has 0 class folders"):
+    with pytest.raises(FileNotFoundError, match=layout + r".*\b0 class"):
         tasks(root).load()
     (root / "cat").mkdir()
-    with pytest.raises(FileNotFoundError, match=layout + ".*p has 1 class folders and no files in them"):
+    with pytest.raises(FileNotFoundError, match=layout + r".*\b1 class"):
         tasks(root).load()
     for split in ("train", "valid", "test"):
         make_class(root / split / f"{split}_0", 2)
     with (
-        pytest.warns(UserWarning, match="p is split into train and test; it is not read: cat, valid"),
-        pytest.raises(InputError, match=r"at least 2 classes .* for the val split, got 0 and 0"),
+        pytest.warns(UserWarning, match=r"root .*/p .*train and test\b.*: cat, valid"),
+        pytest.raises(InputError, match=r"root .*\b2 .*val .* 0 and 0\b"),
     ):
         tasks(root, queries=1).task_set("val")
 
 
 def test_folders_beside_the_splits_are_named_and_not_read(split_root: Path) -> None:
     make_class(split_root / "unlabelled", 4)
-    with pytest.warns(UserWarning, match="is split into train and val and test; it is not read: unlabelled"):
+    with pytest.warns(UserWarning, match=r"root .*train and val and test\b.*: unlabelled"):
         data = tasks(split_root).load()
     assert len(data.classes) == 9
 
 
-def test_the_arguments_are_those_of_image_tasks_after_its_own() -> None:
-    own, shared = (list(inspect.signature(c).parameters.values()) for c in (ImageFolderTasks, ImageTasks))
-    assert own[5:] == shared
-    assert [p.name for p in own[:5]] == ["root", "image_size", "channels", "split_fractions", "split_seed"]
+def test_the_options_are_those_of_image_tasks_and_its_own() -> None:
+    own, shared = (inspect.signature(c).parameters for c in (ImageFolderTasks, ImageTasks))
+    assert {name: p for name, p in own.items() if name in shared} == dict(shared)
+    assert own.keys() - shared.keys() == {"root", "image_size", "channels", "split_fractions", "split_seed"}
+    assert [name for name, p in own.items() if p.kind is not p.KEYWORD_ONLY] == ["root"]
 
 
 def test_arguments_outside_their_range_are_named() -> None:
     for arguments, message in [
-        ({"image_size": 0}, "image_size must be at least 1, got 0"),
-        ({"channels": 2}, "channels must be 1 or 3, got 2"),
-        ({"split_fractions": (0.5, 0.5, 0.5)}, r"split_fractions must be 3 shares, .* with the sum 1, got \(0.5"),
-        ({"split_fractions": (0.5, 0.6, -0.1)}, "split_fractions must be 3 shares"),
-        ({"split_fractions": (0.5, 0.5)}, "split_fractions must be 3 shares"),
-        ({"split_seed": -1}, "split_seed must be at least 0, got -1"),
-        ({"shots": 0}, "shots must be at least 1, got 0"),
+        ({"image_size": 0}, r"image_size .* 0"),
+        ({"channels": 2}, r"channels .*1 or 3\b.* 2"),
+        ({"split_fractions": (0.5, 0.5, 0.5)}, r"split_fractions .*\(0\.5, 0\.5, 0\.5\)"),
+        ({"split_fractions": (0.5, 0.6, -0.1)}, r"split_fractions .*\(0\.5, 0\.6, -0\.1\)"),
+        ({"split_fractions": (0.5, 0.5)}, r"split_fractions .*\(0\.5, 0\.5\)"),
+        ({"split_seed": -1}, r"split_seed .* -1"),
+        ({"shots": 0}, r"\bshots .* 0"),
     ]:
         with pytest.raises(InputError, match=message):
             tasks(Path("p"), **arguments)

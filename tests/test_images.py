@@ -1,6 +1,7 @@
 """What all image data modules can do, on small images."""
 
 import pickle
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +20,10 @@ from torch.utils.data import DataLoader
 from meta_lightning import MAML, MLP, ImageTasks, TaskDataModule, TensorTasks
 from meta_lightning.checks import InputError
 from meta_lightning.data.cache import LabelledImages
-from meta_lightning.data.show import show_data
+from meta_lightning.data.loading import MetaBatches
+from meta_lightning.data.tasks import SPLITS, Split, TaskBatch, as_task_batch
 from meta_lightning.data.transforms import ImageTransforms
-from meta_lightning.loading import MetaBatches
-from meta_lightning.tasks import SPLITS, Split, TaskBatch, as_task_batch
+from meta_lightning.show import show_data
 
 SIZES = [9, 10, 11, 12]  # images of the classes, by turns
 
@@ -126,11 +127,11 @@ def test_a_picture_of_the_data_is_what_training_sees_and_leaves_out_what_is_not_
     assert len(Seen.batches) == 1  # of training only
     assert Seen.batches[0].shape == (5, 1, 2, 2)
     assert "  train 24 classes, 252 images, endless tasks, support [5, 1, 2, 2], query [15, 1, 2, 2]" in shown
-    assert "  val   left out: ways must be from 2 to the 0 classes of the val split, got 5" in shown
+    assert re.search(r"^  val   left out: ways .*\b0 .*val .* 5$", shown, re.M)
     assert "  test  12 classes, 126 images, 600 tasks" in shown
     with Image.open(tmp_path / "data.png") as picture:
         assert picture.size == (2 * 480, 540)
-    with pytest.raises(ValueError, match="ways must be from 2 to the 12 classes of the test split, got 30"):
+    with pytest.raises(ValueError, match=r"\bways .*\b12 .*test .* 30"):
         show_data(TwoSplits(ways=30, queries=3), tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
@@ -162,7 +163,7 @@ def test_samples_go_to_the_gpu_where_they_fit(
     moved = on_a_gpu(data, 4 * nbytes, monkeypatch)
     data.setup("fit")
     assert moved == []
-    assert caplog.text.count("stay outside of cuda:0, of which 0.0 GB are free: training waits while a batch") == 1
+    assert caplog.text.count("stay outside of cuda:0") == 1
 
     data = make(**options, num_workers=1)  # which could not read it there
     moved = on_a_gpu(data, 5 * nbytes, monkeypatch)
@@ -173,8 +174,7 @@ def test_samples_go_to_the_gpu_where_they_fit(
 
 def test_samples_that_are_on_a_gpu_have_no_workers() -> None:
     there = torch.empty(3, device="meta")
-    message = r"num_workers must be 0 for samples on meta, from where nothing else loads faster, got 2"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=r"num_workers .*\bmeta\b.* 2"):
         Numbered(num_workers=2).place(there)
     assert Numbered().place(there) is there
 
@@ -193,7 +193,7 @@ def test_a_range_of_shots_is_drawn_for_each_meta_batch_and_alike_on_every_rank()
     assert all(a == b for a, b in shots)
     assert {a for a, _ in shots} == {1, 2, 3, 4, 5}
     assert all(rank[7].query_x.shape[1] == 5 * 4 for rank in ranks)
-    with pytest.raises(ValueError, match=r"shots must be at least 1, or a range \(least, most\), got \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"train_shots .*\(3, 2\)"):
         Numbered(train_shots=(3, 2), queries=4).setup()
 
 
@@ -221,10 +221,10 @@ def test_the_trainer_applies_the_transforms() -> None:
     class Seen(MAML):
         means: list[tuple[bool, float, float]]
 
-        def adapt_tasks(self, params: Any, support: Any, *args: Any, **kwargs: Any) -> Any:
+        def inner_loop(self, theta: Any, support: Any, **options: bool) -> Any:
             x = support[0][0]
             self.means.append((self.training, x.min().item(), x.max().item()))
-            return super().adapt_tasks(params, support, *args, **kwargs)
+            return super().inner_loop(theta, support, **options)
 
     class Zero(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ def test_a_test_needs_no_training_tasks() -> None:
     data = Numbered(shots=5, queries=4, train_shots=9, train_queries=9)
     data.setup("test")
     assert len(next(iter(data.test_dataloader())).support_x) == 16
-    with pytest.raises(ValueError, match="of the train split, got 9"):
+    with pytest.raises(ValueError, match=r"shots \+ queries .*train .* 9 \+ 9"):
         data.setup("fit")
 
 
@@ -307,9 +307,9 @@ def test_checkpoints_of_python_objects_load_with_weights_only(tmp_path: Path) ->
 
 
 def test_a_mean_without_a_deviation_a_channel_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"mean and std must have a number a channel each, got \[0.5\] and \[\]"):
+    with pytest.raises(ValueError, match=r"mean .*std .*\[0\.5\] .*\[\]"):
         ImageTransforms(mean=[0.5])
-    with pytest.raises(ValueError, match=r"std must be greater than 0, got 0.0"):
+    with pytest.raises(ValueError, match=r"\bstd .* 0\.0"):
         ImageTransforms(mean=[0.5], std=[0.0])
-    with pytest.raises(ValueError, match=r"mean must have 1 numbers, one a channel, got \[0.5, 0.5, 0.5\]"):
+    with pytest.raises(ValueError, match=r"\bmean .*\b1 .*\[0\.5, 0\.5, 0\.5\]"):
         ImageTransforms(mean=[0.5] * 3, std=[1.0] * 3)(Numbered(queries=3).task_set("val").batch([0]), False, 0)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import trainer
-from test_gradients import (
+from references import (
     EXACT,
     INNER_LR,
     QUERY,
@@ -21,7 +21,6 @@ from test_gradients import (
     Recurrent,
     T,
     classification,
-    double,  # noqa: F401  # a fixture of every test here as well
     error,
     fit,
     flat,
@@ -38,10 +37,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from meta_lightning import FOMAML, MAML, MLP, MetaLearner, Reptile, Sinusoid, TaskBatch
+from meta_lightning import FOMAML, MAML, MLP, SGD, MetaLearner, Reptile, Sinusoid, TaskBatch
 
 # Lightning on what is meant: tasks from a list, no validation, no optimizer in Reptile
 pytestmark = [
+    pytest.mark.usefixtures("double"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
     pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),
@@ -192,11 +192,11 @@ def test_the_outer_loop_leaves_frozen_parameters(learner_class: Any, inner: list
 
 def test_patterns_that_match_nothing_or_everything_are_refused() -> None:
     names = "features.1.weight, features.1.bias, head.weight, head.bias"
-    with pytest.raises(ValueError, match=f"inner_freeze must match names among {names}, got 'body.*'"):
+    with pytest.raises(ValueError, match=rf"inner_freeze .*{names}.*'body\.\*'"):
         MAML(mlp(), inner_freeze=["head.*", "body.*"])
-    with pytest.raises(ValueError, match=f"outer_freeze must match names among {names}, got 'Head'"):
+    with pytest.raises(ValueError, match=rf"outer_freeze .*{names}.*'Head'"):
         Reptile(mlp(), outer_freeze=["Head"])
-    with pytest.raises(ValueError, match="inner_freeze must leave a parameter, got patterns of all"):
+    with pytest.raises(ValueError, match=r"inner_freeze .* all\b"):
         FOMAML(mlp(), inner_freeze=["*"])
 
 
@@ -206,15 +206,15 @@ def test_patterns_that_match_nothing_or_everything_are_refused() -> None:
 def with_rates(learner: MAML, rates: Params) -> MAML:
     """The learner with these rates, in the order of its own."""
     with torch.no_grad():
-        for name, rate in learner.inner_rates.items():
-            rate.copy_(rates[name.replace("/", ".")])
+        for name, rate in learner.inner_rule.named_parameters():
+            rate.copy_(rates[name.removeprefix("rates.").replace("/", ".")])
     return learner
 
 
 def split(meta_gradient: Params) -> tuple[Params, Params]:
     """The parts of θ and of the rates, by the names of θ."""
-    theta = {name: g for name, g in meta_gradient.items() if not name.startswith("inner_rates.")}
-    rates = {name: meta_gradient.get("inner_rates." + name.replace(".", "/")) for name in theta}
+    theta = {name: g for name, g in meta_gradient.items() if not name.startswith(".")}
+    rates = {name: meta_gradient.get(".rates." + name.replace(".", "/")) for name in theta}
     assert len(meta_gradient) == len(theta) + sum(g is not None for g in rates.values())
     return theta, {name: g for name, g in rates.items() if g is not None}
 
@@ -291,7 +291,10 @@ def test_rates_are_learnt_kept_and_used(learner_class: type[MAML], frozen: list[
     assert {id(p) for p in learner.parameters()} == {id(p) for p in group["params"]}
     fit_ = trainer(max_steps=4)
     fit_.fit(learner, DataLoader(batches, batch_size=None))
-    rates = {name.replace("/", "."): rate.detach() for name, rate in learner.inner_rates.items()}
+    rates = {
+        name.removeprefix("rates.").replace("/", "."): rate.detach()
+        for name, rate in learner.inner_rule.named_parameters()
+    }
     assert all((rate != INNER_LR).any() for rate in rates.values())
 
     fit_.save_checkpoint(tmp_path / "a.ckpt")
@@ -306,8 +309,8 @@ def test_rates_are_learnt_kept_and_used(learner_class: type[MAML], frozen: list[
     adapted = loaded.inner_update(x[0], y[0])
     assert error(adapted, values_of(fast)) <= EXACT
     torch.testing.assert_close(loaded.forward_with_weights(query_x[0], adapted), fast(query_x[0]))
-    with pytest.raises(ValueError, match="the checkpoint must be of the learn_inner_lr in use, got one of another"):
-        learner_class.load_from_checkpoint(tmp_path / "a.ckpt", network=mlp(), learn_inner_lr=False)
+    with pytest.raises(ValueError, match=r"checkpoint .*inner_rule"):
+        learner_class.load_from_checkpoint(tmp_path / "a.ckpt", network=mlp(), inner_rule=SGD())
 
 
 def test_rates_begin_as_the_plain_inner_rate() -> None:
@@ -332,7 +335,7 @@ def test_more_classes_than_outputs_take_the_rates_of_their_rows() -> None:
             for name, p in wide.named_parameters():
                 p -= (rates[name][rows] if name.startswith("head") else rates[name]) * p.grad
     torch.testing.assert_close(with_rates(learner, rates).adapt(x, y)(x), wide(x).detach())
-    with pytest.raises(ValueError, match="y must hold at most 5 classes"):  # equal rows that do not adapt never part
+    with pytest.raises(ValueError, match=r"\by .*\b5 .* 7"):  # equal rows that do not adapt never part
         MAML(network, inner_freeze=BOIL).adapt(x, y)
 
 
@@ -355,7 +358,7 @@ def test_parameters_without_a_gradient_are_named_once(algorithm: type[MetaLearne
         return [str(w.message) for w in caught if "no gradient" in str(w.message)]
 
     (said,) = named(Forgotten())
-    assert said.endswith("which get no gradient: old_head.weight, old_head.bias")
+    assert said.endswith(": old_head.weight, old_head.bias")
     assert not named(MLP(hidden=[8]))
 
 
@@ -398,7 +401,7 @@ def test_recurrent_layers_go_without_cudnn(recurrent: bool, seen: set[bool]) -> 
     if not recurrent:
         del network.lstm
     learner = FOMAML(network)
-    learner.loops_over_tasks = True
+    learner.task_network.loops_over_tasks = True
     learner.meta_gradient(sequences(support=SUPPORT, query=QUERY))
     learner.eval().inner_update(*(part[0] for part in sequences()[:2]))
     assert enabled == seen

@@ -4,7 +4,7 @@ from torch import nn
 
 from meta_lightning import MAML, MLP, Conv4, ResNet12
 from meta_lightning.checks import InputError
-from meta_lightning.networks import with_batch_statistics
+from meta_lightning.networks.batch_statistics import with_batch_statistics
 
 
 def test_conv4_has_the_papers_sizes() -> None:
@@ -24,17 +24,17 @@ def test_mlp_is_the_sinusoid_network() -> None:
 
 
 def test_errors_name_the_argument() -> None:
-    with pytest.raises(ValueError, match="filters must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"filters .* 0"):
         Conv4(filters=0)
-    with pytest.raises(ValueError, match="downsample must be one of 'stride', 'max_pool', got 'pool'"):
+    with pytest.raises(ValueError, match=r"downsample .*'stride', 'max_pool'.*'pool'"):
         Conv4(downsample="pool")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="image_size must be at least 16 for four poolings, got 8"):
+    with pytest.raises(ValueError, match=r"image_size .*\b16\b.* 8"):
         Conv4(image_size=8, downsample="max_pool")
 
 
 def test_samples_that_a_network_was_not_made_for_are_refused() -> None:
     pooled = Conv4(channels=3, image_size=84, filters=4, downsample="max_pool")
-    message = r"network must be made for the images of the data: expected {}, as it has, got .*{}"
+    message = r"network .*\b{}\b.*{}"
     with pytest.raises(InputError, match=message.format("channels 3", r"\(1, 84, 84\)")):
         pooled(torch.rand(2, 1, 84, 84))
     with pytest.raises(InputError, match=message.format("image_size 84", r"\(28, 28\)")):
@@ -43,12 +43,12 @@ def test_samples_that_a_network_was_not_made_for_are_refused() -> None:
         ResNet12(filters=(1, 1, 1, 1))(torch.rand(2, 1, 32, 32))
     with pytest.raises(InputError, match=message.format("channels 1", r"\(28,\)")):
         Conv4(filters=4)(torch.rand(2, 28))
-    with pytest.raises(InputError, match=r"expected in_features 12, got samples of shape \(3, 2\), 6 numbers each"):
+    with pytest.raises(InputError, match=r"network .*\bin_features 12\b.*\(3, 2\), 6\b"):
         MLP(in_features=12)(torch.rand(4, 3, 2))
     learner = MAML(pooled)
-    with pytest.raises(InputError, match="expected channels 3"):  # where the tasks' images meet it
+    with pytest.raises(InputError, match=r"network .*\bchannels 3\b.*\(1, 84"):  # where the tasks' images meet it
         learner.inner_update(torch.rand(5, 1, 84, 84), torch.arange(5))
-    assert not learner.loops_over_tasks  # not taken for vmap's refusal
+    assert not learner.task_network.loops_over_tasks  # not taken for vmap's refusal
 
 
 def test_images_of_any_size_serve_where_the_map_is_averaged() -> None:

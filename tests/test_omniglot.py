@@ -15,7 +15,7 @@ from PIL import Image
 from meta_lightning import Omniglot
 from meta_lightning.data.cache import fingerprint
 from meta_lightning.data.omniglot import read_drawing, read_omniglot
-from meta_lightning.tasks import Split
+from meta_lightning.data.tasks import Split
 
 PACKED = SHARED / "data" / "omniglot105_packed.npz"
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -90,7 +90,7 @@ def test_a_drawing_that_changes_is_noticed(root: str, omniglot: Omniglot) -> Non
 
 
 def test_a_folder_that_is_missing_empty_or_truncated_is_refused(tmp_path: Path) -> None:
-    message = "root must hold Omniglot: expected 32460 drawings of 1623 characters .*, got {} of {}.* download"
+    message = r"root .*Omniglot.*\b32460 .*\b1623 .* {} of {}\b.*--data\.download"
     with pytest.raises(FileNotFoundError, match=message.format(0, 0)):
         read_omniglot(tmp_path)
     folder = tmp_path / "omniglot-py" / "images_background" / "Greek" / "character01"
@@ -105,7 +105,7 @@ def test_a_download_that_fails_says_how_else_to_get_it(tmp_path: Path, monkeypat
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.datasets.omniglot.download_and_extract_archive", no_network)
-    with pytest.raises(OSError, match=r"could not be downloaded .* no network.* Copy there the folder omniglot-py"):
+    with pytest.raises(OSError, match=r"Omniglot .*: no network\b.*omniglot-py"):
         Omniglot(str(tmp_path), download=True, cache_dir=str(tmp_path)).prepare_data()
     assert not list(tmp_path.rglob("*.npz"))
 
@@ -123,8 +123,7 @@ def test_an_archive_of_a_wrong_checksum_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", wrong)
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **options: url)
     data = Omniglot(str(tmp_path), download=True, cache_dir=str(tmp_path / "cache"))
-    message = r"could not be downloaded to .*: File not found or corrupted\..* Copy there the folder omniglot-py"
-    with pytest.raises(OSError, match=message):
+    with pytest.raises(OSError, match=r"Omniglot .*: File not found or corrupted\b.*omniglot-py"):
         data.prepare_data()
     assert len(tried) == 2  # the one by hand was not believed
     assert not list(tmp_path.rglob("*.png"))
@@ -134,5 +133,5 @@ def test_an_archive_of_a_wrong_checksum_is_refused(tmp_path: Path, monkeypatch: 
 def test_a_drawing_that_does_not_read_is_named(tmp_path: Path) -> None:
     path = tmp_path / "0001_01.png"
     path.write_bytes(b"")
-    with pytest.raises(OSError, match=r"root must hold readable drawings, but .*0001_01.png does not read"):
+    with pytest.raises(OSError, match=r"root .*0001_01\.png"):
         read_drawing(path)

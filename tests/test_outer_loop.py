@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from meta_lightning import FOMAML, MAML, MLP, MetaLearner, Reptile, Sinusoid, TaskBatch
-from meta_lightning.outer_loop import undone_unless
+from meta_lightning.outer.update import undone_unless
 
 ALGORITHMS: list[Any] = [MAML, FOMAML, Reptile]
 # Lightning on what is meant: tasks from a list, no validation, no optimizer in Reptile, a checkpoint a step
@@ -124,7 +124,7 @@ def test_a_resumed_schedule_goes_on(
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_schedulers_that_need_a_metric_are_refused(algorithm: Any, mlp: MLP, sinusoid: Sinusoid) -> None:
     before = copy.deepcopy(mlp.state_dict())
-    with pytest.raises(ValueError, match=r"by the number of meta-iterations alone, got ReduceLROnPlateau, .* metrics"):
+    with pytest.raises(ValueError, match=r"scheduler .*ReduceLROnPlateau\b.* metrics"):
         trainer(max_steps=3, num_sanity_val_steps=0).fit(algorithm(mlp, scheduler=ReduceLROnPlateau), sinusoid)
     torch.testing.assert_close(mlp.state_dict(), before, rtol=0, atol=0)
 
@@ -193,7 +193,7 @@ def test_a_skipped_step_is_as_if_it_had_not_been(
     learner, fit = run(mixed)
     expected, of_kept = run(kept)
     assert fit.global_step == 6
-    assert fit.callback_metrics["train/skipped"] == learner.skipped == len(bad)
+    assert fit.callback_metrics["train/skipped"] == learner.outer_update.skipped == len(bad)
     torch.testing.assert_close(learner.state_dict(), expected.state_dict(), rtol=0, atol=0)
     states = [run.optimizers[0].state_dict() for run in (fit, of_kept)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
@@ -208,16 +208,16 @@ def test_too_many_in_a_row_end_training(algorithm: Any, mlp: MLP, sinusoid: Sinu
         checkpoints = ModelCheckpoint(tmp_path / str(bad), every_n_train_steps=1, save_last=True)
         options |= {"limit_val_batches": 0, "enable_checkpointing": True, "callbacks": [checkpoints]}
         fit = trainer(max_steps=12, **options)
-        with pytest.warns(UserWarning, match="train/skipped is their number"):
+        with pytest.warns(UserWarning, match="train/skipped"):
             fit.fit(algorithm(mlp, max_skipped=3), DataLoader(batches, batch_size=None))
         return fit
 
     assert run({1, 2, 3, 5, 6, 7, 9}, log_every_n_steps=1).callback_metrics["train/skipped"] == 7
-    with pytest.raises(FloatingPointError, match=r"the loss became nan.* at step 7: .* 4 meta-.* in a row.*last\.ckpt"):
+    with pytest.raises(FloatingPointError, match=r"loss .*\bnan\b.*step 7\b.* 4 meta-iterations.*last\.ckpt"):
         run({1, *range(4, 12)}, log_every_n_steps=1)
-    with pytest.raises(FloatingPointError, match=r"at step 8: .* 5 meta-iterations"):
+    with pytest.raises(FloatingPointError, match=r"step 8\b.* 5 meta-iterations"):
         run(set(range(4, 12)), log_every_n_steps=9)
-    with pytest.raises(FloatingPointError, match=r"at step 11: .* 4 meta-iterations"):  # where training ends
+    with pytest.raises(FloatingPointError, match=r"step 11\b.* 4 meta-iterations"):  # where training ends
         run(set(range(8, 12)))
     assert all(p.isfinite().all() for p in mlp.parameters())
 
@@ -234,7 +234,7 @@ def test_the_count_goes_on_after_a_resume(mlp: MLP, sinusoid: Sinusoid, tmp_path
         run(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(FloatingPointError, match=r"at step 3: .* 4 meta-iterations in a row"):
+        with pytest.raises(FloatingPointError, match=r"step 3\b.* 4 meta-iterations"):
             run(6, tmp_path / "a.ckpt")
 
 

@@ -1,11 +1,14 @@
 """What is installed, and what an import costs."""
 
+import ast
 import configparser
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "meta_lightning"
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -33,3 +36,77 @@ def test_setup_cfg_lists_every_package_and_all_configs() -> None:
     patterns = setup["options.package_data"]["meta_lightning.configs"].split(", ")
     covered = {path for pattern in patterns for path in (ROOT / "configs").glob(pattern)}
     assert covered == {path for path in (ROOT / "configs").rglob("*") if path.is_file()}
+
+
+def imports() -> dict[str, set[str]]:
+    """The modules of the package, each with those of the package that it imports, anywhere in it."""
+    found = {}
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    for name, path in modules.items():
+        named = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+                inner = f"{node.module}.{alias.name}"  # a module, or a name in one
+                named.add(inner if inner in modules else str(node.module))
+        found[name] = (named & modules.keys()) - {name}
+    return found
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """A way round in a graph, if there is one."""
+    done: set[str] = set()
+
+    def visit(node: str, way: list[str]) -> list[str]:
+        if node in way:
+            return [*way[way.index(node) :], node]
+        if node in done:
+            return []
+        for after in sorted(graph.get(node, ())):
+            if found := visit(after, [*way, node]):
+                return found
+        done.add(node)
+        return []
+
+    return next(filter(None, (visit(node, []) for node in sorted(graph))), [])
+
+
+def test_no_module_and_no_folder_imports_itself_by_a_detour() -> None:
+    graph = imports()
+    assert len(graph) > 60
+    assert cycle(graph) == []
+
+    def folder(name: str) -> str:
+        return ".".join(name.split(".")[:2])
+
+    folders: dict[str, set[str]] = {}
+    for name, imported in graph.items():
+        if name.count(".") == 2:  # the package itself and the modules of its top level import from all folders
+            folders.setdefault(folder(name), set()).update(map(folder, imported))
+    for name in folders:
+        folders[name].discard(name)
+    assert cycle(folders) == []
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+
+
+def test_adaptation_imports_no_learner() -> None:
+    graph = imports()
+    reached, ahead = set(), [name for name in graph if name.startswith("meta_lightning.adaptation")]
+    while ahead:
+        name = ahead.pop()
+        reached.add(name)
+        ahead += graph[name] - reached
+    assert not [name for name in reached if name.startswith("meta_lightning.algorithms")]
+
+
+def test_the_base_knows_no_leaf() -> None:
+    leaves = re.compile(r"\b(MAML|FOMAML|Reptile|MetaSGD|Glyphs|Omniglot)\b")
+    for path in PACKAGE.rglob("*.py"):
+        place = path.relative_to(PACKAGE).as_posix()
+        if not place.startswith(("inner/", "outer/", "dashboard/", "runs/", "algorithms/meta_learner")):
+            continue
+        code = ast.parse(path.read_text())
+        names = {node.id for node in ast.walk(code) if isinstance(node, ast.Name)}
+        names |= {alias.name for node in ast.walk(code) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        of_rules = {"MetaSGD"} if place == "inner/rules.py" else set()
+        assert {name for name in names if leaves.fullmatch(name)} <= of_rules, place

@@ -10,8 +10,8 @@ from torch import nn
 
 import meta_lightning
 from meta_lightning import Conv4, Glyphs, ImageTransforms, MetaLearner, Sinusoid
-from meta_lightning.hardware import require_precision, require_whole_network
-from meta_lightning.inner_loop import Adapted
+from meta_lightning.checks import require_precision, require_whole_network
+from meta_lightning.inner.loop import Adapted
 
 WORKING = {"32-true": torch.float32, "bf16-mixed": torch.float32, "64-true": torch.float64}
 
@@ -29,13 +29,13 @@ def test_precision(
     learner: MetaLearner = getattr(meta_lightning, algorithm)(Conv4(filters=4), inner_steps=2, **options)
     adapted: list[Adapted] = []
     maps: set[torch.dtype] = set()
-    adapt_tasks = learner.adapt_tasks
+    inner_loop = learner.inner_loop
 
     def note_adapted(*args: Any, **kwargs: Any) -> Adapted:
-        adapted.append(adapt_tasks(*args, **kwargs))
+        adapted.append(inner_loop(*args, **kwargs))
         return adapted[-1]
 
-    monkeypatch.setattr(learner, "adapt_tasks", note_adapted)
+    monkeypatch.setattr(learner, "inner_loop", note_adapted)
     first = next(module for module in learner.modules() if isinstance(module, nn.Conv2d))
     first.register_forward_hook(lambda module, args, output: maps.add(output.dtype))
     before = {name: p.detach().clone() for name, p in learner.meta_parameters().items()}
@@ -55,15 +55,15 @@ def test_precision(
 @pytest.mark.parametrize(
     ("precision", "reason"),
     [
-        ("16-mixed", "its scaler covers the outer loss only, and gradients of the inner loop underflow"),
-        ("16-true", "θ itself would be held in it"),
-        ("bf16-true", "θ itself would be held in it"),
-        ("transformer-engine", "θ itself would be held in it"),
+        ("16-mixed", "underflow"),
+        ("16-true", "θ"),
+        ("bf16-true", "θ"),
+        ("transformer-engine", "θ"),
     ],
 )
 def test_half_precision_of_the_inner_loop_is_refused(precision: str, reason: str) -> None:
     with pytest.raises(
-        ValueError, match=f"trainer.precision must be one of 32-true, bf16-mixed, 64-true, got {precision}: {reason}"
+        ValueError, match=rf"trainer\.precision .*32-true, bf16-mixed, 64-true.* {precision}: .*{reason}"
     ):
         require_precision(precision)
 
@@ -71,11 +71,11 @@ def test_half_precision_of_the_inner_loop_is_refused(precision: str, reason: str
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
 @pytest.mark.parametrize("run", ["fit", "test"])
 def test_it_is_refused_at_the_start(precision: Any, run: str, mlp: meta_lightning.MLP, sinusoid: Sinusoid) -> None:
-    with pytest.raises(ValueError, match=f"trainer.precision must be one of .*, got {precision}"):
+    with pytest.raises(ValueError, match=rf"trainer\.precision .*64-true.* {precision}\b"):
         getattr(trainer(precision=precision, max_steps=1), run)(meta_lightning.MAML(mlp), sinusoid)
 
 
 def test_strategies_that_shard_the_network_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"trainer.strategy must leave the whole network .* FSDPStrategy: it shards θ"):
+    with pytest.raises(ValueError, match=r"trainer\.strategy .* FSDPStrategy\b"):
         require_whole_network(FSDPStrategy())
     require_whole_network(DDPStrategy())

@@ -49,14 +49,14 @@ def test_a_network_made_in_python_has_to_be_given(algorithm: Any, mlp: MLP, sinu
     fit = trainer(max_steps=1, limit_val_batches=0)
     fit.fit(algorithm(mlp, loss=nn.L1Loss()), sinusoid)
     fit.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"network must be given: .*a.ckpt does not describe the one that was trained"):
+    with pytest.raises(ValueError, match=r"^network .*a\.ckpt"):
         load_learner(tmp_path / "a.ckpt")
     network = MLP(hidden=[8])
     learner = load_learner(tmp_path / "a.ckpt", network, nn.L1Loss())
     assert type(learner) is algorithm
     assert isinstance(learner.loss, nn.L1Loss)
     assert torch.equal(network.head.weight, mlp.head.weight)
-    with pytest.raises(ValueError, match="the checkpoint must be of the network in use, they differ in"):
+    with pytest.raises(ValueError, match=r"checkpoint .*network\b.*\(9,.*\(8,"):
         load_learner(tmp_path / "a.ckpt", MLP(hidden=[9]))
 
 
@@ -64,17 +64,17 @@ def test_what_load_learner_refuses(mlp: MLP, sinusoid: Sinusoid, tmp_path: Path)
     class Own(MAML):
         pass
 
-    with pytest.raises(ValueError, match=r"path must name a checkpoint, got nothing.ckpt, which is no file"):
+    with pytest.raises(ValueError, match=r"path .*nothing\.ckpt"):
         load_learner("nothing.ckpt")
     fit = trainer(max_steps=1, limit_val_batches=0)
     fit.fit(Own(mlp), sinusoid)
     fit.save_checkpoint(tmp_path / "own.ckpt")
-    with pytest.raises(ValueError, match=r"path must name a checkpoint of MAML, FOMAML, Reptile or .*, got one of Own"):
+    with pytest.raises(ValueError, match=r"path .*\bOwn\b"):
         load_learner(tmp_path / "own.ckpt", mlp)
     content = torch.load(tmp_path / "own.ckpt", weights_only=True)
     content["hyper_parameters"]["_class_path"] = "torch.nn.Linear"
     torch.save(content, tmp_path / "linear.ckpt")
-    with pytest.raises(ValueError, match=r"a checkpoint of a learner, got one of torch.nn.Linear"):
+    with pytest.raises(ValueError, match=r"path .*\btorch\.nn\.Linear\b"):
         load_learner(tmp_path / "linear.ckpt", mlp)
 
 
@@ -182,7 +182,7 @@ def test_regression(sinusoid: Sinusoid) -> None:
         predictor = learner.adapt(support_x, targets)
         assert predictor.class_names is None
         assert torch.allclose(predictor(query_x), expected, atol=1e-6)
-    with pytest.raises(ValueError, match="the predictor must be one of classes, got a regression's: call it"):
+    with pytest.raises(ValueError, match=r"predictor .*classes\b.* regression"):
         predictor.predict(query_x)
 
 
@@ -219,16 +219,17 @@ def test_fewer_classes_take_the_first_outputs(learner: MAML, task: list[Tensor])
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    "make",
     [
-        (lambda: MAML(nn.Sequential(nn.Linear(6, 3), nn.PReLU())), "since its last layer is not a linear one that"),
-        (lambda: MAML(nn.Sequential(nn.Linear(6, 3), nn.Softmax(1), nn.Linear(3, 3).requires_grad_(False))), "trained"),
-        (lambda: Reptile(nn.Linear(6, 3), inner_optimizer="adam"), "since the inner optimizer's state is that of so"),
+        lambda: MAML(nn.Sequential(nn.Linear(6, 3), nn.PReLU())),
+        lambda: MAML(nn.Sequential(nn.Linear(6, 3), nn.Softmax(1), nn.Linear(3, 3).requires_grad_(False))),
+        lambda: Reptile(nn.Linear(6, 3), inner_optimizer="adam"),
     ],
+    ids=["not-linear", "not-trained", "of-adam"],
 )
-def test_more_classes_than_a_network_can_be_given(make: Any, message: str) -> None:
+def test_more_classes_than_a_network_can_be_given(make: Any) -> None:
     x, y = torch.randn(4, 6), torch.arange(4)
-    with pytest.raises(ValueError, match=rf"y must hold at most 3 classes, .*{message}.* got 4"):
+    with pytest.raises(ValueError, match=r"\by .*\b3 .*last layer.* 4"):
         make().adapt(x, y)
     assert make().adapt(x[:3], y[:3]).class_names == ["0", "1", "2"]
 
@@ -239,21 +240,16 @@ def test_more_classes_than_a_network_can_be_given(make: Any, message: str) -> No
 @pytest.mark.parametrize(
     ("x", "y", "options", "message"),
     [
-        (torch.rand(4, 1, 28, 28), [0, 0, 0, 0], {}, r"y must hold at least 2 classes, got \[0\]"),
-        (torch.rand(4, 1, 28, 28), [0, 1, 2], {}, "x and y must be of one length, got 4 and 3"),
-        (torch.rand(2, 1, 28, 28), [[0], [1]], {}, r"y must be one class a sample, of shape \[S\], got shape \[2, 1\]"),
-        (torch.rand(2, 3, 28, 28), [0, 1], {}, r"x must hold images of shape \[S, 1, 28, 28\].*, got \[2, 3, 28, 28\]"),
-        (torch.rand(2, 1, 32, 32), [0, 1], {}, r"x must hold images of shape \[S, 1, 28, 28\].*, got \[2, 1, 32, 32\]"),
-        (torch.full((2, 1, 28, 28), np.nan), [0, 1], {}, "x must be finite, got NaN or infinity in 2 of 2 samples"),
-        (torch.rand(2, 1, 28, 28), [0, 1], {"steps": 0}, "steps must be at least 1, got 0"),
-        (torch.rand(2, 1, 28, 28), [0, 1], {"class_names": ["a"]}, "class_names must be 2 different names"),
-        (torch.rand(2, 1, 28, 28), [0, 1], {"class_names": ["a", "a"]}, "class_names must be 2 different names"),
-        (
-            torch.rand(2, 1, 28, 28),
-            [0.0, 1.0],
-            {"class_names": ["a", "b"]},
-            "class_names must be left out for",
-        ),
+        (torch.rand(4, 1, 28, 28), [0, 0, 0, 0], {}, r"\by .*\b2 .*\[0\]"),
+        (torch.rand(4, 1, 28, 28), [0, 1, 2], {}, r"x and y .*\b4 .*\b3"),
+        (torch.rand(2, 1, 28, 28), [[0], [1]], {}, r"\by .*\[S\].*\[2, 1\]"),
+        (torch.rand(2, 3, 28, 28), [0, 1], {}, r"\bx .*\[S, 1, 28, 28\].*\[2, 3, 28, 28\]"),
+        (torch.rand(2, 1, 32, 32), [0, 1], {}, r"\bx .*\[S, 1, 28, 28\].*\[2, 1, 32, 32\]"),
+        (torch.full((2, 1, 28, 28), np.nan), [0, 1], {}, r"\bx .*\b2 of 2\b"),
+        (torch.rand(2, 1, 28, 28), [0, 1], {"steps": 0}, r"\bsteps .* 0"),
+        (torch.rand(2, 1, 28, 28), [0, 1], {"class_names": ["a"]}, r"class_names .*\b2 .*\['a'\]"),
+        (torch.rand(2, 1, 28, 28), [0, 1], {"class_names": ["a", "a"]}, r"class_names .*\b2 .*\['a', 'a'\]"),
+        (torch.rand(2, 1, 28, 28), [0.0, 1.0], {"class_names": ["a", "b"]}, r"class_names .*floating-point"),
     ],
 )
 def test_what_adapt_refuses(x: Tensor, y: Any, options: dict[str, Any], message: str, checkpoint: str) -> None:
@@ -262,18 +258,18 @@ def test_what_adapt_refuses(x: Tensor, y: Any, options: dict[str, Any], message:
 
 
 def test_what_does_not_fit_the_network_is_refused(learner: MAML, task: list[Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"samples that the network takes, got \[2, 3, 28, 28\]: .*channels"):
+    with pytest.raises(ValueError, match=r"\bx .*\[2, 3, 28, 28\]: .*channels"):
         learner.adapt(torch.rand(2, 3, 28, 28), [0, 1])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"y must be floating-point, targets of a regression, .* got 2 classes"):
+    with pytest.raises(ValueError, match=r"\by .*floating-point\b.*\b2 classes"):
         MAML(MLP(out_features=1)).adapt(torch.rand(2, 1), torch.arange(2))
     predictor = learner.adapt(*task[:2])
-    with pytest.raises(ValueError, match=r"samples of shape \[S, 1, 28, 28\], as the support set, got \[1, 28, 28\]"):
+    with pytest.raises(ValueError, match=r"\bx .*\[S, 1, 28, 28\].*\[1, 28, 28\]"):
         predictor.predict(task[2][0])
 
 
 def test_an_adaptation_that_diverges_is_an_error(learner: MAML, task: list[Tensor]) -> None:
     learner.inner_lr = 1e30
-    with pytest.raises(FloatingPointError, match=r"the adaptation diverged: its 5 steps of 1e\+30 are too large"):
+    with pytest.raises(FloatingPointError, match=r"adaptation .*\b5 .*1e\+30"):
         learner.adapt(*task[:2], steps=5)
 
 
@@ -284,15 +280,15 @@ def test_queries_alone_with_the_support_set_are_the_plain_loop(learner: MAML, gl
     batch = Glyphs(shots=1, queries=3).task_set("test").batch([0, 1, 2])
     support_x, query_x = batch.support_x.float() / 255, batch.query_x.float() / 255
     theta = {n: torch.stack([p * scale for scale in (1, 0.9, 1.1)]) for n, p in learner.meta_parameters().items()}
-    predictions = learner.forward_queries(theta, support_x, query_x, transductive=False)
+    predictions = learner.task_network.predict_queries(theta, support_x, query_x, transductive=False)
     for task in range(3):
         params = {name: p[task] for name, p in theta.items()}
         for number, query in enumerate(query_x[task]):
             together = torch.cat([support_x[task], query[None]])
             expected = torch.func.functional_call(learner.network, params, (together,))[-1]
             assert torch.allclose(predictions[task, number], expected, atol=1e-5)
-    common = learner.forward_queries(theta, support_x, query_x)
-    assert torch.equal(common, learner.forward_tasks(theta, query_x))
+    common = learner.task_network.predict_queries(theta, support_x, query_x, transductive=True)
+    assert torch.equal(common, learner.task_network.predict(theta, query_x))
     assert not torch.allclose(common, predictions, atol=1e-2)
 
 
@@ -314,7 +310,7 @@ def test_queries_alone_through_a_network_that_vmap_refuses() -> None:
     learner = MAML(Refused())
     support_x, query_x = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
     theta = {name: p.expand(2, *p.shape) for name, p in learner.meta_parameters().items()}
-    predictions = learner.forward_queries(theta, support_x, query_x, transductive=False)
+    predictions = learner.task_network.predict_queries(theta, support_x, query_x, transductive=False)
     expected = [learner.network(torch.cat([support_x[1], query[None]]))[-1] for query in query_x[1]]
     assert torch.allclose(predictions[1], torch.stack(expected), atol=1e-6)
 

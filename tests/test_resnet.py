@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from meta_lightning import MAML, TaskBatch
-from meta_lightning.resnet import ResNet12
+from meta_lightning.networks import ResNet12
 
 TADAM, METAOPTNET = (64, 128, 256, 512), (64, 160, 320, 640)
 
@@ -88,7 +88,7 @@ def test_mamls_meta_gradient_agrees_with_a_loop_over_the_tasks(steps: int) -> No
     network, batch = tiny(), tiny_tasks()
     learner = MAML(network, inner_lr=0.1, inner_steps=steps)
     meta_gradient, *_ = learner.meta_gradient(batch)
-    assert not learner.loops_over_tasks  # vmap takes it
+    assert not learner.task_network.loops_over_tasks  # vmap takes it
 
     theta = dict(network.named_parameters())
     grads = torch.autograd.grad(maml_objective(network, theta, batch, steps), [*theta.values()])
@@ -114,20 +114,20 @@ def test_it_drops_in_training_only() -> None:
     network, batch = tiny(drop=0.5), tiny_tasks()
     learner = MAML(network, inner_steps=2)
     assert all(g.isfinite().all() for g in learner.meta_gradient(batch)[0].values())
-    assert not learner.loops_over_tasks
+    assert not learner.task_network.loops_over_tasks
     x = batch.support_x[0]
     assert not torch.equal(network(x), network(x))
     assert torch.equal(network.eval()(x), network(x))
 
 
 def test_errors_name_the_argument() -> None:
-    with pytest.raises(ValueError, match=r"filters must be 4 numbers of at least 1, one a block, got \[64, 128\]"):
+    with pytest.raises(ValueError, match=r"filters .*\b4 .*\[64, 128\]"):
         ResNet12(filters=[64, 128])
-    with pytest.raises(ValueError, match=r"filters must be 4 numbers .* got \[4, 4, 0, 4\]"):
+    with pytest.raises(ValueError, match=r"filters .*\b4 .*\[4, 4, 0, 4\]"):
         ResNet12(filters=[4, 4, 0, 4])
-    with pytest.raises(ValueError, match="channels must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"channels .* 0"):
         ResNet12(channels=0)
-    with pytest.raises(ValueError, match=r"drop must be at least 0 and less than 1, got 1\.0"):
+    with pytest.raises(ValueError, match=r"\bdrop .* 1\.0"):
         ResNet12(drop=1.0)
-    with pytest.raises(ValueError, match=r"images must be at least 16×16 for four poolings, got \(15, 20\)"):
+    with pytest.raises(ValueError, match=r"images .*16×16\b.*\(15, 20\)"):
         tiny()(torch.rand(1, 3, 15, 20).double())

@@ -12,10 +12,10 @@ import torch
 from conftest import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from meta_lightning import machine
 from meta_lightning.cli import main
-from meta_lightning.machine import PeakMemory, keep_freed_memory
-from meta_lightning.run_record import finite
+from meta_lightning.runs import machine
+from meta_lightning.runs.machine import PeakMemory, keep_freed_memory
+from meta_lightning.runs.record import finite
 
 RUN = Path("lightning_logs/version_0")
 FIXED = ["--trainer.logger", "lightning.pytorch.loggers.TensorBoardLogger", "--trainer.logger.save_dir", "logs"]

@@ -30,9 +30,9 @@ def test_training_may_have_other_points_than_the_test() -> None:
 
 
 def test_errors_name_the_argument() -> None:
-    with pytest.raises(ValueError, match="train_shots must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"\btrain_shots .* 0"):
         Sinusoid(train_shots=0)
-    with pytest.raises(ValueError, match="shots must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"\bshots .* 0"):
         Sinusoid(shots=0)
-    with pytest.raises(ValueError, match="meta_batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"\bmeta_batch_size .* 0"):
         Sinusoid(meta_batch_size=0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
 
-from meta_lightning.task_parallel import TasksAsChannels
+from meta_lightning.inner.kernels import TasksAsChannels
 
 Function = Callable[..., Tensor]
 

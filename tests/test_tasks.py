@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from meta_lightning.loading import MetaBatches
-from meta_lightning.tasks import FewShotTasks, Split, TaskBatch
+from meta_lightning.data.loading import MetaBatches
+from meta_lightning.data.tasks import FewShotTasks, Split, TaskBatch
 
 CLASSES, SAMPLES = 12, 7
 
@@ -84,11 +84,11 @@ def test_evaluation_meets_each_task_once(num_tasks: int, world_size: int) -> Non
 
 
 def test_errors_name_argument_expected_and_got() -> None:
-    with pytest.raises(ValueError, match="ways must be from 2 to the 12 classes of the train split, got 13"):
+    with pytest.raises(ValueError, match=r"\bways .*\b12 .*train .* 13"):
         few_shot(ways=13)
-    with pytest.raises(ValueError, match=r"shots \+ queries must be at most 7, .* got 4 \+ 4"):
+    with pytest.raises(ValueError, match=r"shots \+ queries .*\b7\b.* 4 \+ 4"):
         few_shot(shots=4, queries=4)
-    with pytest.raises(ValueError, match=r"meta_batch_size must be a positive multiple .* processes, 2, got 5"):
+    with pytest.raises(ValueError, match=r"meta_batch_size .*processes, 2\b.* 5"):
         MetaBatches(few_shot(), 5, world_size=2)
-    with pytest.raises(ValueError, match=r"number of train tasks must be at least .* processes, 4, got 3"):
+    with pytest.raises(ValueError, match=r"train tasks .*processes, 4\b.* 3"):
         MetaBatches(few_shot(), 8, 3, world_size=4)

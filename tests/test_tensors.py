@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from conftest import trainer
 
 from meta_lightning import MAML, MLP, RegressionTasks, TaskBatch, TensorTasks
-from meta_lightning.tasks import SPLITS, Array, as_task_batch
+from meta_lightning.data.tasks import SPLITS, Array, as_task_batch
 
 # Lightning on what is meant: quick training, without workers, resumed by the command line elsewhere
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -130,7 +131,7 @@ def test_tasks_hold_only_what_is_in_their_split() -> None:
 def test_a_split_that_is_not_asked_for_may_be_left_out() -> None:
     data = numbered_sets(splits={"train": [0, 1, 2]})
     trainer(max_epochs=1, limit_val_batches=0).fit(MAML(MLP(2, [2], 1)), data)
-    with pytest.raises(ValueError, match="the test split must have at least 1 of the tasks, got 0"):
+    with pytest.raises(ValueError, match=r"\btest split .*\b1 .* 0"):
         data.task_set("test")
 
 
@@ -247,32 +248,29 @@ def refused(message: str, x: Any = None, y: Any = None, **options: Any) -> None:
 
 def test_errors_of_classes_name_argument_expected_and_got() -> None:
     x, y = clusters()
-    refused("x and y must be of one length, got 240 and 239", y=y[1:])
-    refused("y must hold class numbers, integers, got torch.float64; RegressionTasks takes", y=y.astype(float))
-    refused(r"y must be one class number a sample, of shape \[M\], got shape \[240, 1\]", y=y[:, None])
-    refused("y must be a tensor or an array of numbers, got another: .*str", y=y.astype(str))
-    refused("x must be a tensor or an array of numbers, got another", x=[[1.0], [1.0, 2.0]])
-    refused("x must hold real numbers, got torch.complex128", x=x + 1j)
-    refused("x must have a dimension of samples, got a single number", x=torch.tensor(1.0))
-    refused("ways must be from 2 to the 4 classes of the val split, got 5", ways=5)
-    refused(r"shots \+ queries must be at most 12, the samples of the smallest class of the train split", queries=12)
-    refused("train_ways must be at least 2, got 1", train_ways=1)
-    refused("shots must be at least 1, or a range .*, got 0", train_shots=0)
-    refused("split_seed must be at least 0, got -1", split_seed=-1)
+    refused(r"x and y .*\b240 .*\b239", y=y[1:])
+    refused(r"\by .*torch\.float64\b.*RegressionTasks", y=y.astype(float))
+    refused(r"\by .*\[M\].*\[240, 1\]", y=y[:, None])
+    refused(r"\by .*array of numbers.*: .*str", y=y.astype(str))
+    refused(r"\bx .*array of numbers", x=[[1.0], [1.0, 2.0]])
+    refused(r"\bx .*torch\.complex128", x=x + 1j)
+    refused(r"\bx .*single number", x=torch.tensor(1.0))
+    refused(r"\bways .*\b4 .*val .* 5", ways=5)
+    refused(r"shots \+ queries .*\b12\b.*train .*\+ 12", queries=12)
+    refused(r"\btrain_ways .*\b2\b.* 1", train_ways=1)
+    refused(r"\btrain_shots .*range\b.* 0", train_shots=0)
+    refused(r"split_seed .* -1", split_seed=-1)
     spoilt = x.copy()
     spoilt[[7, 9], 2] = math.nan, math.inf
-    refused("x must be finite, got NaN or infinity in 2 of 240 samples, first in number 7, 9", x=spoilt)
+    refused(r"\bx .*\b2 of 240 .*\b7, 9", x=spoilt)
 
 
 def test_errors_of_splits_name_argument_expected_and_got() -> None:
-    refused(r"splits must hold class numbers of y, got \[1\], which do not occur", splits={"train": [100, 1]})
-    refused(r"splits must hold class numbers of y once each, got \[103\]", splits={"train": [100, 103], "val": [103]})
-    refused(r"splits must have the keys 'train', 'val' and 'test', got \['valid'\]", splits={"valid": [100]})
+    refused(r"splits .*\[1\]", splits={"train": [100, 1]})
+    refused(r"splits .*\bonce\b.*\[103\]", splits={"train": [100, 103], "val": [103]})
+    refused(r"splits .*'train', 'val' .*'test'.*\['valid'\]", splits={"valid": [100]})
     for fractions in ((0.5, 0.5), (0.5, 0.6, -0.1), (0.5, 0.1, 0.1), (math.nan, 0.5, 0.5)):
-        refused(
-            r"split_fractions must be 3 shares, of train, val and test, with the sum 1, got \(",
-            split_fractions=fractions,
-        )
+        refused(rf"split_fractions .*{re.escape(str(fractions))}", split_fractions=fractions)
 
 
 def test_errors_of_sets_name_argument_expected_and_got() -> None:
@@ -283,12 +281,9 @@ def test_errors_of_sets_name_argument_expected_and_got() -> None:
             RegressionTasks([*sets[:4], changed, *sets[5:]], splits={"train": range(SETS)}, **options).setup()
 
     x, y = sets[4]
-    refused_sets("x and y of task 4 must be of one length, got 24 and 23", (x, y[1:]))
-    refused_sets(
-        "y of task 4 must be finite, got NaN or infinity in 24 of 24 samples, first in number 0", (x, y * math.nan)
-    )
-    refused_sets(r"tasks must be alike: expected .*\[1\], torch.float32.* as in task 0, got .*\[24\]", (np.eye(24), y))
-    refused_sets("tasks must hold pairs of inputs and targets, got 3 parts in 4", (x, y, y))
-    message = r"shots \+ queries must be at most 9, the points of task 4 of the train split, got 8 \+ 2"
-    refused_sets(message, (x[:9], y[:9]), shots=8, queries=2)
-    refused_sets("queries must be at least 1, got 0", (x, y), queries=0)
+    refused_sets(r"x and y of task 4 .*\b24 .*\b23", (x, y[1:]))
+    refused_sets(r"\by of task 4 .*\b24 of 24\b", (x, y * math.nan))
+    refused_sets(r"tasks .*\[1\], torch\.float32\b.*task 0\b.*\[24\]", (np.eye(24), y))
+    refused_sets(r"tasks .*\b3 parts in 4", (x, y, y))
+    refused_sets(r"shots \+ queries .*\b9\b.*task 4 .*train .* 8 \+ 2", (x[:9], y[:9]), shots=8, queries=2)
+    refused_sets(r"^queries .* 0", (x, y), queries=0)

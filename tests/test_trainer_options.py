@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import trainer
+from conftest import Seen, printed_config, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_cli import printed_config
-from test_resume import Seen
 
 from meta_lightning import FOMAML, MAML, MLP, MetaLearner, Reptile, Sinusoid
 from meta_lightning.cli import main

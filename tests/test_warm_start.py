@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import trainer
-from test_cli import RUN, TINY, fails
+from conftest import RUN, TINY, fails, trainer
 
 from meta_lightning import FOMAML, MAML, MLP, MetaLearner, Reptile, Sinusoid
 from meta_lightning.cli import main
@@ -59,18 +58,15 @@ def test_weights_of_another_network_are_refused(sinusoid: Sinusoid, tmp_path: Pa
     trained(MAML, sinusoid, tmp_path / "a.ckpt")
     network = MLP(hidden=[8, 8])
     before = [p.detach().clone() for p in network.parameters()]
-    said = (
-        "init_from must be of the network in use, they differ in features.3.bias: expected (8,), got None, features.3"
-    )
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match=r"init_from .*network\b.*features\.3\.bias: .*\(8,\), .*None, features\.3"):
         Reptile(network, init_from=str(tmp_path / "a.ckpt"))
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
-    with pytest.raises(ValueError, match=r"head.weight: expected \(1, 9\), got \(1, 8\)"):
+    with pytest.raises(ValueError, match=r"init_from .*head\.weight: .*\(1, 9\), .*\(1, 8\)"):
         MAML(MLP(hidden=[9]), init_from=str(tmp_path / "a.ckpt"))
-    with pytest.raises(ValueError, match=r"init_from must name a checkpoint, got none.ckpt, which is no file"):
+    with pytest.raises(ValueError, match=r"init_from .*none\.ckpt"):
         MAML(network, init_from="none.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "empty.ckpt")
-    with pytest.raises(ValueError, match=r"features.1.bias: expected \(8,\), got None, .* and 3 more"):
+    with pytest.raises(ValueError, match=r"init_from .*features\.1\.bias: .*\(8,\), .*None, .*\b3 more"):
         MAML(network, init_from=str(tmp_path / "empty.ckpt"))
 
 
@@ -95,7 +91,7 @@ def test_reptile_first_and_maml_after_it_from_the_command_line() -> None:
         resumed = weights(Path(f"lightning_logs/version_{version}/checkpoints/last.ckpt"))
         torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
     main(["test", "--ckpt_path", halfway, "--trainer.accelerator", "cpu"])
-    assert "init_from must name a checkpoint, got reptile.ckpt" in fails(*begun)
+    assert re.search(r"init_from .*\breptile\.ckpt", fails(*begun))
 
 
 def test_schedules_stopping_and_monitors_by_class_path() -> None:
@@ -116,7 +112,7 @@ def test_schedules_stopping_and_monitors_by_class_path() -> None:
     resumed = torch.load(last, weights_only=True)
     assert resumed["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(2.5e-4)
     said = fails("fit", "--config", TINY, "--model.scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau")
-    assert "got ReduceLROnPlateau, whose step needs metrics" in said
+    assert re.search(r"scheduler .*ReduceLROnPlateau\b.* metrics", said)
 
 
 @pytest.mark.parametrize("pattern", ["features.*", "head.*"])
@@ -124,10 +120,9 @@ def test_anil_and_boil_from_the_command_line(pattern: str) -> None:
     main(["fit", "--config", TINY, "--model.inner_freeze", f"[{pattern}]", "--model.learn_inner_lr", "true"])
     state = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     frozen = pattern.removesuffix(".*")
-    assert {name.split("/")[0] for name in state if "inner_rates" in name} == {
-        f"inner_rates.{part}" for part in ("features", "head") if part != frozen
+    assert {name.split("/")[0] for name in state if "rates" in name} == {
+        f"inner_rule.rates.{part}" for part in ("features", "head") if part != frozen
     }
     main(["test", "--ckpt_path", str(RUN / "checkpoints/last.ckpt"), "--trainer.accelerator", "cpu"])
-    assert "inner_freeze must match names among features.0.weight, " in fails(
-        "fit", "--config", TINY, "--model.inner_freeze", "[body.*]"
-    )
+    said = fails("fit", "--config", TINY, "--model.inner_freeze", "[body.*]")
+    assert re.search(r"inner_freeze .*features\.0\.weight, .*'body\.\*'", said)
