@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from meta_lightning import FOMAML, MAML, Glyphs, Reptile, TaskBatch, load_learner
-from meta_lightning.inner_loop import Params
-from meta_lightning.machine import commit, machine, versions
-from meta_lightning.run_record import finite
-from meta_lightning.tasks import as_task_batch
+from meta_lightning.data.tasks import as_task_batch
+from meta_lightning.inner.params import Params
+from meta_lightning.runs.machine import commit, machine, versions
+from meta_lightning.runs.record import finite
 
 INNER_LRS = (0.001, 0.01, 0.05, 0.2, 0.4)
 INNER_STEPS = (1, 2, 5, 10)
@@ -46,7 +46,7 @@ def updates(network: nn.Module, batch: TaskBatch, inner_lr: float, inner_steps: 
     ]
     reptile = Reptile(network, inner_lr=inner_lr, inner_steps=inner_steps)
     support = reptile.inner_batches(batch.support_x, batch.support_y, inner_steps)
-    (mean,), _ = reptile.in_passes(reptile.adapt_pass, support)
+    mean, _ = reptile.in_passes(reptile.adapt_pass, support, compiled=False)
     return torch.stack([*gradients, flat(reptile.meta_parameters()) - flat(mean)])
 
 

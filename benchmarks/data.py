@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from meta_lightning import MAML, Conv4, Glyphs, ImageTasks, Omniglot
 from meta_lightning.data.cache import LabelledImages
-from meta_lightning.loading import MetaBatches
-from meta_lightning.tasks import FewShotTasks, as_task_batch, import_learn2learn
+from meta_lightning.data.loading import MetaBatches
+from meta_lightning.data.tasks import FewShotTasks, as_task_batch, import_learn2learn
 
 
 class Colour(ImageTasks):

@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 from meta_lightning.cli import find_config
-from meta_lightning.comparison.runs import Run, complete
+from meta_lightning.compare.runs import Run, complete
 
 KINDS = {"transductive": "true", "alone": "false"}
 CLASSIFICATION = {

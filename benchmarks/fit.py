@@ -17,9 +17,9 @@ import lightning as L
 import torch
 
 from meta_lightning import MAML, Conv4, Glyphs
-from meta_lightning.checkpoints import Checkpoints
-from meta_lightning.machine import keep_freed_memory
-from meta_lightning.tasks import TaskBatch, as_task_batch
+from meta_lightning.data.tasks import TaskBatch, as_task_batch
+from meta_lightning.runs.checkpoint_callback import Checkpoints
+from meta_lightning.runs.machine import keep_freed_memory
 
 
 def bare(learner: MAML, batch: TaskBatch, repeats: int) -> list[float]:

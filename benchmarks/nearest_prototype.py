@@ -9,7 +9,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from meta_lightning import TaskDataModule, TaskMean
-from meta_lightning.tasks import as_task_batch
+from meta_lightning.data.tasks import as_task_batch
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from workloads import ALGORITHMS, Workload, interleaved, ours, peak_memory
 
-from meta_lightning.machine import commit, keep_freed_memory, processor
+from meta_lightning.runs.machine import commit, keep_freed_memory, processor
 
 BASE = Workload("base", tasks=4, shots=1, size=28, filters=32, queries=5)
 AXES = {

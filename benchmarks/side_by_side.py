@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from workloads import INNER_LR, learn2learn_adapted
 
 from meta_lightning import MAML, Conv4, ImageFolderTasks, TaskMean
-from meta_lightning.machine import keep_freed_memory
-from meta_lightning.tasks import as_task_batch
+from meta_lightning.data.tasks import as_task_batch
+from meta_lightning.runs.machine import keep_freed_memory
 
 STEPS = 5
 
@@ -64,7 +64,7 @@ def ours(network: nn.Module, data: ImageFolderTasks, compile_passes: bool) -> tu
     trainer.fit(learner, data)
     seconds = time.perf_counter() - start
     trainer.test(learner, data, verbose=False)
-    return seconds, learner.evaluation["test/accuracy"]
+    return seconds, learner.evaluation.means["accuracy"]
 
 
 if __name__ == "__main__":

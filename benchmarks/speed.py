@@ -28,7 +28,7 @@ from workloads import (
     torch_func,
 )
 
-from meta_lightning.machine import keep_freed_memory
+from meta_lightning.runs.machine import keep_freed_memory
 
 WORKLOADS = {
     "omniglot": Workload("Omniglot 1-shot, 32 tasks, 64 filters, stride 2", 32, 1, 28, 64),

@@ -15,9 +15,9 @@ from typing import Any
 
 from cosine import told
 
-from meta_lightning.comparison.command import NAMES
-from meta_lightning.comparison.report import cells_of, markdown, without_empty_columns
-from meta_lightning.comparison.summary import summarise
+from meta_lightning.compare.command import NAMES
+from meta_lightning.compare.report import cells_of, markdown, without_empty_columns
+from meta_lightning.compare.summary import summarise
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

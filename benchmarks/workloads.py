@@ -11,7 +11,7 @@ from torch.func import functional_call, grad
 from torch.nn import functional as F
 
 from meta_lightning import FOMAML, MAML, Conv4, MetaLearner, Reptile, TaskBatch
-from meta_lightning.machine import MEGABYTE, PeakMemory
+from meta_lightning.runs.machine import MEGABYTE, PeakMemory
 
 ALGORITHMS: dict[str, type[MetaLearner]] = {"MAML": MAML, "FOMAML": FOMAML, "Reptile": Reptile}
 INNER_LR = 0.01
@@ -58,7 +58,7 @@ def ours(algorithm: str, workload: Workload, device: str = "cpu", **options: Any
 
     def update() -> Params:
         support = learner.inner_batches(batch.support_x, batch.support_y, learner.inner_steps)
-        return learner.in_passes(learner.compiled(learner.adapt_pass), support)[0][0]
+        return learner.in_passes(learner.adapt_pass, support, compiled=True)[0]
 
     return update
 
