@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 import lightning as L
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -15,6 +16,13 @@ from torch.utils.data import DataLoader
 from meta_lightning import MLP, MetaLearner, TaskBatch
 
 Params = dict[str, Tensor]
+# in float64; Lightning on what is meant: tasks from a list, no validation, no optimizer in Reptile
+TASKS_FROM_A_LIST = [
+    pytest.mark.usefixtures("double"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),
+]
 Loss = Callable[[Tensor, Tensor], Tensor]
 T, WAYS, SUPPORT, QUERY = 3, 5, 10, 15
 EXACT = 1e-9

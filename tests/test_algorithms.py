@@ -192,7 +192,7 @@ def test_what_reptile_refuses_and_warns_of(mlp: MLP) -> None:
         Reptile(mlp, outer_lr=1.5)
     with pytest.raises(ValueError, match=r"optimizer .*Reptile.*\bAdam\b"):
         Reptile(mlp, optimizer=torch.optim.Adam)
-    with pytest.raises(ValueError, match=r"beta1 .*\[0, 1\).* 1\b"):
+    with pytest.raises(ValueError, match=r"inner_beta1 .*\[0, 1\).* 1\b"):
         Reptile(mlp, inner_beta1=1)
     with pytest.raises(ValueError, match=r"\binner_batch_size .* 0"):
         Reptile(mlp, inner_batch_size=0)

@@ -18,6 +18,7 @@ from references import (
     INNER_LR,
     QUERY,
     SUPPORT,
+    TASKS_FROM_A_LIST,
     WAYS,
     Loss,
     Params,
@@ -50,13 +51,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from meta_lightning import FOMAML, MAML, Conv4, MetaLearner, Reptile, TaskBatch
 
-# Lightning on what is meant: tasks from a list, no validation, no optimizer in Reptile
-pytestmark = [
-    pytest.mark.usefixtures("double"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),
-]
+pytestmark = TASKS_FROM_A_LIST
 
 STEPS = pytest.mark.parametrize("steps", [1, 3, 5])
 

@@ -16,6 +16,7 @@ from references import (
     INNER_LR,
     QUERY,
     SUPPORT,
+    TASKS_FROM_A_LIST,
     WAYS,
     Params,
     Recurrent,
@@ -39,13 +40,7 @@ from torch.utils.data import DataLoader
 
 from meta_lightning import FOMAML, MAML, MLP, SGD, MetaLearner, Reptile, Sinusoid, TaskBatch
 
-# Lightning on what is meant: tasks from a list, no validation, no optimizer in Reptile
-pytestmark = [
-    pytest.mark.usefixtures("double"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),
-]
+pytestmark = TASKS_FROM_A_LIST
 STEPS = 3
 ANIL, BOIL = ["features.*"], ["head.*"]
 PASSES = pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from conftest import RUN, TINY, fails, trainer
 from references import (
     EXACT,
     INNER_LR,
+    TASKS_FROM_A_LIST,
     WAYS,
     Params,
     T,
@@ -30,12 +31,7 @@ from meta_lightning.checks import InputError
 from meta_lightning.cli import main
 from meta_lightning.inner.rules import in_module
 
-pytestmark = [
-    pytest.mark.usefixtures("double"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),
-]
+pytestmark = TASKS_FROM_A_LIST
 STEPS = 3
 
 

@@ -52,6 +52,7 @@ class Reptile(MetaLearner):
         **options: Any,
     ) -> None:
         require_choice(("sgd", "adam"), inner_optimizer=inner_optimizer)
+        require(0 <= inner_beta1 < 1, f"inner_beta1 must be in [0, 1), got {inner_beta1}")
         chosen = {"sgd": None, "adam": Adam(inner_beta1)}[inner_optimizer]
         chosen_by("inner_optimizer", chosen, options)
         super().__init__(*args, inner_lr=inner_lr, inner_steps=inner_steps, outer_lr=outer_lr, **options)

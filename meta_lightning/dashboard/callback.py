@@ -156,6 +156,7 @@ class Dashboard(L.Callback):
 
 def final_values(trainer: L.Trainer, stage: str) -> dict[str, float]:
     """What an evaluation has shown, for HParams."""
+    # named alike for validation and test: TensorBoard takes the columns of all rows from the first that it finds
     return {
         name.replace(f"{stage}/", "final/", 1): float(value)
         for name, value in sorted(trainer.callback_metrics.items())
