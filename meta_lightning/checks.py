@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
@@ -75,6 +76,11 @@ def require_whole_network(strategy: Strategy) -> None:
         "trainer.strategy must leave the whole network to every process, as ddp does, got "
         f"{type(strategy).__name__}: it shards θ, of whose whole parameters the inner loop makes a copy for every task",
     )
+
+
+def from_command_line() -> bool:
+    """Whether Lightning's command line is constructing the object; it then passes the hyperparameters itself."""
+    return _given_hyperparameters.get() is not None
 
 
 class NamedOptions:

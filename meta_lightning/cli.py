@@ -1,16 +1,17 @@
 """The command line: ``python -m meta_lightning fit --config maml.yaml``."""
 
+import argparse
 import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import lightning as L
-import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from docstring_parser import parse
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings  # type: ignore[attr-defined]
 from lightning import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -53,15 +54,32 @@ IGNORED_WHEN_RESUMED = {
 }
 
 
-# what the command line runs beside the Trainer's methods: typed functions, which return what is to be said
+# Subcommands that are no methods of the Trainer: typed functions, which return the text to print
 FUNCTIONS: dict[str, Callable[..., str]] = {"adapt": adapt, "compare": compare}
+
+
+class ConfigFile(ActionConfigFile):
+    """``--config``, a path or the name of one of the project's configurations."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Find the file before it is read."""
+        super().__call__(parser, cfg, find_config(str(values)), option_string)  # type: ignore[no-untyped-call]
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser with ``ConfigFile`` as its ``--config``."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an argument."""
+        if kwargs.get("action") is ActionConfigFile:
+            kwargs["action"] = ConfigFile
+        return super().add_argument(*args, **kwargs)
 
 
 class MetaLightningCLI(LightningCLI):
     """LightningCLI for a ``MetaLearner`` and a ``TaskDataModule``.
 
-    A configuration that is not at the path given is taken from the project's own; and a checkpoint's model and data are
-    defaults, which configuration and command line override.
+    The hyperparameters of a checkpoint are defaults, which configuration files and command line override.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -74,20 +92,20 @@ class MetaLightningCLI(LightningCLI):
             help="Print what the configuration will use, draw a task of each split into data.png, and exit.",
         )
 
-    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Let ``--help`` list what is no method of the Trainer, and is run by ``main``."""
-        super()._add_subcommands(parser, **kwargs)
-        listed = parser._subcommands_action
-        assert listed is not None
-        for name, function in FUNCTIONS.items():
-            listed.add_subcommand(name, ArgumentParser(), help=(function.__doc__ or "").partition("\n")[0])
-
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, with configurations found and the checkpoint's hyperparameters before what the user gives."""
-        arguments = sys.argv[1:] if args is None else args
-        if isinstance(arguments, Sequence):
-            arguments = with_checkpoint_defaults(with_last_checkpoint(with_configs([str(a) for a in arguments])))
-        super().parse_arguments(parser, arguments)
+        """Parse, with the checkpoint's hyperparameters before the user's arguments: later ones win."""
+        given = sys.argv[1:] if args is None else args
+        if not isinstance(given, Sequence):  # a dict, complete in itself
+            super().parse_arguments(parser, given)
+            return
+        given = [str(argument) for argument in given]
+        # hyperparameters come first, so this one option has to be known before the others are parsed
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.add_argument("--ckpt_path", default="")
+        path = early.parse_known_args(given)[0].ckpt_path
+        super().parse_arguments(parser, with_hyperparameters(given, path))
+        if path == "last" and (found := newest_checkpoint(self.config[self.config.subcommand])):
+            super().parse_arguments(parser, with_hyperparameters([*given, f"--ckpt_path={found}"], found))
 
     def after_instantiate_classes(self) -> None:
         """Show the data instead of running, if that was asked for."""
@@ -98,15 +116,15 @@ class MetaLightningCLI(LightningCLI):
             sys.exit()
 
     def before_instantiate_classes(self) -> None:
-        """Do without the origin of weights that a checkpoint brings."""
+        """Ignore an ``init_from`` that is gone: the checkpoint has the weights."""
         config = self.config[self.subcommand]
         if config.ckpt_path is not None and not Path(config.get("model.init_args.init_from") or "").is_file():
             config.model.init_args.init_from = None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Refuse a checkpoint that does not fit, before anything is written, and go on in the logs of the last one."""
+        """Refuse a checkpoint that does not fit before anything is written, and append to the logs of its run."""
         trainer = super().instantiate_trainer(**kwargs)
-        path = Path(self._get(self.config, "ckpt_path") or "")
+        path = Path(self.config[self.subcommand].ckpt_path or "")
         if path.is_file():
             resume = self.subcommand == "fit"
             checkpoint = read_checkpoint(path, "--ckpt_path", resume)
@@ -117,10 +135,9 @@ class MetaLightningCLI(LightningCLI):
         return trainer
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration alone.
+        """Do nothing: Lightning would let the checkpoint's hyperparameters override the command line.
 
-        Lightning lets a checkpoint's hyperparameters silently override the command line
-        (https://github.com/Lightning-AI/pytorch-lightning/pull/21455).
+        https://github.com/Lightning-AI/pytorch-lightning/pull/21455
         """
 
 
@@ -131,46 +148,32 @@ def configs_dir() -> Path:
 
 
 def find_config(path: str) -> str:
-    """A configuration's path: as given, or among the project's own."""
+    """The path itself if it is a file, else the project's configuration of this name."""
     if Path(path).is_file():
         return path
     own = configs_dir()
     if (own / path).is_file():
         return str(own / path)
     names = ", ".join(sorted(p.relative_to(own).as_posix() for p in own.rglob("*.yaml")))
-    raise InputError(f"--config {path}: no such file, and the project's own configurations are: {names}")
+    raise InputError(f"--config must be a file or one of the project's configurations, {names}; got {path}")
 
 
-def with_configs(args: list[str]) -> list[str]:
-    """The arguments, every ``--config`` found."""
-    found = list(args)
-    for i, argument in enumerate(args):
-        if argument in ("-c", "--config") and i + 1 < len(args):
-            found[i + 1] = find_config(args[i + 1])
-        elif argument.startswith("--config="):
-            found[i] = "--config=" + find_config(argument.removeprefix("--config="))
-    return found
-
-
-def with_last_checkpoint(args: list[str]) -> list[str]:
-    """The arguments, ``--ckpt_path last`` found: the newest of those that the runs of these settings leave.
-
-    Without any, Lightning says so and begins anew, so that one command serves the first start and every restart.
-    """
-    if setting(args, "ckpt_path") != "last":
-        return args
-    root = Path(setting(args, "trainer.logger.save_dir") or setting(args, "trainer.default_root_dir") or "")
-    runs = root / (setting(args, "trainer.logger.name") or "lightning_logs")
-    folder = setting(args, "checkpoint.dirpath")
-    folders = [Path(folder)] if folder else [root / "checkpoints", *runs.glob("*/checkpoints")]
+def newest_checkpoint(config: Namespace) -> str | None:
+    """The file that ``--ckpt_path last`` names: the newest that runs with this configuration have left."""
+    logger = config.trainer.logger
+    logger = logger[0] if isinstance(logger, list) and logger else logger
+    arguments = logger.get("init_args", {}) if isinstance(logger, Namespace) else {}
+    root = Path(arguments.get("save_dir") or config.trainer.default_root_dir or "")
+    logs = root / (arguments.get("name") or "lightning_logs")
+    folder = config.checkpoint.dirpath
+    folders = [Path(folder)] if folder else [root / "checkpoints", *logs.glob("*/checkpoints")]
     found = [path for folder in folders for name in (LAST, PREVIOUS) for path in folder.glob(f"{name}*.ckpt")]
-    return [*args, "--ckpt_path", str(max(found, key=lambda path: path.stat().st_mtime))] if found else args
+    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 
 
-def with_checkpoint_defaults(args: list[str]) -> list[str]:
-    """The arguments, with the model and data of the checkpoint that they name before them: later ones win."""
-    path = value_of(args, "--ckpt_path")
-    if path is None or args[0].startswith("-") or path in ("best", "last", "hpc") or path.startswith("registry:"):
+def with_hyperparameters(args: list[str], path: str) -> list[str]:
+    """The arguments of a subcommand, with the model and data of a checkpoint before them."""
+    if path in ("", "best", "last", "hpc") or path.startswith("registry:") or args[0].startswith("-"):
         return args
     checkpoint = read_checkpoint(path, "--ckpt_path")
     defaults = ["--weights_only=true"]
@@ -179,57 +182,34 @@ def with_checkpoint_defaults(args: list[str]) -> list[str]:
         hparams.pop("_instantiator", None)
         if class_path := hparams.pop("_class_path", None):
             defaults.append(f"{option}={json.dumps({'class_path': class_path, 'init_args': hparams})}")
-    return [args[0], *defaults, *args[1:]]
-
-
-def values_of(args: list[str], *options: str) -> list[str]:
-    """The values given to an option under any of its names, as ``--option value`` or ``--option=value``, in order."""
-    values = []
-    for argument, after in zip(args, [*args[1:], None], strict=True):
-        name, equals, value = argument.partition("=")
-        if name in options and (equals or after is not None):
-            values.append(value if equals else str(after))
-    return values
-
-
-def value_of(args: list[str], option: str) -> str | None:
-    """The last value given to an option."""
-    return next(reversed(values_of(args, option)), None)
-
-
-def with_lists(args: list[str], function: Callable[..., str]) -> list[str]:
-    """The arguments, with ``--seeds 0 1 2`` as jsonargparse reads the list that the function takes: ``[0,1,2]``."""
-    lists = {f"--{p.name}" for p in signature(function).parameters.values() if get_origin(p.annotation) is tuple}
-    found: list[str] = []
-    for argument in args:
-        if len(found) > 1 and found[-2] in lists and not argument.startswith("-"):
-            found[-1] = f"{found[-1].removesuffix(']')},{argument}]"
-        elif found and found[-1] in lists and not argument.startswith(("-", "[")):
-            found.append(f"[{argument}]")
-        else:
-            found.append(argument)
-    return found
+    return [*args[:1], *defaults, *args[1:]]
 
 
 def run(name: str, args: list[str]) -> None:
-    """Run a function of FUNCTIONS with these arguments, and say what it returns."""
+    """Run a function of FUNCTIONS with these arguments, and print what it returns."""
     function = FUNCTIONS[name]
-    args = with_lists(args, function)
     parser = ArgumentParser(prog=f"python -m meta_lightning {name}")
-    if takes_config := "config" in signature(function).parameters:  # that of fit
-        args = with_configs(args)
-    else:
+    parameters = signature(function).parameters
+    if "config" not in parameters:
         parser.add_argument("--config", action="config", help="Path to a configuration file.")
-    parser.add_function_arguments(function, skip={"overwrite"})
+    help_texts = {p.arg_name: p.description for p in parse(function.__doc__ or "").params}
+    lists = {p.name: p for p in parameters.values() if get_origin(p.annotation) is tuple}
+    parser.add_function_arguments(function, skip={"overwrite", *lists})
+    for p in lists.values():  # as --seeds 0 1 2, for which jsonargparse wants [0,1,2]
+        element = get_args(p.annotation)[0]
+        parser.add_argument(f"--{p.name}", nargs="+", type=element, default=list(p.default), help=help_texts[p.name])
     parser.add_argument("--overwrite", action="store_true", help="Replace files that exist.")
     options = parser.instantiate(parser.parse_args(args)).as_dict()
-    if not takes_config:
+    if "config" in parameters:
+        options["config"] = find_config(options["config"])
+    else:
         del options["config"]
+    options |= {name: tuple(options[name]) for name in lists}
     sys.stdout.write(f"{function(**options)}\n")
 
 
 def command_line(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> MetaLightningCLI:
-    """Run a subcommand of the Trainer, with callbacks beside the configuration's, and return what it was run with."""
+    """Run a subcommand of the Trainer, with more callbacks than the configuration's; return what it was run with."""
     return MetaLightningCLI(
         MetaLearner,
         TaskDataModule,
@@ -240,23 +220,10 @@ def command_line(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> M
         save_config_callback=RunRecord,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"max_epochs": -1, "callbacks": [PredictionTable(), *callbacks]},
+        parser_class=Parser,
+        parser_kwargs={"epilog": f"Further subcommands, each with a --help of its own: {', '.join(FUNCTIONS)}"},
         args=args,
     )
-
-
-def setting(args: list[str], key: str) -> str | None:
-    """What the arguments, or else their configurations, say of a setting; of a list, what its first has."""
-    owner, _, name = key.rpartition(".")
-    given = value_of(args, f"--{key}") or value_of(args, f"--{owner}.init_args.{name}")
-    configs = [Path(config) for config in values_of(args, "-c", "--config")]
-    for config in reversed(configs if given is None else []):
-        value = yaml.safe_load(config.read_text())
-        for part in key.split("."):
-            value = value[0] if isinstance(value, list) and value else value
-            value = {**value, **value.get("init_args", {})}.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            return str(value)
-    return given
 
 
 def main(args: ArgsType = None) -> None:
@@ -267,8 +234,8 @@ def main(args: ArgsType = None) -> None:
     """
     ignore(IGNORED_WARNINGS)
     arguments = sys.argv[1:] if args is None else args
-    # what documents the options of data modules takes a second to find
     given = [str(argument) for argument in arguments] if isinstance(arguments, Sequence) else []
+    # finding the docstrings of the data modules' fields takes a second, so only for help
     help_asked = any(argument == "-h" or "help" in argument for argument in given)
     set_parsing_settings(docstring_parse_attribute_docstrings=help_asked)
     try:
@@ -277,7 +244,7 @@ def main(args: ArgsType = None) -> None:
         else:
             command_line(args)
     except (ValueError, OSError, FloatingPointError) as error:
-        # what the user gave is answered in a sentence; anything else is the program's fault and shows its traceback
+        # a user's mistake is answered in a sentence; anything else shows its traceback
         cause = users_error(error)
         if cause is None:
             raise
@@ -285,13 +252,13 @@ def main(args: ArgsType = None) -> None:
 
 
 def ignore(messages: Iterable[str]) -> None:
-    """Keep warnings of these messages from the screen."""
+    """Suppress warnings that match these patterns."""
     for message in messages:
         warnings.filterwarnings("ignore", message)
 
 
 def users_error(error: BaseException | None) -> BaseException | None:
-    """The error that a user can mend, if one is at the bottom: jsonargparse wraps those of what it instantiates."""
+    """The user's error among the causes, if any: jsonargparse wraps errors of what it instantiates."""
     while error is not None and not isinstance(error, InputError | OSError | FloatingPointError):
         error = error.__cause__
     return error

@@ -14,7 +14,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from meta_lightning import Glyphs
-from meta_lightning.cli import configs_dir, main, value_of, values_of
+from meta_lightning.algorithms import ALGORITHMS
+from meta_lightning.cli import configs_dir, main
 
 
 def stem_of(name: str) -> str:
@@ -109,7 +110,7 @@ def test_own_configs_train(name: str, model: list[str], mini_imagenet: str) -> N
     few += ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--data.epoch_length=1", "--model.test_inner_steps=2"]
     main(["fit", "--config", name, *model, *data, *few])
     record = json.loads((RUN / "fit.json").read_text())
-    algorithm = "FOMAML" if model else {"maml": "MAML", "fomaml": "FOMAML", "reptile": "Reptile"}[stem_of(name)]
+    algorithm = "FOMAML" if model else ALGORITHMS[stem_of(name)].__name__
     assert (record["algorithm"], record["steps"]) == (algorithm, 1)
     assert record["figures"]["val/loss"] > 0
 
@@ -160,7 +161,9 @@ def test_print_data_shows_what_a_configuration_uses(data: str, capsys: pytest.Ca
 def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "{fit,validate,test,predict,adapt,compare}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "{fit,validate,test,predict}" in shown
+    assert "Further subcommands, each with a --help of its own: adapt, compare" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(
@@ -199,7 +202,7 @@ def test_misspelt_options_are_refused(args: list[str], message: str, capsys: pyt
         ),
         (["--model.network.channels", "3"], r"network .*channels 3\b.*\(1, 28, 28\)"),
         (["--data", "Sinusoid", "--model.network", "meta_lightning.MLP"], r"checkpoint\.monitor .*val/mse"),
-        (["--config", "nothing.yaml"], rf"--config .*nothing\.yaml.*: {', '.join(OWN)}"),
+        (["--config", "nothing.yaml"], rf"--config .*{', '.join(OWN)}.* nothing\.yaml"),
         (["--ckpt_path", "typo.ckpt"], r"--ckpt_path .*typo\.ckpt"),
         (["--ckpt_path", TINY], r"--ckpt_path .*tiny\.yaml"),
     ],
@@ -235,9 +238,16 @@ def test_predictions_of_a_regression() -> None:
     assert all(float(row["target_0"]) <= 5 for row in rows)
 
 
-def test_the_last_value_of_an_option_counts_however_it_is_written() -> None:
-    args = ["fit", "--ckpt_path=last", "--ckpt_path", "a.ckpt", "-c", "a.yaml", "--config=b.yaml", "--ckpt_path"]
-    assert value_of(args, "--ckpt_path") == "a.ckpt"
-    assert value_of([*args, "b.ckpt", "--ckpt_path="], "--ckpt_path") == ""
-    assert values_of(args, "-c", "--config") == ["a.yaml", "b.yaml"]
-    assert value_of(args, "--model") is None
+def test_the_last_checkpoint_path_counts_however_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "--config", TINY, "--model.inner_lr", "0.03", "--trainer.max_steps", "1"])
+    checkpoint = RUN / "checkpoints/last.ckpt"
+    config = printed_config(capsys, "test", "--ckpt_path", "typo.ckpt", f"--ckpt_path={checkpoint}")
+    assert config["ckpt_path"] == str(checkpoint)
+    assert config["model"]["init_args"]["inner_lr"] == 0.03
+
+
+def test_restarting_with_last_keeps_what_the_first_start_was_given() -> None:
+    main(["fit", "--config", TINY, "--model.inner_lr", "0.03", "--trainer.max_steps", "1", "--ckpt_path", "last"])
+    main(["fit", "--config", TINY, "--ckpt_path=last", "--trainer.max_steps", "2"])
+    record = json.loads((RUN / "fit.json").read_text())
+    assert (record["steps"], record["config"]["model"]["init_args"]["inner_lr"]) == (2, 0.03)

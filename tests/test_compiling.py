@@ -19,7 +19,7 @@ ALGORITHMS: list[tuple[type[MetaLearner], dict[str, Any]]] = [
     (MAML, {"learn_inner_lr": True}),
     (Reptile, {"inner_optimizer": "adam", "inner_batch_size": 2, "inner_lr": 0.01}),
 ]
-REFUSAL = "A pass runs as it is"
+REFUSAL = "A pass runs uncompiled"
 
 
 def batches(*shape: int) -> DataLoader[TaskBatch]:

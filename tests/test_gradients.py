@@ -262,7 +262,7 @@ def test_any_network(
         warnings.simplefilter("always")
         learner.meta_gradient(batch)
         meta_gradient, *_ = learner.meta_gradient(batch)
-    assert ["one after another" in str(w.message) for w in caught] == [True] * loops
+    assert ["Tasks run in a loop" in str(w.message) for w in caught] == [True] * loops
     assert learner.task_network.loops_over_tasks == loops
 
     if learner_class is FOMAML:

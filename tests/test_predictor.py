@@ -293,7 +293,7 @@ def test_queries_alone_with_the_support_set_are_the_plain_loop(learner: MAML, gl
 
 
 class Refused(nn.Module):
-    """Batch norm behind control flow that depends on data, which vmap refuses."""
+    """Batch norm behind data-dependent control flow, which vmap does not support."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -304,7 +304,7 @@ class Refused(nn.Module):
         return logits
 
 
-@pytest.mark.filterwarnings("ignore:The tasks run one after another")
+@pytest.mark.filterwarnings("ignore:Tasks run in a loop")
 def test_queries_alone_through_a_network_that_vmap_refuses() -> None:
     torch.manual_seed(0)
     learner = MAML(Refused())

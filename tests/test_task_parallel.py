@@ -1,6 +1,10 @@
 """The task-parallel kernels against a loop over tasks by torch's own functions, to second order, in float64."""
 
+import ast
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
 
+from meta_lightning.inner import kernels
 from meta_lightning.inner.kernels import TasksAsChannels
 
 Function = Callable[..., Tensor]
@@ -174,3 +179,40 @@ def test_autocast_convolves_in_bfloat16_and_gives_float32_gradients() -> None:
     (grad,) = torch.autograd.grad(y.float().square().sum(), w, create_graph=True)
     (second,) = torch.autograd.grad(grad.square().sum(), w)
     assert grad.dtype == second.dtype == torch.float32
+
+
+WITHOUT_PRIVATE_NAMES = """
+import warnings
+import lightning
+import torch.fx.experimental.proxy_tensor  # torch itself has imported the names by now
+from torch._C import _functorch
+from torch._functorch import pyfunctorch
+
+for module, names in ((_functorch, {c_names}), (pyfunctorch, {names})):
+    for name in names:
+        delattr(module, name)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from meta_lightning import MAML
+    from references import INNER_LR, classification, error, maml_loop, smooth_conv4
+said = [str(w.message) for w in caught if "own rules for vmap" in str(w.message)]
+assert len(said) == 1 and "{first}" in said[0], said
+torch.set_default_dtype(torch.double)
+torch.manual_seed(0)
+network, batch = smooth_conv4(), classification(1, 16, 16)
+learner = MAML(network, inner_lr=INNER_LR, inner_steps=2)
+assert not learner.task_network.loops_over_tasks
+print(error(learner.meta_gradient(batch)[0], maml_loop(network, batch, 2)))
+"""
+
+
+def test_without_the_private_names_torchs_own_rules_give_the_same_gradient() -> None:
+    tree = ast.parse(Path(kernels.__file__).read_text())
+    imports = {n.module: [a.name for a in n.names] for n in tree.body if isinstance(n, ast.ImportFrom)}
+    c_names, names = imports["torch._C._functorch"], imports["torch._functorch.pyfunctorch"]
+    script = WITHOUT_PRIVATE_NAMES.format(c_names=c_names, names=names, first=c_names[0])
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout.splitlines()[-1]) < 1e-9

@@ -5,4 +5,6 @@ from meta_lightning.algorithms.maml import MAML
 from meta_lightning.algorithms.meta_learner import MetaLearner
 from meta_lightning.algorithms.reptile import Reptile
 
-__all__ = ["FOMAML", "MAML", "MetaLearner", "Reptile"]
+ALGORITHMS: dict[str, type[MetaLearner]] = {"maml": MAML, "fomaml": FOMAML, "reptile": Reptile}
+
+__all__ = ["ALGORITHMS", "FOMAML", "MAML", "MetaLearner", "Reptile"]

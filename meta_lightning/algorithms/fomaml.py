@@ -6,10 +6,10 @@ from meta_lightning.algorithms.maml import MAML
 class FOMAML(MAML):
     """First-order MAML (Finn, Abbeel and Levine, 2017, https://arxiv.org/abs/1703.03400, section 5.2).
 
-    ``θ ← θ − β mean_i ∇_θ' L_query,i(θ'_i)``: MAML with the gradient taken at the adapted parameters, as if ``θ'_i``
-    did not depend on θ. It needs first derivatives only.
+    ``θ ← θ − β mean_i ∇_θ' L_query,i(θ'_i)``: MAML without second derivatives. The gradient is taken at the adapted
+    parameters.
 
-    The arguments are MAML's; there is nothing to recompute.
+    The arguments are those of ``MAML``; ``recompute_inner_steps`` has no effect.
     """
 
     second_order = False  # the inner gradients are constants, and ∂θ'/∂θ is the identity

@@ -19,20 +19,20 @@ from meta_lightning.scores import score
 class MAML(MetaLearner):
     """Model-agnostic meta-learning (Finn, Abbeel and Levine, 2017, https://arxiv.org/abs/1703.03400, algorithm 2).
 
-    ``θ ← θ − β ∇_θ mean_i L_query,i(θ'_i(θ))``, where ``θ'_i`` is θ after K steps of ``θ' ← θ' − α ∇L_support,i(θ')``;
-    the gradient goes through the K steps.
+    ``θ ← θ − β ∇_θ mean_i L_query,i(θ'_i(θ))``, where ``θ'_i`` is θ after K steps of ``θ' ← θ' − α ∇L_support,i(θ')``.
+    The gradient is taken through the K steps.
 
-    What all algorithms share is described in ``MetaLearner``.
+    For the shared arguments see ``MetaLearner``.
 
     Args:
         inner_lr: Inner learning rate (α).
         inner_steps: Inner steps in training (K).
         outer_lr: Outer learning rate (β).
-        gradient_clip_val: Clip the meta-gradient at this value; None leaves it as it is.
-        gradient_clip_algorithm: Clip the meta-gradient's norm, or each of its values.
-        recompute_inner_steps: Recompute each inner step on the way back instead of keeping the graph of all of them:
-            exact, more time, and memory that does not grow with ``inner_steps``.
-        learn_inner_lr: The former name of ``inner_rule: MetaSGD``.
+        gradient_clip_val: Clip the meta-gradient at this value; None for no clipping.
+        gradient_clip_algorithm: Clip by the norm of the meta-gradient, or each value.
+        recompute_inner_steps: Recompute each inner step in backward instead of keeping its graph: exact, slower, and
+            memory does not grow with ``inner_steps``.
+        learn_inner_lr: Former name of ``inner_rule: MetaSGD``.
 
     Raises:
         InputError: If an argument is outside its range.
@@ -62,14 +62,13 @@ class MAML(MetaLearner):
         require_choice(("norm", "value"), gradient_clip_algorithm=gradient_clip_algorithm)
         require(
             not (self.passes.compiled and recompute_inner_steps and self.second_order),
-            "compile_passes must be left out with recompute_inner_steps, whose second run of a step has to draw what "
-            "the first drew, got both",
+            "compile_passes must not be combined with recompute_inner_steps, which restores random states, got both",
         )
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.recompute_inner_steps = recompute_inner_steps
 
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
-        """One meta-iteration: adapt to every task, then step θ along the meta-gradient."""
+        """One meta-iteration: compute the meta-gradient and update θ."""
         batch = as_task_batch(batch)
         meta_gradient, losses, predictions = self.meta_gradient(batch)
         self.outer_step(meta_gradient)
@@ -95,12 +94,12 @@ class MAML(MetaLearner):
         return meta_gradient, losses.detach(), predictions.detach()
 
     def outer_step(self, meta_gradient: Params) -> None:
-        """Hand the meta-gradient to the outer optimizer, however it was computed."""
+        """Update θ by the outer optimizer and a given meta-gradient."""
         theta = self.learned(self.meta_parameters())
         self.zero_grad()
-        # g is the gradient of <θ, g>: by way of backward, since DDP does not average what is written to .grad by hand
+        # g is the gradient of <θ, g>; DDP averages in backward, and not what is written to .grad by hand
         terms = [(p * meta_gradient[name].detach()).sum() for name, p in theta.items()]
-        if self.outer_frozen:  # DDP waits for these as well
+        if self.outer_frozen:  # DDP waits for these, too
             terms += [0 * p.sum() for p in self.parameters() if p.requires_grad]
         self.manual_backward(torch.stack(terms).sum())
         with self.outer_iteration({name: p.grad for name, p in theta.items() if p.grad is not None}) as optimizer:
@@ -108,7 +107,7 @@ class MAML(MetaLearner):
             optimizer.step()
 
     def configure_optimizers(self) -> Optimizer:
-        """The outer optimizer over what is learnt."""
+        """Construct the outer optimizer."""
         assert self.optimizer is not None
         theta = self.learned(self.meta_parameters())
         return self.outer_update.made(self.optimizer(theta.values(), self.outer_lr), self.device)

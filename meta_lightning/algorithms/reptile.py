@@ -17,21 +17,21 @@ from meta_lightning.outer.update import mean_over_ranks
 class Reptile(MetaLearner):
     """Reptile (Nichol, Achiam and Schulman, 2018, https://arxiv.org/abs/1803.02999, algorithm 2).
 
-    ``θ ← θ + ε mean_i (θ'_i − θ)``, where ``θ'_i`` is θ after K inner steps on task i. It needs no query set, no
+    ``θ ← θ + ε mean_i (θ'_i − θ)``, where ``θ'_i`` is θ after K inner steps on task i. There is no query set, no
     meta-gradient and no outer optimizer.
 
-    The authors' settings are ``inner_rule=Adam()`` with an ``inner_lr`` of 0.001, minibatches, and an ``outer_lr`` of 1
-    that decays linearly. What all algorithms share is described in ``MetaLearner``.
+    The authors use ``inner_rule=Adam()`` with an ``inner_lr`` of 0.001, minibatches, and an ``outer_lr`` that decays
+    linearly from 1. For the shared arguments see ``MetaLearner``.
 
     Args:
         inner_lr: Inner learning rate (α).
         inner_steps: Inner steps in training (K).
-        outer_lr: The interpolation ε from θ towards the tasks' mean θ', in (0, 1]; it is not a learning rate.
-        inner_batch_size: Support samples per inner step in training, from a reshuffled cycle through the support set;
-            None takes all of them in every step.
-        test_inner_batch_size: The same in validation, test and prediction.
-        inner_optimizer: The former name of ``inner_rule``, SGD or Adam.
-        inner_beta1: The former name of Adam's ``beta1``.
+        outer_lr: Interpolation ε from θ towards the mean θ' of the tasks, in (0, 1]; it is not a learning rate.
+        inner_batch_size: Support samples per inner step in training, drawn from a reshuffled cycle through the support
+            set; None for all.
+        test_inner_batch_size: Support samples per inner step in validation, test and prediction; None for all.
+        inner_optimizer: Former name of ``inner_rule``, SGD or Adam.
+        inner_beta1: Former name of Adam's ``beta1``.
 
     Raises:
         InputError: If an argument is outside its range, or an optimizer is given.
@@ -56,23 +56,27 @@ class Reptile(MetaLearner):
         chosen = {"sgd": None, "adam": Adam(inner_beta1)}[inner_optimizer]
         chosen_by("inner_optimizer", chosen, options)
         super().__init__(*args, inner_lr=inner_lr, inner_steps=inner_steps, outer_lr=outer_lr, **options)
-        require(self.optimizer is None, f"optimizer must be left out: Reptile has outer_lr, got {self.optimizer!r}")
+        require(
+            self.optimizer is None, f"optimizer must be None: Reptile interpolates by outer_lr, got {self.optimizer!r}"
+        )
         learnt = [name for name, _ in self.inner_rule.named_parameters()]
-        require(not learnt, f"inner_rule must have nothing to learn, since Reptile has no meta-gradient, got {learnt}")
+        require(not learnt, f"inner_rule must have no parameters, since Reptile has no meta-gradient, got {learnt}")
         require(
             bool(self.learned(self.adapted(self.meta_parameters()))),
-            "inner_freeze and outer_freeze must leave Reptile a parameter that both loops move, got patterns of all",
+            "inner_freeze and outer_freeze must leave a parameter that both loops update, got patterns of all",
         )
         for name, size in (("inner_batch_size", inner_batch_size), ("test_inner_batch_size", test_inner_batch_size)):
             require_at_least(1, **{name: 1 if size is None else size})
         if outer_lr < 0.01:
-            rank_zero_warn(f"outer_lr {outer_lr} looks like a learning rate; Reptile's ε is usually from 0.01 to 1")
+            rank_zero_warn(f"outer_lr {outer_lr} looks like a learning rate; Reptile's ε is usually between 0.01 and 1")
         if inner_steps == 1 and inner_batch_size is None:
-            rank_zero_warn("inner_steps 1 on the full support set makes Reptile joint training; expected at least 2")
+            rank_zero_warn(
+                "inner_steps 1 on the full support set reduces Reptile to joint training; expected at least 2"
+            )
         self.inner_batch_size, self.test_inner_batch_size = inner_batch_size, test_inner_batch_size
 
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
-        """One meta-iteration: adapt to every task, then move θ towards the tasks' mean."""
+        """One meta-iteration: adapt to every task, then move θ towards the mean of the tasks."""
         batch = as_task_batch(batch)
         support = self.inner_batches(batch.support_x, batch.support_y, self.inner_steps)
         mean, losses = self.in_passes(self.adapt_pass, support, compiled=True)
@@ -80,34 +84,34 @@ class Reptile(MetaLearner):
         return self.log_training(losses, {})
 
     def adapt_pass(self, support: Support) -> tuple[Params, Tensor]:
-        """``mean_i θ'_i`` of one pass, with the means that the inner rule carries on, and the last losses.  # ..., T"""
+        """``mean_i θ'_i`` of one pass, with the inner rule's carried state, and the last losses.  # ..., T"""
         theta = leaves(stack(self.meta_parameters(), len(support[0][0])))
         params, losses, state = self.inner_loop(theta, support)
         return mean_over_tasks(self.learned(self.adapted(params)) | for_rule(self.inner_rule.carried(state))), losses
 
     def outer_step(self, mean: Params) -> None:
-        """θ ← θ + ε mean_i (θ'_i − θ), the mean over the tasks of all ranks; no optimizer."""
+        """Update ``θ ← θ + ε mean_i (θ'_i − θ)``, the mean over the tasks of all ranks."""
         theta, mean = self.meta_parameters(), mean_over_ranks(mean, self.trainer.strategy)
         with self.outer_iteration(mean) as stand_in:
             for name, target in of_network(mean).items():
                 theta[name].lerp_(target, stand_in.param_groups[0]["lr"])
             self.inner_rule.keep(of_rule(mean), self.inner_steps)
-            stand_in.step()  # moves nothing, and counts global_step
+            stand_in.step()  # only counts global_step
 
     def inner_batches(self, x: Tensor, y: Tensor, steps: int) -> Support:
-        """The support samples of each step: minibatches that cycle through the set and reshuffle at each round."""
+        """Support samples and targets of each inner step, in minibatches if configured."""
         size = self.inner_batch_size if self.training else self.test_inner_batch_size
         if size is None:
             return super().inner_batches(x, y, steps)
-        # of the step alone, so that a resumed run draws what comes next, and evaluation the same each time
-        step, ranks = self.global_step if self.training else 0, self._trainer.world_size if self._trainer else 1
-        return minibatches(x, y, steps, size, step, self.global_rank, ranks)
+        # a function of the step, so that resumed runs draw the same; in evaluation always the same
+        step = self.global_step if self.training else 0
+        return minibatches(x, y, steps, size, step, self.global_rank, self.ranks)
 
     def configure_optimizers(self) -> None:
         """No outer optimizer."""
 
     def on_train_start(self) -> None:
-        """Let the stand-in that Lightning gives without an optimizer hold ε, for schedules and their monitors."""
+        """Let Lightning's stand-in for the optimizer hold ε, for schedules and monitors."""
         self.outer_optimizer().param_groups.append({"params": []})
         self.outer_update.options = [{"lr": self.outer_lr}]
         super().on_train_start()

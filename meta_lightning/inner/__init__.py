@@ -1,1 +1,1 @@
-"""The inner loop: how all tasks of a meta-batch adapt at once, and how one differentiates through it."""
+"""The inner loop: adaptation of all tasks of a meta-batch at once, and its derivatives."""

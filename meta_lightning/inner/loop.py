@@ -1,8 +1,8 @@
-"""The inner loop of all tasks of a pass at once: pure functions of task-stacked parameters.
+"""The inner loop of all tasks of a pass: pure functions of task-stacked parameters.
 
-The tasks go forward together, one ``vmap`` over the stacked parameters, and are differentiated outside it: ``vmap``
-over *gradients* is silently wrong at second order for normalisation layers whose scale and shift are adapted, because
-torch's batching rule for their backward takes the saved statistics as constants.
+The forward runs under one ``vmap`` over the stacked parameters and is differentiated outside it. ``vmap`` over
+*gradients* is silently wrong at second order for normalisation layers with adapted scale and shift: torch's batching
+rule for their backward treats the saved statistics as constants.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -12,33 +12,32 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from meta_lightning.inner.params import Params, gradient, of_rule
+from meta_lightning.inner.params import Params, gradient, of_rule, tree_flatten, tree_unflatten
 from meta_lightning.inner.rules import InnerRule
 
 Support = Sequence[tuple[Tensor, Tensor]]  # samples and targets of each inner step: K of T S ..., T S ...
 
 
 class Adapted(NamedTuple):
-    """What the inner loop leaves behind."""
+    """The result of an inner step."""
 
     params: Params  # θ'_k
     losses: Tensor  # T: the support losses at θ'_{k-1}
-    state: Any  # the inner rule's, its tensors task-stacked
+    state: Any  # of the inner rule, task-stacked
 
 
 class InnerStep(NamedTuple):
-    """One inner step of every task, ``θ' ← θ' − α ∇L_support(θ')`` or what the rule makes of the gradient."""
+    """One inner step of every task: ``θ' ← θ' + rule(∇L_support(θ'))``, for SGD ``θ' − α ∇L_support(θ')``."""
 
-    support_losses: Callable[[Params, Tensor, Tensor], Tensor]  # of parameters, samples and targets  # T
+    support_losses: Callable[[Params, Tensor, Tensor], Tensor]  # parameters, samples, targets -> T
     rule: InnerRule
     lr: float
     moved: Collection[str]
 
     def __call__(self, params: Params, state: Any, x: Tensor, y: Tensor, create_graph: bool = False) -> Adapted:
-        """Step."""
+        """Take the step."""
         losses = self.support_losses(params, x, y)
         grads = gradient(losses.sum(), {name: params[name] for name in self.moved}, create_graph)
         change, state = self.rule.update(grads, state, of_rule(params), self.lr)
@@ -62,12 +61,12 @@ def trajectory(
 
 
 def minibatches(x: Tensor, y: Tensor, steps: int, size: int, seed: int, rank: int, ranks: int) -> Support:
-    """Minibatches of each inner step, from a cycle through the support set that is reshuffled at each round."""
+    """Minibatches for each inner step: a cycle through the support set, reshuffled each round."""
     T, S = x.shape[:2]
     rounds = -(-steps * size // S)
     sequence = np.random.SeedSequence((torch.initial_seed(), seed))
     generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
-    # of the tasks of all ranks, of which each has every R-th, so that they draw what one process does
+    # drawn for the tasks of all ranks, each of which takes every R-th: the same as in one process
     order = torch.rand(T * ranks, rounds, S, generator=generator)[rank::ranks].argsort(-1)
     order = order.flatten(1).to(x.device)  # T rounds*S
     tasks = torch.arange(T, device=x.device)[:, None]
@@ -75,14 +74,11 @@ def minibatches(x: Tensor, y: Tensor, steps: int, size: int, seed: int, rank: in
 
 
 def recomputed(step: InnerStep, params: Params, state: Any, x: Tensor, y: Tensor) -> Adapted:
-    """An inner step that keeps its inputs, not its graph (Griewank and Walther, 2008, chapter 12).
-
-    The gradient is exact, and memory does not grow with the activations of K steps.
-    """
+    """An inner step whose graph is recomputed in backward (Griewank and Walther, 2008, chapter 12)."""
     tensors, structure = tree_flatten((params, state))
     device = x.device.type
     cast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-    structures: list[Any] = []  # of what the step leaves
+    structures: list[Any] = []  # of the step's result
 
     def run(tensors: list[Tensor], create_graph: bool) -> list[Tensor]:
         with torch.enable_grad(), torch.autocast(*cast):
@@ -97,21 +93,21 @@ def recomputed(step: InnerStep, params: Params, state: Any, x: Tensor, y: Tensor
 
 
 class Recomputed(Function):
-    """A function of tensors that runs again, with its graph, when it is differentiated."""
+    """A function of tensors that runs again in backward, with its graph."""
 
     @staticmethod
     def forward(ctx: Any, run: Callable[..., list[Tensor]], *tensors: Tensor) -> Any:
-        """Run it, and remember with which random numbers."""
+        """Run the function and save the state of the random number generators."""
         ctx.run, ctx.random = run, (torch.get_rng_state(), *get_device_states(*tensors))
         ctx.save_for_backward(*tensors)
         return tuple(tensor.detach() for tensor in run(fresh(tensors), create_graph=False))
 
     @staticmethod
     def backward(ctx: Any, *v: Tensor) -> Any:
-        """Run it again, and take v back through it."""
+        """Run it again and backpropagate v."""
         tensors = fresh(ctx.saved_tensors)
         random, devices, states = ctx.random
-        with torch.random.fork_rng(devices):  # dropout drops what it dropped
+        with torch.random.fork_rng(devices):  # the same dropout masks
             torch.set_rng_state(random)
             set_device_states(devices, states)
             left = ctx.run(tensors, create_graph=True)
@@ -123,5 +119,5 @@ class Recomputed(Function):
 
 
 def fresh(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same values as leaves of a new graph; integers as they are."""
+    """Leaves of a new graph with the same values; integers are passed through."""
     return [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in tensors]

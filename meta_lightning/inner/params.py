@@ -1,36 +1,42 @@
-"""Parameters as dicts of tensors with a leading task dimension, and derivatives by them."""
+"""Parameters as dicts of tensors with a leading task dimension, and gradients with respect to them."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# torch has no public module for nested containers; the package imports these names from here
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_unflatten as tree_unflatten
+
 Params = dict[str, Tensor]
-RULE = "."  # before the names of an inner rule's own parameters among θ: no name in a network begins with a dot
+RULE = "."  # prefix of the inner rule's parameters in θ: no parameter of a network starts with a dot
 
 
 def stack(params: Params, tasks: int) -> Params:
-    """θ once per task, without a copy.  # ... -> T ..."""
+    """Expand θ to every task without copying.  # ... -> T ..."""
     return {name: p.expand(tasks, *p.shape) for name, p in params.items()}
 
 
 def unstack(stacked: Params | Tensor, task: int) -> Any:
-    """One task's part of task-stacked parameters or samples.  # T ... -> ..."""
+    """Select one task of task-stacked parameters or samples.  # T ... -> ..."""
     return stacked[task] if isinstance(stacked, Tensor) else {name: p[task] for name, p in stacked.items()}
 
 
 def leaves(params: Params) -> Params:
-    """The same values as leaves of a new graph."""
+    """Detached copies of the references, as leaves of a new graph."""
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
 def of_network(params: Params) -> Params:
-    """The network's part of θ."""
+    """The network's parameters in θ."""
     return {name: p for name, p in params.items() if not name.startswith(RULE)}
 
 
 def of_rule(params: Params) -> Params:
-    """The inner rule's part of θ, by the rule's own names."""
+    """The inner rule's parameters in θ, under the rule's names."""
     return {name.removeprefix(RULE): p for name, p in params.items() if name.startswith(RULE)}
 
 
@@ -45,6 +51,6 @@ def mean_over_tasks(params: Params) -> Params:
 
 
 def gradient(value: Tensor, params: Params, create_graph: bool = False) -> Params:
-    """∇_params of a scalar; zeros for parameters that it does not depend on."""
+    """Gradient of a scalar with respect to ``params``; zeros where it does not depend on them."""
     grads = torch.autograd.grad(value, list(params.values()), create_graph=create_graph, materialize_grads=True)
     return dict(zip(params, grads, strict=True))

@@ -1,4 +1,4 @@
-"""Passes: the tasks of a meta-batch, as many at a time as memory or caches hold."""
+"""Passes: chunks of the tasks of a meta-batch that fit into memory or caches."""
 
 import operator
 from collections.abc import Callable, Hashable
@@ -7,34 +7,34 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from meta_lightning.checks import require_at_least
 from meta_lightning.inner.compiling import CompiledPasses
+from meta_lightning.inner.params import tree_leaves, tree_map
 
-# Input values of a pass on a CPU: with more, its maps outgrow the caches (benchmarks/results/speed.md)
+# Input values per pass on a CPU; above this the activations exceed the caches (benchmarks/results/speed.md)
 CACHED_VALUES = 2**19
 
 
 class Passes:
-    """Applies functions of a meta-batch in chunks of tasks, compiled if asked for."""
+    """Applies functions of a meta-batch in chunks of ``tasks_per_pass`` tasks, compiled on request."""
 
     def __init__(self, tasks_per_pass: int | None, compile_passes: bool) -> None:
         if tasks_per_pass is not None:
             require_at_least(1, tasks_per_pass=tasks_per_pass)
         self.tasks_per_pass = tasks_per_pass
-        self.tasks_that_fit: int | None = None  # in memory, as far as it is known
+        self.tasks_that_fit: int | None = None  # in memory; None if unknown
         self.compiled = CompiledPasses() if compile_passes else None
 
     def run(
         self, function: Callable[..., tuple[Any, ...]], *stacked: Any, parameters: int, key: Hashable = None
     ) -> tuple[Any, ...]:
-        """Apply ``function`` to chunks of tasks: its first result, a mean, is averaged; the others are concatenated."""
+        """Apply ``function`` to chunks of tasks; average its first result, a mean, and concatenate the others."""
         if self.compiled is not None and key is not None:
             function = partial(self.compiled.run, function, key)
         tensors = tree_leaves(stacked)
         tasks, values = len(tensors[0]), max(tensor[0].numel() for tensor in tensors)
-        # θ', its gradient and its change weigh as well: a quarter, by what was measured of Reptile
+        # θ', its gradient and its update take cache too: a quarter of θ's size, measured with Reptile
         cached = max(1, CACHED_VALUES // max(parameters // 4, values)) if tensors[0].device.type == "cpu" else tasks
         while True:
             size = min(tasks, self.tasks_per_pass or cached, self.tasks_that_fit or tasks)
@@ -46,7 +46,9 @@ class Passes:
                 if size == 1:
                     raise
                 self.tasks_that_fit = -(-size // 2)
-                rank_zero_warn(f"Out of memory: from now on at most {self.tasks_that_fit} tasks go in a pass")
+                rank_zero_warn(
+                    f"Out of memory: reducing tasks_per_pass, at most {self.tasks_that_fit} tasks per pass from now on"
+                )
         if len(parts) == 1:
             return means[0], *(result[0] for result in results)
         weights = [min(size, tasks - i) / tasks for i in range(0, tasks, size)]

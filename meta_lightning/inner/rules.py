@@ -1,4 +1,4 @@
-"""Inner rules: how the gradient of a task's support loss becomes an inner step."""
+"""Inner rules: how the gradient of the support loss becomes an inner step."""
 
 import copy
 import math
@@ -15,38 +15,38 @@ from torch import Tensor, nn
 from meta_lightning.checks import InputError, plain, require
 from meta_lightning.inner.params import Params
 
-# prefixes of the state of a learner of version 0.1, and what they are now
+# prefixes in state dicts of version 0.1, and their present names
 FORMER_KEYS = {"inner_rates.": "inner_rule.rates.", "moments.": "inner_rule."}
 
 
 class InnerRule(nn.Module, ABC):
-    """The rule of the inner steps, ``θ' ← θ' + update(∇L_support(θ'))``.
+    """Rule of the inner steps, ``θ' ← θ' + update(∇L_support(θ'))``.
 
-    A rule of one's own implements ``update``. Its parameters, made in ``prepare``, are part of θ: the meta-gradient
-    learns them. Its buffers are saved with the learner. It keeps the arguments of its constructor, plain values, under
-    their own names, so that a checkpoint can describe it.
+    A custom rule implements ``update``. Parameters created in ``prepare`` are part of θ and meta-learnt; buffers are
+    saved in checkpoints. Constructor arguments must be plain values and kept as attributes of the same name, so that a
+    checkpoint can describe the rule.
     """
 
     def prepare(self, params: Params, lr: float) -> None:
-        """Make what the rule learns or keeps; called once, by the learner.
+        """Create the rule's parameters and buffers; called once, by the learner.
 
         Args:
-            params: The parameters that the inner steps move.
+            params: Parameters that inner steps update.
             lr: The inner learning rate α.
         """
 
     def start(self) -> Any:
-        """The state in which every task begins: a container of tensors, empty where there is none."""
+        """Initial state of every task: a container of tensors, empty for a rule without state."""
         return ()
 
     @abstractmethod
     def update(self, grads: Params, state: Any, own: Params, lr: float) -> tuple[Params, Any]:
-        """One inner step of all tasks.
+        """Compute one inner step of all tasks.
 
         Args:
-            grads: Gradients of the support losses by the parameters that move.  # T ...
-            state: The state before the step.
-            own: The rule's own parameters by name, as the tasks have them.  # T ...
+            grads: Gradients of the support losses with respect to the updated parameters.  # T ...
+            state: State before the step.
+            own: The rule's parameters by name, expanded to the tasks.  # T ...
             lr: The inner learning rate α.
 
         Returns:
@@ -54,21 +54,21 @@ class InnerRule(nn.Module, ABC):
         """
 
     def carried(self, state: Any) -> Params:
-        """What of the states that tasks end in Reptile averages over tasks, for ``keep``, by name.  # T ..."""
+        """Parts of the final state, by name, that Reptile averages over tasks and passes to ``keep``.  # T ..."""
         return {}
 
     def keep(self, means: Params, steps: int) -> None:
-        """Begin the next tasks of Reptile with the means of what was ``carried``, after so many inner steps more."""
+        """Store the means of what was ``carried`` as the start of Reptile's next tasks, after ``steps`` more steps."""
 
     def shaped_like(self, name: str) -> list[str]:
-        """The names of its own parameters of the shape of this one, which get rows with it."""
+        """Names of the rule's parameters that have the shape of this one and grow with a widened head."""
         return []
 
     def description(self) -> dict[str, Any]:
-        """Class path and arguments, as configurations and checkpoints hold a rule.
+        """Class path and arguments, as in configurations and checkpoints.
 
         Raises:
-            InputError: If an argument is not a plain value that the rule keeps under its name.
+            InputError: If an argument is not kept as an attribute of its name, or is no plain value.
         """
         arguments = {}
         for name, p in signature(type(self)).parameters.items():
@@ -76,12 +76,12 @@ class InnerRule(nn.Module, ABC):
                 value = getattr(self, name, self)
                 arguments[name] = plain(value)
                 kept = value is None or arguments[name] is not None
-                require(kept, f"inner_rule must keep its {name} under this name as a plain value, got {value}")
+                require(kept, f"inner_rule must keep its argument {name} as a plain attribute, got {value}")
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": arguments}
 
 
 def as_rule(given: InnerRule | Mapping[str, Any] | None) -> InnerRule:
-    """A rule of a learner's own: what was given, or described; SGD where nothing was."""
+    """A copy of the given rule, or the rule of the given description; SGD by default."""
     if isinstance(given, Mapping):
         try:
             rule = resolve_name(given["class_path"])(**given.get("init_args", {}))
@@ -94,20 +94,20 @@ def as_rule(given: InnerRule | Mapping[str, Any] | None) -> InnerRule:
 
 
 def chosen_by(option: str, rule: InnerRule | None, options: dict[str, Any]) -> None:
-    """Let an option of version 0.1 choose the rule where ``inner_rule`` does not, and say what to write instead."""
+    """Set ``inner_rule`` from an option of version 0.1 unless it is given, and warn with the present spelling."""
     if rule is None:
         return
     name, changed = type(rule).__name__, {"beta1": rule.beta1} if isinstance(rule, Adam) and rule.beta1 else {}
     flags = "".join(f" --model.inner_rule.{argument} {value}" for argument, value in changed.items())
     arguments = ", ".join(f"{argument}={value}" for argument, value in changed.items())
     said = f"{option} is now --model.inner_rule {name}{flags}, in Python inner_rule={name}({arguments})"
-    rank_zero_warn(f"{said}; the former name goes in version 0.3", category=FutureWarning, stacklevel=6)
+    rank_zero_warn(f"{said}; the former name will be removed in version 0.3", category=FutureWarning, stacklevel=6)
     if options.get("inner_rule") is None:
         options["inner_rule"] = rule
 
 
 def in_module(name: str) -> str:
-    """A parameter's name as a module can hold it: without dots."""
+    """The parameter's name as an attribute of a module, which must not contain dots."""
     return name.replace(".", "/")
 
 
@@ -115,24 +115,24 @@ class SGD(InnerRule):
     """``θ' ← θ' − α g``."""
 
     def update(self, grads: Params, state: Any, own: Params, lr: float) -> tuple[Params, Any]:
-        """The change −α g; there is no state."""
+        """Return −α g."""
         return {name: -lr * g for name, g in grads.items()}, state
 
 
 class MetaSGD(InnerRule):
-    """``θ' ← θ' − α ⊙ g`` with a learnt rate for every number of θ (Li et al., 2017, https://arxiv.org/abs/1707.09835).
+    """``θ' ← θ' − α ⊙ g`` with a learnt rate per element of θ (Li et al., 2017, https://arxiv.org/abs/1707.09835).
 
-    The rates begin at ``inner_lr``, and are learnt with θ and as θ is.
+    The rates start at ``inner_lr`` and are meta-learnt together with θ.
     """
 
     def prepare(self, params: Params, lr: float) -> None:
-        """Make the rates."""
+        """Create the rates."""
         self.rates = nn.Module()
-        for name, p in sorted(params.items(), key=lambda item: in_module(item[0])):  # as checkpoints have them
+        for name, p in sorted(params.items(), key=lambda item: in_module(item[0])):  # the order in checkpoints
             self.rates.register_parameter(in_module(name), nn.Parameter(torch.full_like(p, lr)))
 
     def update(self, grads: Params, state: Any, own: Params, lr: float) -> tuple[Params, Any]:
-        """The change −α ⊙ g; there is no state."""
+        """Return −α ⊙ g."""
         return {name: -own[f"rates.{in_module(name)}"] * g for name, g in grads.items()}, state
 
     def shaped_like(self, name: str) -> list[str]:
@@ -141,7 +141,7 @@ class MetaSGD(InnerRule):
 
 
 class AdamState(NamedTuple):
-    """Adam's moments, and the number of steps behind them."""
+    """Adam's step count and moments."""
 
     step: Tensor
     first: Params
@@ -149,15 +149,15 @@ class AdamState(NamedTuple):
 
 
 class Adam(InnerRule):
-    """Adam (Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980); β1 is 0 by default, as in Reptile's code.
+    """Adam (Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980); β1 defaults to 0, as in Reptile's code.
 
-    Reptile's moments persist: every task begins with those that training has left, averaged over the tasks of each
-    meta-batch. In MAML and FOMAML every task begins with none.
+    In Reptile the moments persist: every task starts with the moments of the previous meta-iteration, averaged over
+    its tasks. In MAML and FOMAML they start at zero in every task.
 
     Args:
         beta1: Decay rate of the first moment, β1.
         beta2: Decay rate of the second moment, β2.
-        eps: Added to the root of the second moment, ε.
+        eps: Term added to the denominator, ε.
 
     Raises:
         InputError: If an argument is outside its range.
@@ -171,7 +171,7 @@ class Adam(InnerRule):
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
 
     def prepare(self, params: Params, lr: float) -> None:
-        """Make the moments."""
+        """Create the moments."""
         self.names = list(params)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.first, self.second = nn.Module(), nn.Module()
@@ -180,14 +180,14 @@ class Adam(InnerRule):
                 moments.register_buffer(in_module(name), torch.zeros_like(p))
 
     def start(self) -> AdamState:
-        """The moments that training has left."""
+        """The stored moments."""
         first, second = (
             {name: moments.get_buffer(in_module(name)) for name in self.names} for moments in (self.first, self.second)
         )
         return AdamState(self.get_buffer("step"), first, second)
 
     def update(self, grads: Params, state: AdamState, own: Params, lr: float) -> tuple[Params, AdamState]:
-        """The change −α m̂ / (√v̂ + ε), and the moments after it."""
+        """Return −α m̂ / (√v̂ + ε) and the new moments."""
         step = state.step + 1
         first = {n: self.beta1 * state.first[n] + (1 - self.beta1) * g for n, g in grads.items()}
         second = {n: self.beta2 * state.second[n] + (1 - self.beta2) * g.square() for n, g in grads.items()}
@@ -196,24 +196,24 @@ class Adam(InnerRule):
         return change, AdamState(step, first, second)
 
     def carried(self, state: AdamState) -> Params:
-        """The moments, by the names of their buffers."""
+        """The moments by buffer name."""
         moments = {"first": state.first, "second": state.second}
         return {f"{order}.{in_module(n)}": m for order, of_order in moments.items() for n, m in of_order.items()}
 
     def keep(self, means: Params, steps: int) -> None:
-        """Keep the moments."""
+        """Store the moments."""
         self.get_buffer("step").add_(steps)
         for name, mean in means.items():
             self.get_buffer(name).copy_(mean)
 
 
 def one_minus_power(beta: float, step: Tensor) -> Tensor:
-    """1 − β^step, without the rounding of β^step near 1."""
+    """Compute 1 − β^step without cancellation."""
     return -torch.expm1(step * (math.log(beta) if beta else -math.inf))
 
 
 def root(x: Tensor) -> Tensor:
-    """The square root, whose derivative at 0 is taken as 0: of g/(√g² + ε) at g = 0 the limit 1/ε remains."""
+    """Square root with derivative 0 at 0, so that g/(√g² + ε) has the derivative 1/ε at g = 0."""
     if not x.requires_grad:
         return x.sqrt()
     positive = x > 0

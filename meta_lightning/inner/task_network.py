@@ -1,4 +1,4 @@
-"""The predictions and losses of all tasks at once, each with parameters of its own."""
+"""Predictions and losses of all tasks at once, each with its own parameters."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,10 +12,17 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meta_lightning.checks import require
-from meta_lightning.inner.kernels import TasksAsChannels
 from meta_lightning.inner.params import Params, of_network, unstack
 
-# predictions and targets of one task to a scalar; modules are named for the command line, which builds them
+try:
+    from meta_lightning.inner.kernels import TasksAsChannels
+except ImportError as error:  # private names of torch, which may go with any version
+    rank_zero_warn(
+        f"torch's own rules for vmap are used, which are slower: this version of torch lacks a name ({error})"
+    )
+    TasksAsChannels = nullcontext  # type: ignore[assignment,misc]
+
+# from predictions and targets of one task to a scalar; the union lets the command line build modules
 Loss = nn.Module | Callable[[Tensor, Tensor], Tensor]
 
 
@@ -25,18 +32,18 @@ def default_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 class TaskNetwork:
-    """A network and a loss, applied to every task with its own parameters.
+    """Applies a network and a loss to every task with its own parameters.
 
-    All tasks go through one ``vmap``. What vmap refuses (in-place writes into fresh tensors, control flow that depends
-    on data, recurrent layers) runs one task after another, which is said once.
+    All tasks run under one ``vmap``. What vmap does not support (in-place writes into new tensors, data-dependent
+    control flow, recurrent layers) runs in a loop over tasks, with one warning.
     """
 
     def __init__(self, owner: Any) -> None:
-        self.owner = owner  # has the network and the loss, which may be replaced
+        self.owner = owner  # its network and loss may be replaced
         network: nn.Module = owner.network
         # cuDNN's kernels have no second derivative, and no first one in evaluation mode
         self.recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
-        # vmap's rule for an embedding forgets padding_idx; of a sparse one it refuses the backward, too late to loop
+        # vmap ignores an embedding's padding_idx; a sparse one fails in backward, too late for the loop
         embeddings = [module for module in network.modules() if isinstance(module, nn.Embedding)]
         self.loops_over_tasks = any(module.padding_idx is not None or module.sparse for module in embeddings)
         self.aliases = other_names(network)
@@ -51,7 +58,7 @@ class TaskNetwork:
         weights = of_network(params)
         weights |= {alias: weights[name] for alias, name in self.aliases.items() if name in weights}
         with torch.backends.cudnn.flags(enabled=False) if self.recurrent else nullcontext():
-            # torch's own tying restores the parameters of a module that stands in two places in the wrong order
+            # torch's own tying restores parameters of a module with two names in the wrong order
             predictions: Tensor = functional_call(self.owner.network, weights, (x,), tie_weights=False)
         return predictions
 
@@ -66,7 +73,7 @@ class TaskNetwork:
 
             return self.over_tasks(predict_query, query_x)
 
-        # as many queries at once as take no more memory than all of them together would
+        # as many queries at once as need no more memory than a transductive forward
         at_once = max(1, query_x.shape[1] // (support_x.shape[1] + 1))
         parts = query_x.split(at_once, dim=1)
         return torch.cat([self.over_tasks(predict_alone, params, support_x, part) for part in parts], dim=1)
@@ -74,7 +81,7 @@ class TaskNetwork:
     def losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Every task's loss.  # T S ..., T S ... -> T"""
         if self.owner.loss is default_loss and not self.outputs_checked:
-            # once, since to look at the targets waits for the device
+            # only once: reading the targets synchronises with the device
             check_outputs(predictions, targets)
             self.outputs_checked = True
         losses = self.over_tasks(self.owner.loss, predictions, targets)
@@ -86,30 +93,30 @@ class TaskNetwork:
         return self.losses(self.predict(params, x), y)
 
     def over_tasks(self, function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
-        """A function of one task on all tasks.  # -> T ..."""
+        """Apply a function of one task to all tasks.  # -> T ..."""
         if not self.loops_over_tasks:
             try:
                 return together(function, *stacked)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as refusal:
-                # a fault of the function's own is raised by the loop as well, and so is not taken for vmap's
+                # an error of the function itself is raised by the loop as well
                 result = one_by_one(function, *stacked)
                 self.loops_over_tasks = True
-                rank_zero_warn(f"The tasks run one after another, since vmap refuses the network or loss: {refusal}")
+                rank_zero_warn(f"Tasks run in a loop, since vmap does not support the network or loss: {refusal}")
                 return result
         return one_by_one(function, *stacked)
 
 
 def together(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
-    """A function of one task on all tasks at once, by vmap."""
+    """Apply a function of one task to all tasks by vmap."""
     with differentiable_attention(), TasksAsChannels():
         result: Tensor = vmap(function, randomness="different")(*stacked)
     return result
 
 
 def one_by_one(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
-    """What ``together`` computes, one task after another."""
+    """Apply a function of one task to each task in a loop."""
     first = stacked[0] if isinstance(stacked[0], Tensor) else next(iter(stacked[0].values()))
     with differentiable_attention():
         return torch.stack([function(*(unstack(part, task) for part in stacked)) for task in range(len(first))])
@@ -117,7 +124,7 @@ def one_by_one(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Te
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
-    """Attention by kernels that have a second derivative, in evaluation too, where torch would take its fast path."""
+    """Use attention kernels with a second derivative, also in evaluation mode, where torch has a fast path."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -128,7 +135,7 @@ def differentiable_attention() -> Iterator[None]:
 
 
 def other_names(network: nn.Module) -> dict[str, str]:
-    """The names of tied parameters beside their first: those that they have in other modules, to the first."""
+    """Map further names of tied parameters, those in other modules, to the first name."""
     first: dict[int, str] = {}
     places: set[tuple[int, str]] = set()
     others = {}
@@ -143,7 +150,7 @@ def other_names(network: nn.Module) -> dict[str, str]:
 
 
 def check_outputs(predictions: Tensor, targets: Tensor) -> None:
-    """Refuse a network whose predictions do not fit the targets of ``default_loss``.  # T S N ..., T S ..."""
+    """Raise InputError if predictions do not fit the targets of ``default_loss``.  # T S N ..., T S ..."""
     if targets.is_floating_point():
         came, expected = tuple(predictions.shape[1:]), tuple(targets.shape[1:])
         require(came == expected, f"network must give outputs of the targets' shape {expected} per task, got {came}")

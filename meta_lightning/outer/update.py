@@ -1,4 +1,4 @@
-"""The outer update: the schedule of its learning rate, and steps that hold only where they are finite."""
+"""The outer update: learning-rate schedule, and roll-back of steps that are not finite."""
 
 import math
 import warnings
@@ -13,10 +13,9 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils._pytree import tree_leaves
 
 from meta_lightning.checks import require, require_at_least, require_choice
-from meta_lightning.inner.params import Params
+from meta_lightning.inner.params import Params, tree_leaves
 
 Decay = Literal["constant", "linear", "cosine"]
 DECAYS: dict[Decay, Callable[[float], float]] = {
@@ -26,12 +25,12 @@ DECAYS: dict[Decay, Callable[[float], float]] = {
 }
 
 Scheduler = Callable[[Optimizer], LRScheduler]
-# parameters and learning rate; called so, an optimizer's first two arguments are not options of the command line
+# called with parameters and learning rate, which are therefore no options of the command line
 OuterOptimizer = Callable[[Iterable[Tensor], float], Optimizer]
 
 
 class OuterUpdate(nn.Module):
-    """Everything around a step of θ: schedule, roll-back of steps that are not finite, counters of these."""
+    """Schedule, roll-back and count of outer steps whose update is not finite."""
 
     def __init__(self, decay: Decay, scheduler: Scheduler | None, max_skipped: int) -> None:
         super().__init__()
@@ -41,7 +40,7 @@ class OuterUpdate(nn.Module):
         self.scheduler = scheduler
         self.max_skipped = max_skipped
         self.steps = math.inf  # of the whole training
-        self.options: list[dict[str, Any]] = []  # of the optimizer's groups, as it was made
+        self.options: list[dict[str, Any]] = []  # initial options of the parameter groups
         self.schedule: LRScheduler
         self.skipped: Tensor
         self.skipped_in_a_row: Tensor
@@ -49,35 +48,35 @@ class OuterUpdate(nn.Module):
             self.register_buffer(counter, torch.zeros((), dtype=torch.int64), persistent=False)
 
     def require_end(self, trainer: L.Trainer) -> None:
-        """Refuse a decay that needs an end of training where there is none (InputError)."""
+        """Raise InputError if the decay needs a number of steps and training has none."""
         require(
             self.scheduler is not None or self.decay == "constant" or math.isfinite(trainer.estimated_stepping_batches),
-            f"outer_lr_decay {self.decay!r} needs an end of training: expected trainer.max_steps or "
-            "trainer.max_epochs, got neither",
+            f"outer_lr_decay {self.decay!r} needs a number of steps: expected trainer.max_steps or trainer.max_epochs, "
+            "got neither",
         )
 
     def made(self, optimizer: Optimizer, device: torch.device) -> Optimizer:
-        """Note the options of an optimizer that was made just now."""
+        """Record the options of a new optimizer."""
         for group in optimizer.param_groups:
             if device.type == "cuda" and "capturable" in group:
-                group["capturable"] = True  # counts its steps on the device, as undone_unless needs it
+                group["capturable"] = True  # step count on the device, for undone_unless
         self.options = [{n: value for n, value in group.items() if n != "params"} for group in optimizer.param_groups]
         return optimizer
 
     def begin(self, optimizer: Optimizer, trainer: L.Trainer) -> None:
-        """Let the arguments beat what a resumed checkpoint says of the optimizer, and go on with the schedule."""
+        """Apply the arguments over the options of a resumed optimizer, and advance the schedule."""
         self.steps = trainer.estimated_stepping_batches
         scheduler = self.scheduler or (lambda optimizer: LambdaLR(optimizer, self.factor))
         self.schedule = schedule_from(scheduler, optimizer, self.options, trainer.global_step)
-        optimizer.load_state_dict(optimizer.state_dict())  # which puts its tensors where its options want them
+        optimizer.load_state_dict(optimizer.state_dict())  # moves its state to where the options require
 
     def factor(self, step: int) -> float:
-        """What the outer learning rate is multiplied by at a meta-iteration, by ``decay``."""
+        """Factor of the outer learning rate at a meta-iteration."""
         return DECAYS[self.decay](step / self.steps)
 
     @contextmanager
     def step(self, update: Any, moved: Sequence[Tensor], optimizer: Optimizer) -> Iterator[None]:
-        """Around what moves θ and steps the optimizer: undo it, and count it, where the update is not finite."""
+        """Wrap the update of θ and the optimizer step: undo and count it unless ``update`` is finite."""
         finite = is_finite(update)
         with torch.no_grad(), undone_unless(finite, moved, optimizer):
             yield
@@ -86,7 +85,7 @@ class OuterUpdate(nn.Module):
         self.skipped_in_a_row.add_(1).mul_(~finite)
 
     def counters(self) -> tuple[Tensor, Tensor]:
-        """What a checkpoint keeps."""
+        """The counters, for checkpoints."""
         return self.skipped, self.skipped_in_a_row
 
 
@@ -101,24 +100,23 @@ def schedule_from(
     needed = [p.name for p in signature(schedule.step).parameters.values() if p.default is Parameter.empty]
     require(
         not needed,
-        f"scheduler must go by the number of meta-iterations alone, got {type(schedule).__name__}, whose step needs "
+        f"scheduler must depend on the number of meta-iterations only, got {type(schedule).__name__}, whose step needs "
         f"{', '.join(needed)}",
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # there is no optimizer.step in it
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # no optimizer.step here
         for _ in range(step):
             schedule.step()
     return schedule
 
 
 def is_finite(update: Any) -> Tensor:
-    """Whether all numbers of all tensors in a container are finite; it stays on the device."""
+    """Whether all tensors in a container are finite, as a tensor on the device."""
     return torch.stack([part.isfinite().all() for part in tree_leaves(update) if isinstance(part, Tensor)]).all()
 
 
 def mean_over_ranks(params: Params, strategy: Strategy) -> Params:
-    """The mean over the ranks of what each has of its tasks."""
-    # DDP averages gradients only; all in one message, since each waits for all ranks
+    """Average the ranks' means over their tasks, in one message."""
     together = torch.cat([p.detach().flatten() for p in params.values()])
     mean: Tensor = strategy.reduce(together, reduce_op="mean")
     parts = mean.split([p.numel() for p in params.values()])
@@ -127,9 +125,9 @@ def mean_over_ranks(params: Params, strategy: Strategy) -> Params:
 
 @contextmanager
 def undone_unless(condition: Tensor, tensors: Sequence[Tensor], optimizer: Optimizer) -> Iterator[None]:
-    """Undo what is done inside to tensors and to an optimizer's state, unless the condition holds.
+    """Restore tensors and optimizer state on exit unless the condition holds.
 
-    Selected on the device without a host sync, except for state that the optimizer makes in this step.
+    Selected on the device without a host sync, except for state that the optimizer creates in this step.
     """
 
     def kept() -> dict[Any, Tensor]:
