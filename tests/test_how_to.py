@@ -50,7 +50,7 @@ def test_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     follow("data_set.md", monkeypatch)
     checkpoint = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
     data = checkpoint["datamodule_hyper_parameters"]
-    assert (data["root"], data["length"], data["queries"]) == ("clips", 4000, 5)
+    assert (data["root"], data["length"], data["queries"]) == ("clips", 2000, 5)
     assert not any(isinstance(value, torch.Tensor | np.ndarray) for value in data.values())
 
 
