@@ -1,4 +1,4 @@
-"""Checks of what the user gives: one way to say which argument is wrong, what was expected and what came."""
+"""Checks of arguments, with messages that name the argument, the expected and the given value."""
 
 import math
 from collections.abc import Collection, Iterable, Sequence
@@ -17,7 +17,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
 
 class InputError(ValueError):
-    """Something that the user gave cannot be; the message says what, what was expected and what came."""
+    """An invalid argument or input; the message names it, what was expected and what came."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -27,26 +27,26 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_positive(**arguments: float) -> None:
-    """Raise InputError, naming the argument, unless every one is a finite number greater than 0."""
+    """Raise InputError unless every argument is finite and greater than 0."""
     for name, value in arguments.items():
         require(value > 0 and math.isfinite(value), f"{name} must be greater than 0, got {value}")
 
 
 def require_at_least(minimum: int, **arguments: int) -> None:
-    """Raise InputError, naming the argument, unless every one is at least ``minimum``."""
+    """Raise InputError unless every argument is at least ``minimum``."""
     for name, value in arguments.items():
         require(value >= minimum, f"{name} must be at least {minimum}, got {value}")
 
 
 def require_choice(choices: Iterable[str], **arguments: str) -> None:
-    """Raise InputError, naming the argument, unless every one is among ``choices``."""
+    """Raise InputError unless every argument is one of ``choices``."""
     names = list(choices)
     for name, value in arguments.items():
         require(value in names, f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}")
 
 
 def require_matches(names: Collection[str], **patterns: Sequence[str]) -> set[str]:
-    """The names that an argument's glob patterns match; InputError, naming it, if a pattern matches none of them."""
+    """The names that match the glob patterns of the arguments; InputError for a pattern without a match."""
     matching: set[str] = set()
     for argument, globs in patterns.items():
         for glob in globs:
@@ -57,11 +57,11 @@ def require_matches(names: Collection[str], **patterns: Sequence[str]) -> set[st
 
 
 def require_precision(precision: str) -> None:
-    """Refuse precisions that lose the steps of the inner loop."""
+    """Raise InputError for precisions in which inner steps are lost."""
     reason = (
-        "its scaler covers the outer loss only, and gradients of the inner loop underflow"
+        "the gradient scaler does not cover the inner loop, whose gradients underflow"
         if precision == "16-mixed"
-        else "θ itself would be held in it, and rounded to 8 or 11 bits the inner steps vanish"
+        else "θ itself would be rounded to 8 or 11 bits, and inner steps vanish"
     )
     require(
         precision in PRECISIONS,
@@ -70,11 +70,11 @@ def require_precision(precision: str) -> None:
 
 
 def require_whole_network(strategy: Strategy) -> None:
-    """Refuse strategies that shard the network."""
+    """Raise InputError for strategies that shard the network."""
     require(
         not isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy),
-        "trainer.strategy must leave the whole network to every process, as ddp does, got "
-        f"{type(strategy).__name__}: it shards θ, of whose whole parameters the inner loop makes a copy for every task",
+        "trainer.strategy must keep the whole network in every process, as ddp does, got "
+        f"{type(strategy).__name__}: it shards θ, which the inner loop copies for every task",
     )
 
 
@@ -84,14 +84,14 @@ def from_command_line() -> bool:
 
 
 class NamedOptions:
-    """A class whose constructor names the class and the nearest option where it is given one that it has not."""
+    """Mixin whose constructor rejects unknown options and suggests the nearest name."""
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Refuse options that no constructor of the class takes."""
+        """Raise TypeError for options that no constructor of the class takes."""
         constructors = [base for base in cls.__mro__ if issubclass(base, NamedOptions) and "__init__" in base.__dict__]
         parameters = [(base, p) for base in constructors for p in signature(base.__init__).parameters.values()]
         named = {p.name for _, p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)}
-        # a subclass of one's own that takes any keyword knows what to do with it
+        # a user-defined subclass may take any keyword
         open_to_any = {base.__module__.partition(".")[0] for base, p in parameters if p.kind is Parameter.VAR_KEYWORD}
         for name in options.keys() - named if open_to_any <= {__name__.partition(".")[0]} else ():
             near = [f"the nearest is {nearest!r}" for nearest in get_close_matches(name, named - {"self"}, n=1)]
@@ -101,7 +101,7 @@ class NamedOptions:
 
 
 def plain(value: Any) -> Any:
-    """An argument as a checkpoint that is loaded with weights_only can hold it; None in place of other objects."""
+    """Convert an argument to types that ``weights_only`` loading permits; None for other objects."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, dict):

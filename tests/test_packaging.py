@@ -110,3 +110,29 @@ def test_the_base_knows_no_leaf() -> None:
         names |= {alias.name for node in ast.walk(code) if isinstance(node, ast.ImportFrom) for alias in node.names}
         of_rules = {"MetaSGD"} if place == "inner/rules.py" else set()
         assert {name for name in names if leaves.fullmatch(name)} <= of_rules, place
+
+
+def private_names() -> set[tuple[str, str]]:
+    """Names with a leading underscore, or of modules with one, that the package takes from others: name and file."""
+    found, own = set(), {"_replace", "_asdict", "_fields"}  # public methods of named tuples
+    for path in sorted(PACKAGE.rglob("*.py")):
+        file = path.relative_to(PACKAGE).as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                of_private = any(part.startswith("_") for part in (node.module or "").split("."))
+                names = [a.name for a in node.names if of_private or a.name.startswith("_")]
+                found |= {(name, file) for name in names if node.module != "__future__"}
+            elif isinstance(node, ast.Attribute | ast.FunctionDef):
+                name = node.attr if isinstance(node, ast.Attribute) else node.name
+                if name.startswith("_") and not name.startswith("__") and name not in own:
+                    found.add((name, file))
+    return found
+
+
+def test_every_private_name_stands_in_the_table_of_the_docs() -> None:
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \|", (ROOT / "docs" / "private_names.md").read_text(), re.MULTILINE)
+    table = {
+        (name, file) for names, files in rows for name in re.findall(r"`(\w+)`", names) for file in files.split(", ")
+    }
+    assert private_names() == table
+    assert len(table) <= 22

@@ -1,10 +1,9 @@
-"""Convolution, batch norm and pooling of many tasks at once, under ``vmap`` and twice differentiable.
+"""Twice differentiable convolution, batch norm and pooling for all tasks of a ``vmap`` at once.
 
-These three treat channels alike or in groups, so tasks stand side by side as channels, ``S T*C …``, and stay so from
-layer to layer: a convolution with weights per task is one in groups, and a batch norm with scale and shift per task is
-one of more channels. torch's own rules under vmap move the maps of a pooling there and back and scale a batch norm in
-passes of their own; its second derivatives loop over the groups of a convolution and take some twenty passes for a
-batch norm. What each is worth stands in ``benchmarks/results/speed.md``.
+Tasks are folded into channels, ``S T*C …``, and stay so from layer to layer: a convolution with weights per task is a
+grouped convolution, a batch norm with scale and shift per task has more channels. torch's own vmap rules permute the
+maps of every pooling, its second derivatives loop over the groups of a convolution, and those of a batch norm take some
+twenty kernels. ``benchmarks/results/speed.md`` has the gain of each.
 """
 
 from collections.abc import Callable
@@ -22,13 +21,10 @@ aten = torch.ops.aten
 
 
 class TasksAsChannels(TorchFunctionMode):
-    """While it is entered, these functions of torch give way to those of this file, whatever module calls them.
-
-    Inside another transform of ``torch.func`` than the one ``vmap`` over tasks they stay torch's own.
-    """
+    """Calls ``REPLACEMENTS`` in place of torch's functions, directly under the vmap over tasks."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the replacement, or what was called."""
+        """Call the replacement, or the function itself."""
         around = peek_interpreter_stack() if func in REPLACEMENTS else None
         replacement = func if around is None or around.level() > 1 else REPLACEMENTS[func]
         return replacement(*args, **(kwargs or {}))
@@ -45,16 +41,16 @@ def convolution(
 ) -> Any:
     """``torch.conv1d`` to ``conv3d``."""
     dims = weight.ndim - 2
-    # padding by name, a single image, or weights that all tasks share: torch as it is
+    # padding by name, a single image, or weights shared by all tasks: torch's own
     if isinstance(padding, str) or input.ndim == dims + 1 or not is_batchedtensor(weight):
         return getattr(torch, f"conv{dims}d")(input, weight, bias, stride, padding, dilation, groups)
-    if torch.is_autocast_enabled(input.device.type):  # here, since the backward of a Function runs without
+    if torch.is_autocast_enabled(input.device.type):  # here: the backward of a Function runs without autocast
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     how = [[n] * dims if isinstance(n, int) else list(n) for n in (stride, padding, dilation)]
 
     def of_tasks(tasks: int, x: Tensor, *params: Tensor | None) -> Any:
-        if x.device.type == "cpu" and dims == 2:  # where groups are up to ten times faster so
+        if x.device.type == "cpu" and dims == 2:  # grouped kernels are up to ten times faster
             x = x.contiguous(memory_format=torch.channels_last)
         return Convolution.apply(x, *params, (*how, tasks * groups))
 
@@ -73,7 +69,7 @@ def batch_norm(
 ) -> Any:
     """``F.batch_norm``."""
     channels = input.shape[1]
-    if not training or running_mean is not None or input.numel() == channels:  # the last of which torch refuses
+    if not training or running_mean is not None or input.numel() == channels:  # the last is an error in torch
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     weight = input.new_ones(channels) if weight is None else weight
     bias = input.new_zeros(channels) if bias is None else bias
@@ -81,10 +77,10 @@ def batch_norm(
 
 
 def pooling(pool: Callable[..., Any]) -> Callable[..., Any]:
-    """A pooling of torch's."""
+    """A pooling function of torch for all tasks."""
 
     def of_tasks(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if input.ndim == 3 or kwargs.get("return_indices"):  # of a single image, or with indices: torch as it is
+        if input.ndim == 3 or kwargs.get("return_indices"):  # a single image, or with indices: torch's own
             return pool(input, *args, **kwargs)
         return of_all_tasks(lambda tasks, x: pool(x, *args, **kwargs), input)
 
@@ -103,9 +99,9 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
 
 
 def of_all_tasks(function: Callable[..., Tensor], x: Tensor, *params: Tensor | None) -> Tensor:
-    """Call a function of ``S C …`` and of parameters per channel once for all tasks of the vmap around it.
+    """Call a function of ``S C …`` and of parameters per channel once for all tasks of the surrounding vmap.
 
-    What vmap does for a ``Function`` with a rule of its own, in a tenth of the time, which small tasks notice.
+    Equivalent to a ``Function`` with a ``vmap`` method, at a tenth of the overhead.
     """
     interpreter = retrieve_current_functorch_interpreter()
     assert isinstance(interpreter, VmapInterpreter)
@@ -120,12 +116,12 @@ def of_all_tasks(function: Callable[..., Tensor], x: Tensor, *params: Tensor | N
 
 
 def by_task(p: Tensor, dim: int | None, tasks: int) -> Tensor:
-    """The tasks' weights or biases one after another.  # T O ..., the tasks at ``dim`` -> T*O ..."""
+    """Concatenate the tasks' weights or biases.  # T O ..., tasks at ``dim`` -> T*O ..."""
     return (p.expand(tasks, *p.shape) if dim is None else p.movedim(dim, 0)).flatten(0, 1)
 
 
 class Convolution(Function):
-    """Convolution whose second derivative is one more call of the backward kernel."""
+    """Convolution whose second derivative is one call of the backward kernel."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, how: Any) -> Any:
@@ -136,16 +132,16 @@ class Convolution(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        """The gradients of those inputs that need one."""
+        """Gradients of the inputs that need one."""
         return *ConvolutionBackward.apply(g, *ctx.saved_tensors, ctx.needs_input_grad[:3], ctx.how), None
 
 
 class ConvolutionBackward(Function):
-    """``∂<g, x ∗ w + b>/∂(x, w, b)``, linear in g, in x and in w: hence its derivatives are the same kernels."""
+    """``∂<g, x ∗ w + b>/∂(x, w, b)``, linear in g, x and w, so its derivatives use the same kernels."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, needed: Any, how: Any) -> Any:
-        """The gradients of input, weights and bias; None where not needed."""
+        """Gradients of input, weight and bias; None where not needed."""
         ctx.save_for_backward(g, x, w)
         ctx.how = stride, padding, dilation, groups = how
         ctx.set_materialize_grads(False)
@@ -153,13 +149,13 @@ class ConvolutionBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Any:
-        """The gradients of ``<g, dx ∗ w + x ∗ dw + db>``."""
+        """Gradients of ``<g, dx ∗ w + x ∗ dw + db>``."""
         g, x, w = ctx.saved_tensors
         terms = [] if dx is None else [Convolution.apply(dx, w, None, ctx.how)]
         terms += [] if dw is None else [Convolution.apply(x, dw, None, ctx.how)]
         terms += [] if db is None else [per_channel(db, g).expand_as(g)]
         by_x = by_w = None
-        # x stands beside dw, and w beside dx
+        # x is paired with dw, and w with dx
         needed = (dw is not None and ctx.needs_input_grad[1], dx is not None and ctx.needs_input_grad[2], False)
         if any(needed):
             beside_w, beside_x = x if dx is None else dx, w if dw is None else dw
@@ -168,7 +164,7 @@ class ConvolutionBackward(Function):
 
 
 class BatchNorm(Function):
-    """``γ x̂ + β`` with ``x̂ = (x − mean x) r``, by the batch's statistics; r is one over its standard deviation."""
+    """``γ x̂ + β`` with ``x̂ = (x − mean x) r`` by batch statistics, r being the inverse standard deviation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Any:
@@ -180,20 +176,20 @@ class BatchNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        """The gradients of x, γ and β."""
+        """Gradients of x, γ and β."""
         return *BatchNormBackward.apply(g, *ctx.saved_tensors, ctx.eps), None
 
 
 class BatchNormBackward(Function):
     """The gradients ``γ r P g``, ``Σ g x̂`` and ``Σ g`` of a batch norm.
 
-    P takes away the mean and the part along x̂, and is symmetric; hence with n values a channel ``∂x̂ = r P ∂x`` and
+    P removes the mean and the component along x̂ and is symmetric; with n values per channel ``∂x̂ = r P ∂x`` and
     ``∂r = −r²/n Σ x̂ ∂x``.
     """
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, r: Tensor, eps: float) -> Any:
-        """The gradients of x, γ and β."""
+        """Gradients of x, γ and β."""
         grads = aten.native_batch_norm_backward(g, x, weight, None, None, mean, r, True, eps, [True, True, True])
         ctx.save_for_backward(g, x, weight, mean, r, grads[1])
         ctx.eps = eps
@@ -201,7 +197,7 @@ class BatchNormBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor, dweight: Tensor, dbias: Tensor) -> Any:
-        """The gradients of ``<dx, γ r P g> + <dγ, Σ g x̂> + <dβ, Σ g>`` by g, x and γ."""
+        """Gradients of ``<dx, γ r P g> + <dγ, Σ g x̂> + <dβ, Σ g>`` with respect to g, x and γ."""
         g, x, weight, mean, r, g_along_x = ctx.saved_tensors
         ones = torch.ones_like(weight)
         rpd, dx_along_x, _ = BatchNormBackward.apply(dx, x, ones, mean, r, ctx.eps)
@@ -218,5 +214,5 @@ class BatchNormBackward(Function):
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """Values of channels, to be broadcast over ``x``.  # C -> C 1 1"""
+    """Reshape values per channel to broadcast over ``x``.  # C -> C 1 1"""
     return values.view(-1, *(1 for _ in x.shape[2:]))
