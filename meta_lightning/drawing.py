@@ -1,79 +1,120 @@
-"""Support pictures and answers on one sheet, to see at a glance what was learnt."""
+"""Pictures of tasks: a row per class, with its support set and its queries."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from meta_lightning.data.tasks import Array
+from meta_lightning.data.tasks import Array, TaskBatch
 
-COLUMNS = 10  # of queries
-EXAMPLES = 5  # support pictures of a class that are shown
-STEP, LINE = 1.16, 1.52  # from a picture to the next, and from a row to the next, with room for two lines of text
 INK, MUTED, SUPPORT, RIGHT, WRONG = "#1f2933", "#8a94a0", "#2f6fb7", "#2e8b57", "#c8372d"
+INCHES, STEP, GAP = 0.85, 1.16, 0.35  # width of a picture; in such widths: from picture to picture, support to queries
+HEADING, NAME, LINE = 0.45, 0.28, 1.65  # heights of a table's heading, a class name, and name, picture and caption
+COLUMNS, EXAMPLES = 10, 5  # queries per line, and support pictures per class of the contact sheet
+TASK_CLASSES, TASK_EXAMPLES, TASK_QUERIES = 6, 3, 5  # pictures of a task
 
 
 class Answer(NamedTuple):
-    """A query and what was said of it."""
+    """A query and its predicted class."""
 
     image: Array  # C H W, uint8
-    name: str
+    name: str | None  # None before prediction
     probability: float
-    truth: str | None  # where it is known
+    truth: str | None  # None if unknown
+
+
+Table = tuple[Mapping[str, Sequence[Array]], Sequence[Answer]]  # support pictures by class name (uint8), and queries
 
 
 def draw_contact_sheet(
     support: Mapping[str, Sequence[Array]], answers: Sequence[Answer], ink: bool, path: Path
 ) -> None:
-    """Draw the support pictures framed on the left, and the answers beside them, right and wrong in colour."""
-    examples = min(EXAMPLES, max(map(len, support.values())))
-    left = examples * STEP + 0.5
-    width = left + min(COLUMNS, max(len(answers), 3)) * STEP
-    height = max(len(support), -(-len(answers) // COLUMNS)) * LINE + 0.5
-    figure, axes = sheet(width, height, scale=0.95)
-    axes.text(0, 0.3, "Support", color=INK, weight="bold")
-    axes.text(left, 0.3, "Queries", color=INK, weight="bold")
-    for row, (name, images) in enumerate(support.items()):
-        for column, image in enumerate(images[:EXAMPLES]):
-            draw_picture(axes, image, ink, column * STEP, 0.5 + row * LINE, SUPPORT)
-        axes.text(0, 0.5 + row * LINE + 1.17, shortened(name, 15 * examples), color=INK, size=7)
-    for number, answer in enumerate(answers):
-        x, y = left + number % COLUMNS * STEP, 0.5 + number // COLUMNS * LINE
-        known = answer.truth is not None
-        colour = (RIGHT if answer.name == answer.truth else WRONG) if known else MUTED
-        draw_picture(axes, answer.image, ink, x, y, colour)
-        said: dict[str, Any] = {"color": colour if known else INK, "size": 7}
-        axes.text(x, y + 1.17, shortened(answer.name, 10), **said)
-        axes.text(x + 1, y + 1.17, f"{100 * answer.probability:.0f} %", ha="right", **said)
-        if known and answer.name != answer.truth:
-            axes.text(x, y + 1.35, f"is {shortened(str(answer.truth), 14)}", color=MUTED, size=7)
-    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
+    """Draw support pictures and answers into a PNG file, with a row per class."""
+    support = {name: images[:EXAMPLES] for name, images in support.items()}
+    draw_tables([(support, answers)], ink).savefig(path, dpi=100, pil_kwargs={"optimize": True})
 
 
-def sheet(width: float, height: float, scale: float) -> tuple[Figure, Axes]:
-    """An empty sheet of so many units, from the left and from the top, each of ``scale`` inches."""
-    figure = Figure(figsize=(scale * width, scale * height))
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.15, width), ylim=(height, 0), aspect="equal")
+def classifies_pictures(task: TaskBatch) -> bool:
+    """Whether ``table_of`` accepts a task, which has no task dimension."""
+    x, y = task.query_x, task.query_y
+    return x.ndim == 4 and x.shape[1] in (1, 3) and y.ndim == 1 and not y.is_floating_point()
+
+
+def table_of(task: TaskBatch, names: Sequence[str], predictions: Tensor | None = None) -> Table:
+    """The first classes of a task, whose queries have ``predictions`` if there are any.  # R N"""
+
+    def name(label: int) -> str:
+        return f"{label + 1} {names[label]}" if names else f"class {label + 1}"
+
+    support, answers = {}, []
+    for label in task.support_y.unique()[:TASK_CLASSES].tolist():
+        support[name(label)] = [pixels(x) for x in task.support_x[task.support_y == label][:TASK_EXAMPLES]]
+        for i in (task.query_y == label).nonzero().flatten()[:TASK_QUERIES].tolist():
+            answer = Answer(pixels(task.query_x[i]), None, 0.0, name(label))
+            if predictions is not None:
+                probability, answered = predictions[i].softmax(0).max(0)
+                answer = answer._replace(name=name(int(answered)), probability=float(probability))
+            answers.append(answer)
+    return support, answers
+
+
+def draw_tables(tables: Sequence[Table], ink: bool, axes: Axes | None = None) -> Figure:
+    """Draw tables one below the other, into ``axes`` or a figure of their size.
+
+    Each class has a row: its support pictures, and its queries, or those assigned to it if their class is unknown.
+    ``ink``: whether pictures hold ink as 255 on 0, to be shown dark on light.
+    """
+    figure = Figure()
+    axes = axes or figure.add_axes((0, 0, 1, 1))
+    rows = [
+        [(name, images, [a for a in answers if name == (a.truth or a.name)]) for name, images in support.items()]
+        for support, answers in tables
+    ]
+    left = STEP * max(len(images) for table in rows for _, images, _ in table) + GAP  # of the queries
+    width = left + STEP * min(COLUMNS, max(3, *(len(answers) for table in rows for *_, answers in table)))
+    top = 0.0
+    for table in rows:
+        axes.text(0, top + 0.32, "Support", color=INK, weight="bold", size=8)
+        axes.text(left, top + 0.32, "Queries", color=INK, weight="bold", size=8)
+        top += HEADING
+        for name, images, answers in table:
+            y = top + NAME
+            axes.text(0, y - 0.04, shortened(name, int(10 * width)), color=INK, size=7, va="bottom")
+            for column, image in enumerate(images):
+                draw_picture(axes, image, ink, column * STEP, y, SUPPORT)
+            for number, (image, answer, probability, truth) in enumerate(answers):
+                line, column = divmod(number, COLUMNS)
+                colour = MUTED if None in (answer, truth) else RIGHT if answer == truth else WRONG
+                caption = "" if answer is None else f"{100 * probability:.0f} %"
+                mistaken = f"\n{shortened(str(answer), 14)}" if colour == WRONG else ""
+                draw_picture(axes, image, ink, left + column * STEP, y + line * LINE, colour, caption + mistaken)
+            top += LINE * max(1, math.ceil(len(answers) / COLUMNS))
+    axes.set(xlim=(-0.15, width), ylim=(top, 0), aspect="equal", anchor="N")
     axes.set_axis_off()
-    return figure, axes
+    figure.set_size_inches(INCHES * width, INCHES * top)
+    return figure
 
 
-def draw_picture(axes: Axes, image: Array, ink: bool, x: float, y: float, colour: str) -> None:
-    """One picture in a frame, a unit wide."""
-    pixels = (255 - image if ink else image).transpose(1, 2, 0)
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, extent=(x, x + 1, y + 1, y), interpolation="bicubic")
-    axes.plot([x, x + 1, x + 1, x, x], [y, y, y + 1, y + 1, y], color=colour, linewidth=1.6, solid_joinstyle="round")
+def draw_picture(axes: Axes, image: Array, ink: bool, x: float, y: float, colour: str, caption: str = "") -> None:
+    """Draw a picture with a frame, one unit wide, and a caption.  # C H W"""
+    shown = (255 - image if ink else image).transpose(1, 2, 0)
+    axes.imshow(shown, cmap="gray", vmin=0, vmax=255, extent=(x, x + 1, y + 1, y), interpolation="bicubic")
+    axes.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor=colour, linewidth=1.6))
+    axes.text(x, y + 1.05, caption, color=colour, size=7, va="top", linespacing=1.1)
 
 
 def shortened(name: str, length: int) -> str:
-    """A name that fits."""
+    """A name in at most ``length`` characters, with spaces for underscores."""
+    name = name.replace("_", " ")
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def pixels(image: Tensor) -> Array:
-    """An image from its darkest to its brightest as 0 to 255.  # C H W"""
+    """An image scaled to 0 … 255 from its darkest to its brightest value.  # C H W, uint8"""
     scaled: Array = (255 * (image - image.min()) / (image.max() - image.min()).clamp(min=1e-8)).byte().numpy()
     return scaled

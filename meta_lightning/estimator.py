@@ -18,22 +18,22 @@ except ImportError as error:
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """Adapts a checkpoint to a handful of examples: ``FewShotClassifier("best.ckpt").fit(X, y).predict(X)``.
+    """Adapts a checkpoint to a few examples: ``FewShotClassifier("best.ckpt").fit(X, y).predict(X)``.
 
-    Samples are those of ``MetaLearner.adapt``, images ``M C H W`` as the data set of the training held them, or the
-    same flattened, ``M C·H·W``, as other steps of a Pipeline want them.
+    Samples are those of ``MetaLearner.adapt``. Images, ``M C H W`` as in the training data set, may also come flattened
+    to ``M C·H·W``, as other steps of a Pipeline require.
 
     Args:
         checkpoint: Path of the checkpoint.
         steps: Inner steps. Default: the checkpoint's ``test_inner_steps``.
-        network: A network like the one that was trained; needed where that was made in Python.
+        network: A network with the architecture of the trained one; required if that was built in Python.
 
     Attributes:
         classes_: The classes, sorted.
         predictor_: The adapted ``Predictor``.
 
     Raises:
-        InputError: What ``load_learner`` and ``MetaLearner.adapt`` raise, by ``fit``.
+        InputError: In ``fit``, as ``load_learner`` and ``MetaLearner.adapt``.
     """
 
     def __init__(self, checkpoint: str, steps: int | None = None, network: nn.Module | None = None) -> None:
@@ -59,12 +59,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def predict(self, X: Array) -> Array:
         """The most probable class of each sample.  # M ... -> M"""
-        numbers = self.predict_proba(X).argmax(1)
+        numbers = self.predict_proba(X).argmax(1)  # checks that there are classes
         classes: Array = self.classes_[numbers]
         return classes
 
     def unflattened(self, X: Array) -> Array:
-        """Images again, where their rows were flattened.  # M ..."""
+        """Samples with flattened images reshaped.  # M ..."""
         X = np.asarray(X)
         flat = X.ndim == 2 and self.shape_ is not None and X.shape[1] == np.prod(self.shape_)
         return X.reshape(len(X), *self.shape_) if flat and self.shape_ else X

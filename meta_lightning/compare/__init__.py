@@ -1,1 +1,1 @@
-"""Algorithms on the same tasks, in one table."""
+"""Comparison of algorithms on the same tasks."""

@@ -8,16 +8,17 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from meta_lightning.compare.summary import UNTRAINED, Result, Row, algorithm_of, score_of
+from meta_lightning.drawing import MUTED, RIGHT, SUPPORT, WRONG
 
-COLOURS = {UNTRAINED: "#8a94a0", "MAML": "#2f6fb7", "FOMAML": "#2e8b57", "Reptile": "#c8372d"}
-OTHERS = ("#8e5bb5", "#d98c1f", "#3aa6a6", "#a65a3a")  # those with a name of their own
+COLOURS = {UNTRAINED: MUTED, "MAML": SUPPORT, "FOMAML": RIGHT, "Reptile": WRONG}
+OTHERS = ("#8e5bb5", "#d98c1f", "#3aa6a6", "#a65a3a")  # of other algorithms
 PANELS = [["steps"] * 3 + ["time"] * 3, ["scores"] * 2 + ["speed"] * 2 + ["memory"] * 2]
 
 
 def draw(rows: Sequence[Row], results: Sequence[Result], path: Path) -> None:
-    """Draw validation against meta-iterations and against time, and bars of the score, speed and memory."""
+    """Plot validation against meta-iterations and time, and bars of score, speed and memory."""
     figure = Figure(figsize=(12, 7), layout="constrained")
-    panels = figure.subplot_mosaic(PANELS)  # type: ignore[arg-type]
+    panels: dict[str, Any] = figure.subplot_mosaic(PANELS)  # type: ignore[arg-type]
     for axes in panels.values():
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
@@ -34,30 +35,26 @@ def draw(rows: Sequence[Row], results: Sequence[Result], path: Path) -> None:
             x, y = [scale * step for step, _ in points], [value for _, value in points]
             (lines[name],) = panels[panel].plot(x, y, "o-", markersize=3, color=colours[name])
     metric = f"{rows[0].metric}, %" if rows[0].metric == "accuracy" else rows[0].metric
-    panels["steps"].set(xlabel="meta-iterations", ylabel=f"validation {metric}")
-    panels["time"].set(xlabel="seconds of training", ylabel=f"validation {metric}")
+    for panel, label in (("steps", "meta-iterations"), ("time", "seconds of training")):
+        panels[panel].set(xlabel=label, ylabel=f"validation {metric}")
     if lines:
         panels["steps"].legend(lines.values(), lines)
 
-    def bars(panel: str, field: str, title: str, shift: float = 0.0, alpha: float = 1.0) -> None:
-        """A bar for each row that has the figure, with its value above it and its confidence interval if any."""
-        axes: Any = panels[panel]
+    def bars(panel: str, field: str, title: str, shift: float = 0.0, **style: float) -> None:
+        """Draw a bar per row, labelled with its value, and its confidence interval if it has one."""
+        axes = panels[panel]
         shown = [row for row in rows if getattr(row, field) is not None]
-        drawn = axes.bar(
-            [i + shift for i in range(len(shown))],
-            [getattr(row, field) for row in shown],
-            0.4 if shift else 0.7,
-            yerr=[getattr(row, f"{field}_ci95", 0.0) for row in shown],
-            color=[colours[row.algorithm] for row in shown],
-            alpha=alpha,
-        )
+        places, heights = [i + shift for i in range(len(shown))], [getattr(row, field) for row in shown]
+        errors = [getattr(row, f"{field}_ci95", 0.0) for row in shown]
+        colour = [colours[row.algorithm] for row in shown]
+        drawn = axes.bar(places, heights, 0.4 if shift else 0.7, yerr=errors, color=colour, **style)
         axes.bar_label(drawn, fmt="{:.3g}", padding=3)
         axes.set_xticks(range(len(shown)), [row.algorithm.replace("-", "-\n") for row in shown])
         axes.set_title(title, size=10)
         axes.margins(y=0.12)
 
-    bars("scores", "before", "", -0.2, 0.35)
+    bars("scores", "before", "", -0.2, alpha=0.35)
     bars("scores", "after", f"test {metric}, before (pale) and after adaptation", 0.2)
-    bars("speed", "tasks_per_second", "tasks a second in training")
+    bars("speed", "tasks_per_second", "tasks per second in training")
     bars("memory", "peak_memory", "peak memory of training, MB")
     figure.savefig(path, dpi=100)

@@ -14,13 +14,13 @@ from meta_lightning.files import written_whole
 
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#1f2933}"
-    "table{border-collapse:collapse}td,th{padding:.3em .8em;border-bottom:1px solid #ccc;text-align:left}"
-    "img{max-width:100%}pre{background:#f4f5f7;padding:1em;overflow-x:auto}"
+    "table{border-collapse:collapse}td{padding:.3em .8em;border-bottom:1px solid #ccc;text-align:left}"
+    "tr:first-child{font-weight:bold}img{max-width:100%}pre{background:#f4f5f7;padding:1em;overflow-x:auto}"
 )
 
 
 def write_report(rows: Sequence[Row], results: Sequence[Result], failures: Sequence[str], out: Path) -> None:
-    """Write ``comparison.md``, ``.csv``, ``.png`` and ``.html``, each whole or not at all."""
+    """Write ``comparison.md``, ``.csv``, ``.png`` and ``.html`` atomically."""
     if not rows:
         return
     with written_whole(out / "comparison.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
@@ -36,7 +36,7 @@ def write_report(rows: Sequence[Row], results: Sequence[Result], failures: Seque
 
 
 def cells_of(rows: Sequence[Row]) -> list[list[str]]:
-    """The table as it is read, its heads first; columns in which nothing stands are left out."""
+    """The cells of the table, header first, without empty columns."""
     metric = rows[0].metric
     digits, unit = (1, ", %") if metric == "accuracy" else (3, "")
 
@@ -47,13 +47,13 @@ def cells_of(rows: Sequence[Row]) -> list[list[str]]:
     def cells(row: Row) -> dict[str, str]:
         gained = row.after_relative if row.after_relative and math.isfinite(row.after_relative) else None
         difference = "" if gained is None else f" ({gained:+.{digits}f})".replace("-", "−")
-        seeds = f"{row.seeds}" + (f" of {row.seeds_asked}" if row.seeds < row.seeds_asked else "")
+        seeds = f"{row.seeds} of {row.seeds_asked}" if row.seeds < row.seeds_asked else f"{row.seeds}"
         return {
             "": row.algorithm,
             f"{metric} before{unit}": f"{row.before:.{digits}f} ± {row.before_ci95:.{digits}f}",
             f"after{unit}": f"{row.after:.{digits}f} ± {row.after_ci95:.{digits}f}{difference}",
             "training, s": shown(row.seconds, 1, row.seconds_relative),
-            "tasks a second": shown(row.tasks_per_second, 0, row.tasks_per_second_relative),
+            "tasks per second": shown(row.tasks_per_second, 0, row.tasks_per_second_relative),
             "peak memory, MB": shown(row.peak_memory, 0, row.peak_memory_relative),
             "std over seeds": shown(row.after_std, digits),
             "seeds": seeds if row.seeds_asked > 1 else "",
@@ -66,24 +66,20 @@ def cells_of(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def without_empty_columns(cells: Sequence[Sequence[str]]) -> list[list[str]]:
-    """A table, its heads first, without the columns in which nothing stands."""
+    """A table, header first, without columns whose other cells are empty."""
     kept = [column for column in zip(*cells, strict=True) if any(column[1:])]
     return [[*row] for row in zip(*kept, strict=True)]
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    heads, *body = ("| " + "| ".join(f"{cell} " if cell else "" for cell in row) + "|" for row in cells)
-    return "\n".join([heads, "|" + "---|" * len(cells[0]), *body]) + "\n"
+    """A table in Markdown, header first."""
+    header, *body = ("| " + "| ".join(f"{cell} " if cell else "" for cell in row) + "|" for row in cells)
+    return "\n".join([header, "|" + "---|" * len(cells[0]), *body]) + "\n"
 
 
 def page(rows: Sequence[Row], results: Sequence[Result], failures: Sequence[str], figure: bytes) -> str:
-    """The report page, which needs no other file."""
-
-    def table_row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    heads, *body = cells_of(rows)
+    """The report as a self-contained HTML page."""
+    table = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells_of(rows))
     record = next(iter(results[0]["tests"].values()))
     where = ", ".join([f"{k} {v}" for part in ("versions", "machine") for k, v in record[part].items()])
     commands = [shlex.join(["python", "-m", "meta_lightning", *c]) for r in results for c in r["commands"].values()]
@@ -91,11 +87,11 @@ def page(rows: Sequence[Row], results: Sequence[Result], failures: Sequence[str]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title><style>{STYLE}</style>'
         f"<h1>{html.escape(', '.join(row.algorithm for row in rows))}</h1>"
-        f"<table>{table_row(heads, 'th')}{''.join(table_row(cells, 'td') for cells in body)}</table>"
-        f"<p>± is the 95 % confidence interval over {record['figures'].get('test/tasks', 0):.0f} test tasks, the mean "
-        "of the seeds'; in parentheses the ratio to the first algorithm's figure, or for scores the difference. "
-        "Training without validation; peak memory above what was in use before the first step; each run in a process "
-        "of its own.</p>"
+        f"<table>{table}</table>"
+        f"<p>± is the 95 % confidence interval over {record['figures'].get('test/tasks', 0):.0f} test tasks, averaged "
+        "over seeds. In parentheses: the ratio to the first algorithm, for scores the difference from it. Training "
+        "excludes validation. Peak memory excludes what was in use before the first step. Each run has its own "
+        "process.</p>"
         f'<img alt="Curves and bars" src="data:image/png;base64,{base64.b64encode(figure).decode()}">{failed}'
         f"<h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>"
         f"<p>Commit {html.escape(str(record['commit']))}, {html.escape(where)}.</p></html>\n"

@@ -1,4 +1,4 @@
-"""Runs of ``fit`` and ``test``, each in a process of its own, that are done once and go on where they stopped."""
+"""Runs of ``fit`` and ``test`` in separate processes; finished ones are kept and interrupted ones resumed."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ LAST = Path("checkpoints", "last.ckpt")
 
 
 class Run(NamedTuple):
-    """A training and the tests of where it ended; without a training, tests of a random initialisation."""
+    """A training and the tests of its last checkpoint; without training, tests of a random initialisation."""
 
     name: str
     fit: list[str] | None
@@ -26,24 +26,21 @@ class Run(NamedTuple):
 
 
 def complete(run: Run, out: Path, overwrite: bool = False) -> dict[str, Any]:
-    """The result of a run, from what there is of it and what remains to be done."""
+    """The result of a run, after its unfinished commands have been run."""
     result, folder = out / "results" / f"{run.name}.json", out / "runs" / run.name
     commands = commands_of(run, folder)
     settings = {"commands": commands, "configs": checksums(commands)}
-    begun = folder / "commands.json"
-    for path in (result, begun):
+    started = folder / "commands.json"
+    for path in (result, started):
         before = read(path)
         if before is not None and any(before[key] != value for key, value in settings.items()):
-            require(
-                overwrite,
-                f"out must be a new folder, or overwrite be set: {path} is of other settings, "
-                f"{differing(before['commands'], commands)}",
-            )
+            found = f"{path} of other settings, {differing(before['commands'], commands)}"
+            require(overwrite, f"out must be a new folder unless overwrite is set, got {found}")
             shutil.rmtree(folder, ignore_errors=True)
             path.unlink(missing_ok=True)
     if (finished := read(result)) is not None:
         return finished
-    write_json(begun, settings)
+    write_json(started, settings)
     records = {name: record_of(command, folder / name / "version_0") for name, command in commands.items()}
     done = {"name": run.name, **settings, "fit": records.pop("fit", None), "tests": records}
     write_json(result, done)
@@ -51,49 +48,44 @@ def complete(run: Run, out: Path, overwrite: bool = False) -> dict[str, Any]:
 
 
 def commands_of(run: Run, folder: Path) -> dict[str, list[str]]:
-    """The command lines of a run by the name of what they leave, after ``python -m meta_lightning``."""
-
-    def logging(name: str) -> list[str]:
-        places = {"save_dir": folder, "name": name, "version": 0}
-        return ["--trainer.logger", LOGGER, *(f"--trainer.logger.{place}={value}" for place, value in places.items())]
-
-    commands = {}
-    if run.fit is not None:
-        commands["fit"] = ["fit", *run.fit, *logging("fit"), f"--checkpoint.dirpath={folder / LAST.parent}"]
+    """The command lines of a run, without ``python -m meta_lightning``, by name of their log folder."""
+    commands = {} if run.fit is None else {"fit": ["fit", *run.fit]}
     trained = [] if run.fit is None else [f"--ckpt_path={folder / LAST}"]
-    for name, options in run.tests.items():
-        commands[name] = ["test", *trained, *options, *logging(name)]
+    commands |= {name: ["test", *trained, *options] for name, options in run.tests.items()}
+    for name, command in commands.items():
+        places = {"save_dir": folder, "name": name, "version": 0}
+        command += ["--trainer.logger", LOGGER, *(f"--trainer.logger.{key}={value}" for key, value in places.items())]
+        command += [f"--checkpoint.dirpath={folder / LAST.parent}"] if name == "fit" else []
     return commands
 
 
 def record_of(command: Sequence[str], folder: Path) -> dict[str, Any]:
-    """The record that a command has left in its log folder, or leaves now; a training is resumed."""
-    path = folder / f"{command[0]}.json"
-    if (record := read(path)) is not None:
-        return record
-    last = folder.parents[1] / LAST
-    resumed = [f"--ckpt_path={last}"] if command[0] == "fit" and last.exists() else []
-    status = launch([*command, *resumed])
+    """The record of a command from its log folder; if there is none, the command is run, or its training resumed."""
+    path, last = folder / f"{command[0]}.json", folder.parents[1] / LAST
     record = read(path)
-    if status != 0 or record is None:
-        raise ChildProcessError(f"{command[0]} ended with exit status {status}")
+    if record is None:
+        resumed = [f"--ckpt_path={last}"] if command[0] == "fit" and last.exists() else []
+        status = launch([*command, *resumed])
+        record = read(path)
+        if status != 0 or record is None:
+            raise ChildProcessError(f"{command[0]} ended with exit status {status}")
     return record
 
 
 def launch(args: Sequence[str]) -> int:
-    """Run a command line in a process of its own, which shows its progress, and return its exit status."""
+    """Run a command line in a process that shares this terminal, and return its exit status."""
     sys.stderr.write(f"\n$ python -m meta_lightning {shlex.join(args)}\n")
     sys.stderr.flush()
     with subprocess.Popen([sys.executable, "-m", "meta_lightning", *args]) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:
-            process.wait()  # it got the Ctrl-C as well, and is saving its last checkpoint
+            process.wait()  # the process received Ctrl-C too, and saves its last checkpoint
             raise
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """What a JSON file holds; None where there is none."""
+    """The contents of a JSON file; None if it does not exist."""
     if not path.exists():
         return None
     try:
@@ -104,15 +96,15 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def checksums(commands: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """The configuration files that commands name, with checksums: a file that was edited makes another run."""
+    """Checksums of the configuration files of commands: an edited file makes another run."""
     named = {a.removeprefix("--config=") for command in commands.values() for a in command if a.startswith("--config=")}
     paths = [path for path in map(Path, sorted(named)) if path.is_file()]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
 
 
 def differing(before: Mapping[str, Sequence[str]], now: Mapping[str, Sequence[str]]) -> str:
-    """What only one of two runs' commands has, in words."""
+    """The arguments that differ between the commands of two runs, as a sentence."""
     old, new = ({argument for command in commands.values() for argument in command} for commands in (before, now))
     if old == new:
-        return "a configuration that was edited since"
-    return f"with {shlex.join(sorted(old - new)) or 'less'} where now is {shlex.join(sorted(new - old)) or 'less'}"
+        return "from a configuration edited since"
+    return f"{shlex.join(sorted(old - new)) or 'nothing'} instead of {shlex.join(sorted(new - old)) or 'nothing'}"

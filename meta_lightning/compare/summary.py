@@ -1,4 +1,4 @@
-"""From the results of runs to the rows of a table."""
+"""Rows of the comparison table, from the results of runs."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 UNTRAINED = "untrained"
 CELLS = 9  # of a grid
-NEAR = 2.0  # points of accuracy from the best of a grid; for a regression per cent of its error
+NEAR = 2.0  # largest distance from the best of a grid: points of accuracy, or per cent of the mse
 
 Result = Mapping[str, Any]
 
 
 class Row(NamedTuple):
-    """An algorithm's figures, means over its seeds; None for what there is none of.
+    """Figures of an algorithm, means over its seeds; None if not available.
 
-    Accuracies and their half-widths (``…_ci95``, over tasks) are in per cent, or errors as they are; ``…_relative`` are
-    the first algorithm's multiples, of the accuracy the difference from it.
+    Accuracies and their half-widths (``…_ci95``, over tasks) are in per cent. ``…_relative`` is the ratio to the first
+    algorithm, for ``after`` the difference from it.
     """
 
     algorithm: str
@@ -25,38 +25,38 @@ class Row(NamedTuple):
     before_ci95: float
     after: float
     after_ci95: float
-    after_relative: float | None
-    seconds: float | None  # of training, without validation
-    seconds_relative: float | None
-    tasks_per_second: float | None
-    tasks_per_second_relative: float | None
-    peak_memory: float | None  # MB
-    peak_memory_relative: float | None
-    seeds: int  # of those that were asked for, the finished
-    seeds_asked: int
-    after_std: float | None  # over the seeds
-    skipped: float | None  # non-finite steps, of all seeds together
-    near_best: float | None  # share of the grid
+    after_relative: float | None = None
+    seconds: float | None = None  # of training, without validation
+    seconds_relative: float | None = None
+    tasks_per_second: float | None = None
+    tasks_per_second_relative: float | None = None
+    peak_memory: float | None = None  # MB
+    peak_memory_relative: float | None = None
+    seeds: int = 0  # finished
+    seeds_asked: int = 0
+    after_std: float | None = None  # over seeds
+    skipped: float | None = None  # non-finite steps, sum over seeds
+    near_best: float | None = None  # share of the grid
 
 
 def score_of(record: Mapping[str, Any], stage: str) -> tuple[str, float]:
-    """The name of what a record is judged by, ``accuracy`` or ``mse``, and the factor by which it is shown."""
+    """The metric that ranks a record, ``accuracy`` or ``mse``, and the factor for display."""
     return ("accuracy", 100.0) if f"{stage}/accuracy" in record["figures"] else ("mse", 1.0)
 
 
 def algorithm_of(result: Result) -> str:
-    """What a run is of: an algorithm, by the name that it has in the table, or the untrained network."""
+    """The name of a run's algorithm in the table."""
     return str(result["name"]).rpartition("-seed")[0]
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of the values that there are; None if there is none."""
+    """The mean of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
 
 def summarise(results: Sequence[Result], algorithms: Sequence[str], seeds: int) -> list[Row]:
-    """A row for the untrained network and for each of the algorithms that has results."""
+    """Rows of the untrained network and of the algorithms that have results."""
     rows = {}
     for algorithm in (UNTRAINED, *algorithms):
         mine = [result for result in results if algorithm_of(result) == algorithm]
@@ -68,14 +68,14 @@ def summarise(results: Sequence[Result], algorithms: Sequence[str], seeds: int) 
 
 
 def row_of(algorithm: str, runs: Sequence[Result], seeds: int, grid: Sequence[Mapping[str, Any]]) -> Row:
-    """The row of an algorithm, not yet compared with another's."""
+    """The row of an algorithm, without the comparison."""
     tests = [next(iter(run["tests"].values())) for run in runs]
     fits = [run["fit"] for run in runs if run["fit"] is not None]
     metric, unit = score_of(tests[0], "test")
 
     def tested(name: str) -> list[float]:
         values = [test["figures"].get(f"test/{name}") for test in tests]
-        return [math.nan if value is None else unit * value for value in values]  # no number is no finite one
+        return [math.nan if value is None else unit * value for value in values]  # records have None for NaN
 
     after = tested(metric)
     skipped = [fit["figures"]["train/skipped"] for fit in fits if "train/skipped" in fit["figures"]]
@@ -86,13 +86,9 @@ def row_of(algorithm: str, runs: Sequence[Result], seeds: int, grid: Sequence[Ma
         before_ci95=fmean(tested(f"{metric}_before_ci95")),
         after=fmean(after),
         after_ci95=fmean(tested(f"{metric}_ci95")),
-        after_relative=None,
         seconds=mean(fit.get("train_seconds") for fit in fits),
-        seconds_relative=None,
         tasks_per_second=mean(fit["tasks_per_second"] for fit in fits),
-        tasks_per_second_relative=None,
         peak_memory=mean(fit.get("peak_memory") for fit in fits),
-        peak_memory_relative=None,
         seeds=len(runs),
         seeds_asked=seeds,
         after_std=stdev(after) if len(after) > 1 else None,
@@ -102,7 +98,7 @@ def row_of(algorithm: str, runs: Sequence[Result], seeds: int, grid: Sequence[Ma
 
 
 def relative(row: Row, reference: Row) -> Row:
-    """The row with its comparison."""
+    """The row with its comparison to the reference."""
     ratios: dict[str, Any] = {}
     for name in ("seconds", "tasks_per_second", "peak_memory"):
         value, of = getattr(row, name), getattr(reference, name)
@@ -111,7 +107,7 @@ def relative(row: Row, reference: Row) -> Row:
 
 
 def near_best(fits: Sequence[Mapping[str, Any]]) -> float | None:
-    """The share of a grid's trainings that validate near the best of them; one that failed does not."""
+    """The share of a grid's trainings whose validation is near the best; failed trainings count as far."""
     if not fits:
         return None
     metric, unit = score_of(fits[0], "val")

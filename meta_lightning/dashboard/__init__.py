@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run, beside Lightning's own values."""
+"""What TensorBoard shows of a run in addition to Lightning's scalars."""
 
 from meta_lightning.dashboard.callback import Dashboard
 

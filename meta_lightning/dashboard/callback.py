@@ -1,4 +1,4 @@
-"""What TensorBoard shows beside the scalars of training and evaluation."""
+"""Figures, norms, speed and hyperparameters for TensorBoard."""
 
 import time
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.utils import get_total_norm as norm
 
@@ -20,22 +21,22 @@ from meta_lightning.inner.params import Params
 class Dashboard(L.Callback):
     """Figures and scalars for TensorBoard; without a TensorBoard logger it does nothing.
 
-    At each validation and test it draws the queries' loss and accuracy (or mse) after 0, 1, …, K inner steps, and a few
-    tasks with their answers; at test the accuracy by alphabet too, or by class where the names tell of none. At the end
-    the hyperparameters go to TensorBoard's HParams with the last loss and scores. Every log interval of training has
+    Each validation and test draws the query loss and accuracy (or mse) after 0, 1, …, K inner steps, and a few tasks
+    with their answers; a test also draws the accuracy per alphabet, or per class if names have no alphabets. At the end
+    HParams gets the hyperparameters with the last loss and scores. At each log interval, training logs
 
-    * ``train/gradient_norm``: of the meta-gradient, before it is clipped; of an algorithm without one, such as Reptile,
+    * ``train/gradient_norm``: norm of the meta-gradient before clipping; for algorithms without one, such as Reptile,
       ``‖θ_new − θ_old‖ / outer_lr``;
     * ``train/update_norm``: ``‖θ_new − θ_old‖``;
-    * ``train/tasks_per_second``: of all processes, without the time of validation.
+    * ``train/tasks_per_second``: tasks of all processes per second, validation time excluded.
 
-    It reads training, and moves neither θ nor random numbers. Of several processes the first one's tasks are drawn.
+    It changes neither θ nor random states. With several processes, the figures show the first one's tasks.
 
     Args:
-        enabled: Whether to do anything.
-        curve_tasks: Tasks of each evaluation behind the adaptation curves, which are adapted to once more for them: on
-            glyphs, 4 steps and 50 of 200 tasks, that and the drawing take two thirds of the validation's own time.
-        pictured_tasks: Tasks in the picture of tasks.
+        enabled: Whether to log anything.
+        curve_tasks: Tasks of each evaluation behind the adaptation curves. They are adapted to a second time: on
+            glyphs, with 4 steps and 50 of 200 tasks, adapting and drawing add two thirds to the time of validation.
+        pictured_tasks: Tasks in the figure of tasks.
 
     Raises:
         InputError: If one of the numbers is less than 1.
@@ -48,34 +49,35 @@ class Dashboard(L.Callback):
         self.pictured_tasks = pictured_tasks
         self.board: TensorBoardLogger | None = None
         self.record: TaskRecord | None = None
-        self.validated: dict[str, float] = {}  # the values of the last validation
-        self.outer_lr = 0.0  # with which θ moves
-        self.theta: Params | None = None  # before the step, where that is logged
+        self.validated: dict[str, float] = {}  # values of the last validation
+        self.outer_lr = 0.0  # of the current step
+        self.theta: Params | None = None  # before the current step, if that is logged
         self.gradient_norm: Tensor | None = None
         self.started: float | None = None
-        self.tasks = 0  # since then
+        self.tasks = 0  # since ``started``
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the logger, and keep the learner."""
+        """Find the logger and keep the learner."""
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         self.board = boards[0] if self.enabled and boards and trainer.is_global_zero else None
         if self.board is not None:
-            # Lightning would enter hp_metric −1 at the start, and TensorBoard keeps what was entered first
+            # private: otherwise Lightning logs hp_metric −1 at the start, and TensorBoard keeps the first metrics
             self.board._default_hp_metric = False
             assert isinstance(pl_module, MetaLearner)
             self.learner = pl_module
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Keep θ if the step will be logged."""
+        """Copy θ if the step will be logged."""
         if self.started is None:
             self.started, self.tasks = time.perf_counter(), 0
-        # asked for as Lightning's own monitors do
-        if self.board is not None and trainer._logger_connector.should_update_logs:
+        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of __init__
+        due = interval > 0 and ((trainer.global_step + 1) % interval == 0 or trainer.should_stop)
+        if self.board is not None and due:
             self.theta = {name: p.detach().clone() for name, p in self.learner.meta_parameters().items()}
             self.outer_lr = self.learner.outer_optimizer().param_groups[0]["lr"]
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read the meta-gradient: averaged over the processes, and not clipped yet."""
+        """Compute the norm of the meta-gradient, averaged over processes and not yet clipped."""
         if self.theta is not None:
             self.gradient_norm = norm([p.grad for p in self.learner.meta_parameters().values() if p.grad is not None])
 
@@ -101,15 +103,15 @@ class Dashboard(L.Callback):
         self.log_hyperparameters(trainer, "val", self.validated, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The last validation: a run that was killed after its last step has nothing to do when it goes on."""
+        """The last validation, which a run resumed after its last step does not repeat."""
         return {"validated": self.validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the last validation."""
+        """Restore the last validation."""
         self.validated = state_dict["validated"]
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin a record, outside of the time of training, unless the evaluation is but a trial."""
+        """Start a record, except in the sanity check, and stop timing the training."""
         self.started = None
         shown = self.board is not None and not trainer.sanity_checking
         name = "Test" if trainer.testing else "Validation"
@@ -118,7 +120,7 @@ class Dashboard(L.Callback):
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        """Adapt to the tasks of a batch once more, for the record, and note of a test how each class fares."""
+        """Record the adaptation to the tasks of a batch, and for a test the accuracy per class."""
         if self.record is None:
             return
         loader = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
@@ -130,7 +132,7 @@ class Dashboard(L.Callback):
             self.record.add_answers(outputs, batch[3], groups)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the record, and keep the values of a validation, or log the hyperparameters with those of a test."""
+        """Draw the record, and keep the values of a validation or log the hyperparameters with those of a test."""
         stage = "test" if trainer.testing else "val"
         if self.record is not None and self.board is not None:
             for name, figure in self.record.figures().items():
@@ -146,7 +148,7 @@ class Dashboard(L.Callback):
     on_test_end = on_validation_end
 
     def log_hyperparameters(self, trainer: L.Trainer, stage: str, values: dict[str, float], step: int) -> None:
-        """Enter a row into HParams."""
+        """Add a row to HParams."""
         if self.board is not None and values:
             params = {"algorithm": type(self.learner).__name__, "stage": stage, **described(self.learner.hparams)}
             if data := getattr(trainer, "datamodule", None):
@@ -155,8 +157,8 @@ class Dashboard(L.Callback):
 
 
 def final_values(trainer: L.Trainer, stage: str) -> dict[str, float]:
-    """What an evaluation has shown, for HParams."""
-    # named alike for validation and test: TensorBoard takes the columns of all rows from the first that it finds
+    """The values of an evaluation, for HParams."""
+    # validation and test share names: TensorBoard takes the columns of all rows from the first one it finds
     return {
         name.replace(f"{stage}/", "final/", 1): float(value)
         for name, value in sorted(trainer.callback_metrics.items())
@@ -165,10 +167,10 @@ def final_values(trainer: L.Trainer, stage: str) -> dict[str, float]:
 
 
 def described(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyperparameters in plain words, without those by which Lightning remembers who made them."""
+    """Hyperparameters as plain values, without Lightning's own entries."""
     return {name: plain(value) for name, value in hparams.items() if not name.startswith("_")}
 
 
 def logged_step(trainer: L.Trainer) -> int:
-    """The step at which Lightning logs scalars now."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
+    """The step at which Lightning logs scalars: the current one in ``fit``, which ``global_step`` counts already."""
+    return trainer.global_step - 1 if trainer.state.fn == TrainerFn.FITTING else trainer.global_step

@@ -1,28 +1,25 @@
-"""The dashboard's pictures: adaptation curves, tasks with their answers, accuracy by class."""
+"""Figures of the dashboard: adaptation curves, tasks with their answers, accuracy per class."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from meta_lightning.data.tasks import TaskBatch
-from meta_lightning.drawing import INK, MUTED, RIGHT, STEP, SUPPORT, WRONG, draw_picture, pixels, sheet, shortened
+from meta_lightning.drawing import INK, MUTED, SUPPORT, classifies_pictures, draw_tables, shortened, table_of
 from meta_lightning.scores import Statistics
 
-LINE = 1.6  # from one row of pictures to the next, in widths of a picture
-ROWS = 6  # classes of a task that are shown
-EXAMPLES, ANSWERS = 2, 5  # support and query pictures of a class that are shown
-GROUPS = 60  # classes or alphabets whose accuracy is shown
+GROUPS = 60  # classes or alphabets shown at most
 
 
 class PicturedTask(NamedTuple):
-    """A task and what was predicted of it."""
+    """A task, without the task dimension, and its predictions."""
 
-    batch: TaskBatch  # without the task dimension
+    batch: TaskBatch
     before: Tensor  # R ...
     after: Tensor  # R ...
     class_names: list[str]
@@ -30,8 +27,8 @@ class PicturedTask(NamedTuple):
 
 
 def draw_curves(curves: Mapping[str, Sequence[Statistics]], title: str) -> Figure:
-    """Values of the queries after each inner step, with their 95 % confidence intervals."""
-    figure = Figure(figsize=(5, 0.3 + 2.6 * len(curves)), layout="constrained")  # upright, as TensorBoard's cards
+    """Plot query loss and score after each inner step, with their 95 % confidence intervals."""
+    figure = Figure(figsize=(5, 0.3 + 2.6 * len(curves)), layout="constrained")  # portrait, like TensorBoard's cards
     figure.suptitle(title, color=INK, fontsize="medium")
     panels: Any = figure.subplots(len(curves), 1, squeeze=False, sharex=True)
     for axes, (name, points) in zip(panels.flat, curves.items(), strict=True):
@@ -51,84 +48,56 @@ def draw_curves(curves: Mapping[str, Sequence[Statistics]], title: str) -> Figur
 
 
 def draw_tasks(tasks: Sequence[PicturedTask]) -> Figure | None:
-    """Tasks and their answers: pictures, or a regression of one number on one number; None of others."""
+    """Draw tasks with their answers if they classify pictures or map one number to one number; None otherwise."""
     batch = tasks[0].batch
-    regression = batch.query_y.is_floating_point() and batch.query_y.shape == tasks[0].after.shape
-    if regression and batch.query_x[0].numel() == batch.query_y[0].numel() == 1:
-        figure = Figure(figsize=(5, 2.6 * len(tasks)), layout="constrained")
-        panels: Any = figure.subplots(len(tasks), 1, squeeze=False, sharex=True)
-        for axes, task in zip(panels.flat, tasks, strict=True):
-            draw_regression(axes, task)
-        panels[0, 0].legend(frameon=False, fontsize="small")
-        return figure
-    if batch.query_y.ndim == 1 and batch.query_x.ndim == 4 and batch.query_x.shape[1] in (1, 3):
-        labels = batch.query_y.unique()[:ROWS]
-        examples = min(EXAMPLES, int((batch.support_y == labels[0]).sum()))
-        answers = min(ANSWERS, int((batch.query_y == labels[0]).sum()))
-        height = len(labels) * LINE + 0.3
-        figure, axes = sheet((examples + answers) * STEP + 0.5, len(tasks) * height, scale=0.8)
-        for i, task in enumerate(tasks):
-            draw_classification(axes, task, labels.tolist(), examples, top=i * height)
-        return figure
-    return None
+    if classifies_pictures(batch):
+        return draw_tables([table_of(task.batch, task.class_names, task.after) for task in tasks], tasks[0].ink)
+    numbers = batch.query_y.is_floating_point() and batch.query_y.shape == tasks[0].after.shape
+    return draw_regressions(tasks) if numbers and batch.query_x[0].numel() == batch.query_y[0].numel() == 1 else None
 
 
-def draw_regression(axes: Any, task: PicturedTask) -> None:
-    """Targets and predictions of a task as functions of one number."""
-    support_x, support_y, query_x, query_y = task.batch
-    order = query_x.flatten().argsort()
-    x, target, before, after = (v.flatten()[order] for v in (query_x, query_y, task.before, task.after))
-    axes.plot(x, target, color=MUTED, linewidth=5, alpha=0.35, label="target")
-    axes.plot(x, before, color=MUTED, linestyle="--", label="before")
-    axes.plot(x, after, color=SUPPORT, linewidth=2, label="after")
-    axes.plot(support_x.flatten(), support_y.flatten(), "o", color=INK, markersize=5, label="support")
-    axes.set_title(f"mse {mse_loss(task.before, query_y):.3g} → {mse_loss(task.after, query_y):.3g}")
-    plain(axes)
-
-
-def draw_classification(axes: Any, task: PicturedTask, labels: Sequence[int], examples: int, top: float) -> None:
-    """A row per class: support pictures, and queries in the colour of a right or wrong answer."""
-    support_x, support_y, query_x, query_y = task.batch
-    answers = task.after.argmax(1)
-    for row, label in enumerate(labels):
-        y = top + 0.4 + row * LINE
-        name = f"{label + 1}  {task.class_names[label]}" if task.class_names else f"class {label + 1}"
-        axes.text(0, y - 0.1, shortened(name.replace("_", " "), 36), color=INK, size=7)
-        for column, image in enumerate(support_x[support_y == label][:examples]):
-            draw_picture(axes, pixels(image), task.ink, column * STEP, y, SUPPORT)
-        for column, query in enumerate((query_y == label).nonzero().flatten()[:ANSWERS]):
-            x = (examples + column) * STEP + 0.25
-            right = answers[query] == label
-            draw_picture(axes, pixels(query_x[query]), task.ink, x, y, RIGHT if right else WRONG)
-            if not right:
-                axes.text(x + 1, y + 1.2, f"taken for {int(answers[query]) + 1}", color=WRONG, size=7, ha="right")
+def draw_regressions(tasks: Sequence[PicturedTask]) -> Figure:
+    """Plot targets and predictions of tasks as functions of one number."""
+    figure = Figure(figsize=(5, 2.6 * len(tasks)), layout="constrained")
+    panels: Any = figure.subplots(len(tasks), 1, squeeze=False, sharex=True)
+    for axes, task in zip(panels.flat, tasks, strict=True):
+        support_x, support_y, query_x, query_y = task.batch
+        order = query_x.flatten().argsort()
+        x, target, before, after = (v.flatten()[order] for v in (query_x, query_y, task.before, task.after))
+        axes.plot(x, target, color=MUTED, linewidth=5, alpha=0.35, label="target")
+        axes.plot(x, before, color=MUTED, linestyle="--", label="before")
+        axes.plot(x, after, color=SUPPORT, linewidth=2, label="after")
+        axes.plot(support_x.flatten(), support_y.flatten(), "o", color=INK, markersize=5, label="support")
+        axes.set_title(f"mse {mse_loss(before, target):.3g} → {mse_loss(after, target):.3g}")
+        plain(axes)
+    panels[0, 0].legend(frameon=False, fontsize="small")
+    return figure
 
 
 def draw_groups(groups: Mapping[str, Statistics], title: str, chance: float) -> Figure:
-    """Accuracy by class or alphabet, the hardest first."""
-    shown = sorted(groups.items(), key=lambda item: float(item[1].mean))[:GROUPS]
+    """Plot the accuracy per class or alphabet, the hardest first."""
+    shown = dict(sorted(groups.items(), key=lambda item: float(item[1].mean))[:GROUPS])
+    mean, ci95, tasks = (torch.stack(part).tolist() for part in zip(*shown.values(), strict=True))
     figure = Figure(figsize=(7.2, 0.9 + 0.21 * len(shown)), layout="constrained")
     axes = figure.subplots()
     left_out = f"; the {GROUPS} hardest of {len(groups)}" if len(groups) > GROUPS else ""
     axes.set_title(title + left_out, color=INK, fontsize="medium", loc="left")
-    axes.axvline(100 * chance, color=MUTED, linestyle=":", linewidth=1)
-    for row, (_, (mean, ci95, _)) in enumerate(shown):
-        axes.barh(row, 100 * float(mean), color=SUPPORT, alpha=0.25, height=0.72)
-        axes.errorbar(100 * float(mean), row, xerr=100 * float(ci95), color=SUPPORT, fmt="o", markersize=3, capsize=2)
-    axes.set_yticks(range(len(shown)), [shortened(name.replace("_", " "), 40) for name, _ in shown])
-    axes.set(xlim=(0, 102), ylim=(len(shown) - 0.5, -0.5), xlabel="query accuracy, %")
+    axes.axvline(chance, color=MUTED, linestyle=":", linewidth=1)
+    error = {"ecolor": SUPPORT, "capsize": 2}
+    axes.barh(range(len(shown)), mean, 0.72, xerr=ci95, color=SUPPORT, alpha=0.25, error_kw=error)
+    for row, (value, number) in enumerate(zip(mean, tasks, strict=True)):
+        label = f"{100 * value:.1f} % of {number:.0f} tasks"
+        axes.text(1.04, row, label, va="center", fontsize="small", color=MUTED)
+    axes.set_yticks(range(len(shown)), [shortened(name, 40) for name in shown])
+    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    axes.set(xlim=(0, 1.02), ylim=(len(shown) - 0.5, -0.5), xlabel="query accuracy")
     plain(axes)
     axes.grid(visible=False, axis="y")
-    figures = axes.secondary_yaxis("right")
-    labels = [f"{100 * float(mean):.1f} % of {int(tasks)} tasks" for _, (mean, _, tasks) in shown]
-    figures.set_yticks(range(len(shown)), labels, fontsize="small", color=MUTED)
-    figures.tick_params(length=0)
-    figures.spines["right"].set_visible(False)
     return figure
 
 
 def plain(axes: Any) -> None:
-    """Two spines and a faint grid."""
+    """Style axes: two spines and a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.tick_params(colors=INK, labelsize="small")

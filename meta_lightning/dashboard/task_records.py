@@ -1,4 +1,4 @@
-"""What the dashboard's figures are drawn from: what happened to the tasks of one validation or test."""
+"""Results of the tasks of one validation or test, from which the dashboard draws its figures."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from torch import Tensor
 from meta_lightning.algorithms.meta_learner import MetaLearner
 from meta_lightning.dashboard.curves import PicturedTask, draw_curves, draw_groups, draw_tasks
 from meta_lightning.data.tasks import TaskBatch
-from meta_lightning.scores import TaskMean, score
+from meta_lightning.scores import TaskMean, query_scores
 
 
 class TaskRecord:
-    """Adaptation curves, a few tasks and the accuracy by class, gathered batch by batch, of this process alone."""
+    """Adaptation curves, a few tasks and the accuracy per class, collected batch by batch in this process."""
 
     def __init__(self, name: str, curve_tasks: int, pictured_tasks: int) -> None:
         self.name = name
@@ -28,7 +28,7 @@ class TaskRecord:
         self.ways = 0
 
     def add_adaptation(self, learner: MetaLearner, batch: TaskBatch, class_names: Sequence[list[str]]) -> None:
-        """Adapt to the tasks of a batch, as many as are still wanted, and note each step's predictions."""
+        """Adapt to tasks of a batch, up to ``curve_tasks`` in all, and record the predictions after each step."""
         batch = TaskBatch(*(part[: self.curve_tasks - self.seen] for part in batch))
         tasks = len(batch.query_y)
         if not tasks:
@@ -37,8 +37,7 @@ class TaskRecord:
         with isolate_rng():
             predictions = predictions_by_step(learner, batch)
         for step, of_step in enumerate(predictions.unbind(1)):
-            values = {"loss": learner.task_network.losses(of_step, batch.query_y)} | score(of_step, batch.query_y)
-            for name, of_tasks in values.items():
+            for name, of_tasks in query_scores(learner.task_network.losses, of_step, batch.query_y).items():
                 if step == len(self.curves[name]):
                     self.curves[name].append(TaskMean(sync_on_compute=False))
                 self.curves[name][step].update(of_tasks.cpu())
@@ -48,7 +47,7 @@ class TaskRecord:
             self.pictured.append(PicturedTask(parts, first, last, class_names[task], learner.form.ink))
 
     def add_answers(self, predictions: Tensor, query_y: Tensor, class_groups: Sequence[list[str]]) -> None:
-        """Note how many queries of each group of classes were right.  # T R N, T R"""
+        """Record the accuracy on the queries of each group of classes.  # T R N, T R"""
         if query_y.is_floating_point() or query_y.ndim != 2 or predictions.ndim != 3:
             return
         right = (predictions.argmax(2) == query_y).cpu().double()
@@ -59,14 +58,13 @@ class TaskRecord:
                 self.groups[group].update(of_task[torch.isin(targets, members)].mean(0, keepdim=True))
 
     def figures(self) -> dict[str, Figure]:
-        """The figures by name; those that these tasks cannot give are left out."""
+        """The figures by name; those that do not apply to these tasks are left out."""
         figures = {}
         if self.curves:
-            # the order in which the values are read, whatever the score
             curves = {name: [mean.compute() for mean in self.curves[name]] for name in sorted(self.curves)}
             figures["adaptation"] = draw_curves(curves, f"{self.name}, {self.seen} tasks, 95 % confidence")
         if self.pictured and (drawn := draw_tasks(self.pictured)):
-            figures["answers"] = drawn  # "tasks" is a scalar, whose tag they would hide
+            figures["answers"] = drawn  # not "tasks", which is the tag of a scalar
         if self.groups:
             groups = {name: mean.compute() for name, mean in self.groups.items()}
             figures["classes"] = draw_groups(groups, f"{self.name}, after adaptation", 1 / self.ways)
@@ -74,5 +72,5 @@ class TaskRecord:
 
 
 def predictions_by_step(learner: MetaLearner, batch: TaskBatch) -> Tensor:
-    """Predictions of every task's queries after 0, 1, …, K inner steps, K being ``test_inner_steps``."""
+    """Query predictions of each task after 0, 1, …, ``test_inner_steps`` inner steps.  # T K+1 R ..."""
     return torch.stack(learner.predict_tasks(batch, each_step=True), dim=1).detach()
