@@ -3,7 +3,7 @@
 import sys
 
 from meta_lightning.adaptation.predictor import Predictor
-from meta_lightning.algorithms import FOMAML, MAML, MetaLearner, Reptile
+from meta_lightning.algorithms import FOMAML, IMAML, MAML, MetaLearner, Reptile
 from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import (
     CIFARFS,
@@ -35,6 +35,7 @@ __all__ = [
     "CIFARFS",
     "FC100",
     "FOMAML",
+    "IMAML",
     "MAML",
     "MLP",
     "SGD",

@@ -1,10 +1,11 @@
 """The algorithms, one LightningModule each."""
 
 from meta_lightning.algorithms.fomaml import FOMAML
+from meta_lightning.algorithms.imaml import IMAML
 from meta_lightning.algorithms.maml import MAML
 from meta_lightning.algorithms.meta_learner import MetaLearner
 from meta_lightning.algorithms.reptile import Reptile
 
-ALGORITHMS: dict[str, type[MetaLearner]] = {"maml": MAML, "fomaml": FOMAML, "reptile": Reptile}
+ALGORITHMS: dict[str, type[MetaLearner]] = {"maml": MAML, "fomaml": FOMAML, "reptile": Reptile, "imaml": IMAML}
 
-__all__ = ["ALGORITHMS", "FOMAML", "MAML", "MetaLearner", "Reptile"]
+__all__ = ["ALGORITHMS", "FOMAML", "IMAML", "MAML", "MetaLearner", "Reptile"]

@@ -1,0 +1,117 @@
+"""Implicit model-agnostic meta-learning."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meta_lightning.algorithms.maml import MAML
+from meta_lightning.checks import require, require_at_least, require_positive
+from meta_lightning.inner.loop import Adapted, InnerStep, Support, trajectory
+from meta_lightning.inner.params import Params, gradient, leaves, mean_over_tasks, of_network, stack
+
+Operator = Callable[[Params], Params]  # a linear map of task-stacked parameters, symmetric for each task
+
+
+class IMAML(MAML):
+    """Implicit MAML (Rajeswaran, Finn, Kakade and Levine, 2019, https://arxiv.org/abs/1909.04630, algorithms 1 and 2).
+
+    ``θ ← θ − β mean_i (I + H_i/λ)⁻¹ ∇L_query,i(θ'_i)``, ``H_i = ∇²L_support,i(θ'_i)``, where the K inner steps approach
+    the minimum ``θ'_i`` of ``L_support,i(θ') + λ/2 ‖θ' − θ‖²``. The meta-gradient depends on θ'_i alone, not on the
+    steps to it, so memory does not grow with ``inner_steps``. It is exact if the inner steps and conjugate gradients
+    have converged.
+
+    A parameter that ``inner_freeze`` matches gets ``∂L_query/∂w − ∂⟨∇L_support, v⟩/∂w / λ``, v being the solution.
+
+    The arguments are MAML's; there is nothing to recompute, and an inner rule has nothing to learn.
+
+    Args:
+        proximal_weight: Weight of the distance to θ in the inner loss (λ).
+        cg_steps: Steps of conjugate gradients per meta-iteration, each a Hessian-vector product; 0 gives FOMAML's
+            meta-gradient at θ'.
+
+    Raises:
+        InputError: If an argument is outside its range, or the inner rule has parameters.
+    """
+
+    second_order = False
+
+    def __init__(self, *args: Any, proximal_weight: float = 2.0, cg_steps: int = 5, **options: Any) -> None:
+        super().__init__(*args, **options)
+        require_positive(proximal_weight=proximal_weight)
+        require_at_least(0, cg_steps=cg_steps)
+        learnt = [name for name, _ in self.inner_rule.named_parameters()]
+        require(not learnt, f"inner_rule must have no parameters, on which no minimum depends, got {learnt}")
+        self.proximal_weight, self.cg_steps = proximal_weight, cg_steps
+
+    def inner_losses(self, theta: Params) -> Callable[[Params, Tensor, Tensor], Tensor]:
+        """``L_support(θ') + λ/2 ‖θ' − θ‖²`` as a function of θ' and the support set.  # T"""
+
+        def losses(params: Params, x: Tensor, y: Tensor) -> Tensor:
+            distance = {name: params[name] - p for name, p in self.adapted(theta).items()}
+            return self.task_network.losses_of(params, x, y) + self.proximal_weight / 2 * dot(distance, distance)
+
+        return losses
+
+    def inner_trajectory(self, theta: Params, support: Support, **options: bool) -> Iterator[Adapted]:
+        """θ' of every task after 1, …, K steps on ``inner_losses``."""
+        step = InnerStep(self.inner_losses(theta), self.inner_rule, self.inner_lr, [*self.adapted(theta)])
+        return trajectory(step, theta, support, **options)
+
+    def pass_gradient(self, support: Support, query_x: Tensor, query_y: Tensor) -> tuple[Params, Tensor, Tensor]:
+        """``meta_gradient`` of the tasks of one pass (algorithm 2)."""
+        theta = leaves(stack(self.meta_parameters(), len(query_x)))
+        params = leaves(of_network(self.inner_loop(theta, support).params))  # line 3: θ'
+        predictions = self.task_network.predict(params, query_x)
+        losses = self.task_network.losses(predictions, query_y)
+        by_query = gradient(losses.sum(), params)  # line 4: ∇L_query(θ')
+        meta_gradient = self.implicit_gradient(theta, params, by_query, *support[-1])
+        return mean_over_tasks(self.learned(meta_gradient)), losses.detach(), predictions.detach()
+
+    def implicit_gradient(self, theta: Params, params: Params, by_query: Params, x: Tensor, y: Tensor) -> Params:
+        """dL_query/dθ by the implicit function theorem (lemma 1, theorem 1).  # T ..."""
+        by_support = gradient(self.inner_losses(theta)(params, x, y).sum(), self.adapted(params), create_graph=True)
+
+        def product(v: Params, by: Params) -> Params:  # ∂⟨∇(L_support + λ/2 ‖θ' − θ‖²), v⟩ / λ; by θ' it is (I + H/λ) v
+            scaled = [v[name] / self.proximal_weight for name in by_support]
+            grads = torch.autograd.grad(
+                [*by_support.values()], [*by.values()], scaled, retain_graph=True, materialize_grads=True
+            )
+            return dict(zip(by, grads, strict=True))
+
+        adapted = self.adapted(params)
+        v = conjugate_gradients(lambda v: product(v, adapted), self.adapted(by_query), self.cg_steps)
+        fixed = {name: p for name, p in params.items() if name not in adapted}
+        mixed = product(v, fixed) if fixed else {}
+        return v | {name: by_query[name] - mixed[name] for name in fixed}
+
+
+def conjugate_gradients(operator: Operator, b: Params, steps: int) -> Params:
+    """Solve ``operator(x) = b`` for every task, from ``x = b`` (Hestenes and Stiefel, 1952).
+
+    A task stops where the operator is not positive along the search direction.
+    """
+    x = b
+    residual = direction = add(b, -1.0, operator(b))
+    square = dot(residual, residual)
+    for _ in range(steps):
+        image = operator(direction)
+        curvature = dot(direction, image)
+        length = torch.where(curvature > 0, square / curvature, 0.0)
+        x, residual = add(x, length, direction), add(residual, -length, image)
+        before, square = square, dot(residual, residual)
+        direction = add(residual, torch.where(before > 0, square / before, 0.0), direction)
+    return x
+
+
+def dot(a: Params, b: Params) -> Tensor:
+    """⟨a, b⟩ of every task.  # T ..., T ... -> T"""
+    products = [(a[name] * b[name]).reshape(len(a[name]), -1).sum(1) for name in a]
+    return torch.stack(products).sum(0)
+
+
+def add(a: Params, scale: Tensor | float, b: Params) -> Params:
+    """Return ``a + scale · b``, with a scale per task.  # T ..., T"""
+    factor = torch.as_tensor(scale)
+    return {name: p + factor.reshape(-1, *[1] * (p.ndim - 1)) * b[name] for name, p in a.items()}
