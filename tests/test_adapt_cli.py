@@ -175,7 +175,7 @@ def test_impossible_folders(checkpoint: str) -> None:
     (support / "daleth").mkdir()
     assert re.search(r"\bsupport .*\bdaleth$", refused(checkpoint))
     (support / "daleth/a.png").write_bytes((support / "aleph/0.png").read_bytes()[:100])
-    assert re.search(r"my_photos/daleth/a\.png .*picture: ", refused(checkpoint))
+    assert re.search(r"my_photos/daleth/a\.png .*image: ", refused(checkpoint))
     for name in ("daleth", "aleph", "beth"):
         shutil.rmtree(support / name)
     assert re.search(r"\bsupport .*\b2 .*\b1 .*my_photos: gimel", refused(checkpoint))
@@ -209,8 +209,7 @@ def test_a_checkpoint_of_regression_is_refused(tmp_path: Path) -> None:
 def test_help_lists_adapt(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    listed = capsys.readouterr().out
-    assert all(re.search(rf"^    {name} ", listed, re.M) for name in ("fit", "validate", "test", "predict", "adapt"))
+    assert re.search(r"Further subcommands.*\badapt\b", " ".join(capsys.readouterr().out.split()))
     with pytest.raises(SystemExit):
         main(["adapt", "--help"])
     shown = capsys.readouterr().out

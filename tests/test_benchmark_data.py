@@ -323,9 +323,9 @@ def test_images_that_are_not_colour_uint8_of_one_size_are_refused(tmp_path: Path
     path = tmp_path / "FC100_val.pickle"
     published = pickle.loads(path.read_bytes())
     for images, labels, message in (
-        (published["data"] / 255, 10, r"FC100_val\.pickle .*uint8 .*float64 .*\(10, 32, 32, 3\)"),
-        (published["data"][..., 0], 10, r"FC100_val\.pickle .*uint8 .*\(10, 32, 32\)"),
-        (published["data"][:, :30], 10, r"images .*splits .*shape .*\(3, 32, 32\) .*\(3, 30, 32\)"),
+        (published["data"] / 255, 10, r"val split of FC100 .*uint8 .*32, 32, 3\).*float64 .*\(10, 32, 32, 3\)"),
+        (published["data"][..., 0], 10, r"val split of FC100 .*uint8 .*\(10, 32, 32\)"),
+        (published["data"][:, :30], 10, r"val split of FC100 .*shape .*32, 32, 3\).*\(10, 30, 32, 3\)"),
         (published["data"], 9, r"FC100_val\.pickle .*label .*\b10 .* 9"),
     ):
         path.write_bytes(pickle.dumps({"data": images, "labels": published["labels"][:labels]}))
@@ -339,7 +339,7 @@ def test_tiered_imagenet_names_the_image_and_the_labels_that_are_wrong(tmp_path:
     whole, labels = path.read_bytes(), pickle.loads(labels_path.read_bytes())
     for spoilt, message in (
         (b"\x89PNG", r"image 3 of .*val_images_png\.pkl .*\(UnidentifiedImageError"),
-        (png(np.zeros((1, 84, 3), np.uint8)), r"shape .*\(84, 84, 3\) .*image 3 of .*\(1, 84, 3\)"),
+        (png(np.zeros((1, 84, 3), np.uint8)), r"shape .*\(84, 84, 3\),.*image 3 of .*\(1, 84, 3\)"),
     ):
         images = pickle.loads(whole)
         images[3] = np.frombuffer(spoilt, np.uint8)

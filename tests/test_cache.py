@@ -35,7 +35,7 @@ def test_it_is_built_once_and_mapped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["images.npy", "labels.npy", "classes.npy", "splits.npy", "checksums.json"])
 @pytest.mark.parametrize("how", ["missing", "empty", "truncated", "altered"])
-def test_a_spoilt_cache_is_built_anew_and_said(name: str, how: str, tmp_path: Path) -> None:
+def test_a_corrupt_cache_is_rebuilt_with_a_warning(name: str, how: str, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     load_or_build(folder, build)
     path = folder / name
@@ -46,7 +46,7 @@ def test_a_spoilt_cache_is_built_anew_and_said(name: str, how: str, tmp_path: Pa
     else:
         kept = {"empty": 0, "truncated": len(content) // 2, "altered": len(content)}[how]
         path.write_bytes(bytes(content[:kept]))
-    with pytest.warns(UserWarning, match=r"cache .*/cache .*spoilt \(.+\)"):
+    with pytest.warns(UserWarning, match=r"cache .*/cache\b.*corrupt \(.+\)"):
         assert same(load_or_build(folder, build), build())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -128,7 +128,7 @@ def test_a_build_that_fails_keeps_the_cache_that_is_there(tmp_path: Path) -> Non
     file, folder = tmp_path / "source", tmp_path / "cache"
     file.write_text("one")
     load_or_build(folder, build, lambda: [file])
-    file.write_text("two, spoilt")
+    file.write_text("two, corrupt")
     with pytest.raises(AssertionError):
         load_or_build(folder, must_not_build, lambda: [file])
     assert same(load_or_build(folder, must_not_build), build())

@@ -153,7 +153,7 @@ def test_print_data_shows_what_a_configuration_uses(data: str, capsys: pytest.Ca
     expected = "test  296 classes, 5920 images, 600 tasks" if data == "Glyphs" else "test  600 tasks"
     assert expected in shown
     with Image.open("data.png") as picture:
-        assert picture.size == (1440, 540)
+        assert picture.size == (1800, 720)
         assert len(picture.convert("L").getcolors() or []) > 50
     assert not RUN.exists()
 

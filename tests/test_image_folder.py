@@ -304,11 +304,11 @@ def test_a_picture_of_one_pixel_and_one_very_long(tmp_path: Path) -> None:
 def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(b"")
-    with pytest.raises(InputError, match=r"a\.jpg .*picture: no format"):
+    with pytest.raises(InputError, match=r"a\.jpg .*image: no format"):
         prepare_image(path, 8, 3)
-    with path.open("rb") as file, pytest.raises(InputError, match=r"a\.jpg .*picture"):
+    with path.open("rb") as file, pytest.raises(InputError, match=r"a\.jpg .*image"):
         prepare_image(file, 8, 3)
-    with pytest.raises(InputError, match=r"^the file .*picture"):
+    with pytest.raises(InputError, match=r"^the file .*image"):
         prepare_image(BytesIO(b"x"), 8, 3)
     with pytest.raises(FileNotFoundError):
         prepare_image(tmp_path / "missing.png", 8, 3)

@@ -130,7 +130,7 @@ def test_a_picture_of_the_data_is_what_training_sees_and_leaves_out_what_is_not_
     assert re.search(r"^  val   left out: ways .*\b0 .*val .* 5$", shown, re.M)
     assert "  test  12 classes, 126 images, 600 tasks" in shown
     with Image.open(tmp_path / "data.png") as picture:
-        assert picture.size == (2 * 480, 540)
+        assert picture.size == (2 * 600, 720)
     with pytest.raises(ValueError, match=r"\bways .*\b12 .*test .* 30"):
         show_data(TwoSplits(ways=30, queries=3), tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
@@ -157,19 +157,19 @@ def test_samples_go_to_the_gpu_where_they_fit(
     moved = on_a_gpu(data, 5 * nbytes, monkeypatch)
     data.setup("fit")
     assert moved == [torch.device("cuda", 0)]
-    assert "stay outside" not in caplog.text
+    assert "stay in CPU memory" not in caplog.text
 
     data = make(**options)
     moved = on_a_gpu(data, 4 * nbytes, monkeypatch)
     data.setup("fit")
     assert moved == []
-    assert caplog.text.count("stay outside of cuda:0") == 1
+    assert caplog.text.count("stay in CPU memory: cuda:0 has") == 1
 
     data = make(**options, num_workers=1)  # which could not read it there
     moved = on_a_gpu(data, 5 * nbytes, monkeypatch)
     data.setup("fit")
     assert moved == []
-    assert caplog.text.count("stay outside") == 1
+    assert caplog.text.count("stay in CPU memory") == 1
 
 
 def test_samples_that_are_on_a_gpu_have_no_workers() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from meta_lightning import Omniglot
 from meta_lightning.data.cache import fingerprint
-from meta_lightning.data.omniglot import read_drawing, read_omniglot
+from meta_lightning.data.omniglot import read_drawing
 from meta_lightning.data.tasks import Split
 
 PACKED = SHARED / "data" / "omniglot105_packed.npz"
@@ -92,12 +92,12 @@ def test_a_drawing_that_changes_is_noticed(root: str, omniglot: Omniglot) -> Non
 def test_a_folder_that_is_missing_empty_or_truncated_is_refused(tmp_path: Path) -> None:
     message = r"root .*Omniglot.*\b32460 .*\b1623 .* {} of {}\b.*--data\.download"
     with pytest.raises(FileNotFoundError, match=message.format(0, 0)):
-        read_omniglot(tmp_path)
+        Omniglot(str(tmp_path)).build()
     folder = tmp_path / "omniglot-py" / "images_background" / "Greek" / "character01"
     folder.mkdir(parents=True)
     Image.new("1", (105, 105)).save(folder / "0001_01.png")
     with pytest.raises(FileNotFoundError, match=message.format(1, 1)):
-        read_omniglot(tmp_path)
+        Omniglot(str(tmp_path)).build()
 
 
 def test_a_download_that_fails_says_how_else_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Where tasks come from, one LightningDataModule each."""
+"""Data sets of tasks, one LightningDataModule each."""
 
 from meta_lightning.data.cifar_fs import CIFARFS as CIFARFS
 from meta_lightning.data.fc100 import FC100 as FC100

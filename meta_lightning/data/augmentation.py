@@ -1,25 +1,22 @@
-"""The usual augmentation of few-shot papers, by kornia."""
+"""Standard augmentation of few-shot papers, with kornia."""
 
 from torch import Tensor, nn
 
 
 class FlipCropJitter(nn.Module):
-    """Random horizontal flip, crop after padding, and colour jitter, each image of a batch differently.
+    """Random horizontal flip, crop after padding, and colour jitter, different for each image of a batch.
 
-    What Chen et al. (2019, https://arxiv.org/abs/1904.04232) and many after them do to training images; made by kornia,
-    which the extra ``augment`` installs, on the device that holds the images.
+    The training augmentation of Chen et al. (2019, https://arxiv.org/abs/1904.04232) and many later papers. It runs on
+    the images' device and needs kornia, which the extra ``augment`` installs. Input and output ``B C H W``, in [0, 1].
 
     Args:
-        padding: Pixels of zeros around the image before it is cropped to its size again; 0 does not crop.
-        jitter: Greatest relative change of brightness, contrast and saturation; 0 leaves the colours. For three
-            channels only.
+        padding: Pixels of zero padding on each side before an image is cropped to its original size; 0 does not crop.
+        jitter: Maximum relative change of brightness, contrast and saturation; 0 leaves the colours unchanged. Needs
+            three channels.
         flip: Probability of the flip.
 
     Raises:
         ImportError: If kornia is not installed.
-
-    Shapes:
-        Input and output ``B C H W``, in [0, 1].
     """
 
     def __init__(self, padding: int = 8, jitter: float = 0.4, flip: float = 0.5) -> None:

@@ -2,29 +2,28 @@
 
 import numpy as np
 
-from meta_lightning.checks import require
-from meta_lightning.data.learn2learn_sets import PublishedSplits, SplitImages, channels_first, reading
+from meta_lightning.checks import InputError
+from meta_lightning.data.learn2learn_sets import PublishedSplits, SplitImages, reading
 from meta_lightning.data.tasks import SPLITS, Split
 
 
 class FC100(PublishedSplits):
     """FC100: the 100 classes of CIFAR-100, 600 photographs each, 32×32 (Oreshkin et al., NeurIPS 2018).
 
-    60 classes to train on, 20 to validate and 20 to test, from 12, 4 and 4 of the 20 superclasses of CIFAR-100, so that
-    no superclass is in two splits: the split of the paper (TADAM, supplementary material), in the files of MetaOptNet
-    (Lee et al., 2019) as learn2learn distributes them. Those number the classes, over all splits, and do not name them:
-    a class is named by its number.
+    60 classes for training, 20 for validation and 20 for test, from 12, 4 and 4 of the 20 superclasses of CIFAR-100: no
+    superclass is in two splits. This is the split of the paper (TADAM, supplementary material), in the files of
+    MetaOptNet (Lee et al., 2019) as learn2learn distributes them. They number the classes over all splits, without
+    names: a class is named by its number.
 
     Files: ``FC100_{train,val,test}.pickle``, each a pickle of ``{"data": uint8 [images, 32, 32, 3], "labels": [number,
-    …]}``. A pickle can run code when it is read: use none that you do not trust.
+    …]}``. A pickle can run code when it is read: use only files that you trust.
     """
 
     image_size = 32
-    channels = 3
     title = "FC100"
     loader = "FC100"
     files = tuple(f"FC100_{split}.pickle" for split in SPLITS)
-    origin = "the files that fc100.zip from https://zenodo.org/record/7978538 unpacks to"
+    origin = "the files of fc100.zip from https://zenodo.org/record/7978538"
 
     def read_split(self, split: Split) -> SplitImages:
         """Read one pickle, through learn2learn."""
@@ -33,8 +32,6 @@ class FC100(PublishedSplits):
             dataset = self.dataset(self.folder, split)
             images = np.asarray(dataset.images)
             numbers, labels = np.unique(dataset.labels, return_inverse=True)
-        require(
-            len(images) == len(labels),
-            f"{path} must have a label for each of its {len(images)} images, got {len(labels)}",
-        )
-        return SplitImages(channels_first(images, path), labels.astype(np.int64), [str(n) for n in numbers])
+        if len(images) != len(labels):
+            raise InputError(f"{path} must have a label for each of its {len(images)} images, got {len(labels)}")
+        return images, labels.astype(np.int64), [str(n) for n in numbers]

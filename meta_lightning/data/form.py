@@ -1,4 +1,4 @@
-"""What samples looked like in training, so that others are made alike when the learner is used."""
+"""The form of the training samples, which samples for adaptation and prediction must have."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meta_lightning.checks import InputError, require
+from meta_lightning.checks import InputError
 from meta_lightning.data.pictures import prepare_image
 from meta_lightning.data.tasks import Array, scale_pixels
 from meta_lightning.data.transforms import ImageTransforms
@@ -18,42 +18,40 @@ from meta_lightning.data.transforms import ImageTransforms
 
 @dataclass(frozen=True)
 class SampleForm:
-    """The form of a data set's samples; None where the data do not fix it."""
+    """The form of a data set's samples; None where it is not fixed."""
 
-    image_size: int | None = None  # side of its square images, in pixels
-    channels: int | None = None  # of its images
-    ink: bool = False  # whether its images are drawings whose ink is 1 on a ground of 0
-    mean: list[float] | None = None  # subtracted from each channel of the pixels, together with ``std``
-    std: list[float] | None = None  # what each channel is divided by then
+    image_size: int | None = None  # height and width, in pixels
+    channels: int | None = None
+    ink: bool = False  # drawings with ink 1 on 0
+    mean: list[float] | None = None  # per channel, of pixels in [0, 1]
+    std: list[float] | None = None
 
     def prepare(self, path: Path) -> Array:
-        """Read a picture as the images of training were, see ``prepare_image``; InputError without such.  # C H W"""
+        """Read an image file in this form; InputError if the samples were no images.  # C H W"""
         if self.image_size is None or self.channels is None:
             raise InputError("the learner must have been trained on images")
         return self.ink_on_ground(prepare_image(path, self.image_size, self.channels))
 
     def ink_on_ground(self, image: Array) -> Array:
-        """Invert a drawing that is mostly light, and so dark on light, where training had ink 1 on 0.  # C H W"""
+        """Invert a drawing that is mostly light, if training had ink 1 on 0.  # C H W"""
         return 255 - image if self.ink and image.mean() > 127.5 else image
 
     def network_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Samples as the data set holds them, scaled, normalised and in the network's ``dtype``.  # S ..."""
+        """Scale pixels, normalise, and convert floating-point samples to ``dtype``.  # S ..."""
         inputs = ImageTransforms(self.mean, self.std).normalise(scale_pixels(x))
         return inputs.to(dtype) if inputs.is_floating_point() else inputs
 
     def check(self, x: Tensor) -> Tensor:
-        """Refuse samples of another shape (InputError).  # S ..."""
-        expected = [self.channels, self.image_size, self.image_size]
-        require(
-            None in expected or list(x.shape[1:]) == expected,
-            f"x must hold images of shape [S, {', '.join(map(str, expected))}], as in training, got {list(x.shape)}",
-        )
+        """Refuse samples of another shape.  # S ..."""
+        C, size, shape = self.channels, self.image_size, list(x.shape)
+        if C is not None and size is not None and shape[1:] != [C, size, size]:
+            raise InputError(f"x must hold images of shape [S, {C}, {size}, {size}], as in training, got {shape}")
         return x
 
 
 def form_of(hparams: Mapping[str, Any], data_class: type | None = None) -> SampleForm:
-    """The form of the samples of a data module."""
-    with suppress(ImportError, AttributeError, KeyError):  # also where the class of one's own is not at hand
+    """The form of a data module's samples, from its hyperparameters and its class."""
+    with suppress(ImportError, AttributeError, KeyError):  # a user-defined class may not be importable
         data_class = resolve_name(hparams["_class_path"])
     transforms = hparams.get("transforms") or {}
     return SampleForm(

@@ -1,4 +1,4 @@
-"""The embedded default: characters of many scripts, drawn here and split by alphabet."""
+"""The built-in data set: characters of many scripts, rendered from fonts and split by alphabet."""
 
 import zlib
 from importlib.metadata import version
@@ -14,10 +14,10 @@ from meta_lightning.data.tasks import SPLITS
 
 
 class Glyphs(ImageTasks):
-    """About 1,600 characters of 15 alphabets, 20 drawings each, 28×28, from the fonts that matplotlib ships.
+    """About 1,600 characters of 15 alphabets, 20 drawings each, 28×28, from matplotlib's fonts.
 
-    As hard as Omniglot for raw pixels, and nothing is downloaded: the drawings are made in seconds, once, and cached.
-    Training, validation and test have different alphabets (``glyph_drawings.ALPHABET_SPLIT``).
+    Nothing is downloaded: the drawings are rendered once, in seconds, and cached. Raw pixels are as hard to classify as
+    Omniglot's. Training, validation and test have different alphabets (``glyph_drawings.ALPHABET_SPLIT``).
     """
 
     image_size = 28
@@ -26,7 +26,7 @@ class Glyphs(ImageTasks):
 
     @property
     def cache_name(self) -> str:
-        """A name that changes with the code that draws and the libraries that it draws with."""
+        """A name that changes with the drawing code and its libraries."""
         drawn_by = [Path(glyph_drawings.__file__).read_text(), version("matplotlib"), version("pillow")]
         return f"glyphs-28-{zlib.crc32(' '.join(drawn_by).encode()):08x}"
 
@@ -41,6 +41,7 @@ class Glyphs(ImageTasks):
             splits=np.array([SPLITS.index(ALPHABET_SPLIT[alphabet]) for alphabet in drawings.alphabets]),
         )
 
-    def group_of(self, class_name: str) -> str:
+    @staticmethod
+    def group_of(class_name: str) -> str:
         """The alphabet of a character."""
         return alphabet_of(class_name).title()

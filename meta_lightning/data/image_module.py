@@ -1,5 +1,6 @@
-"""What the image data sets share: N-way K-shot tasks over one tensor of images, kept in a cache."""
+"""Base classes of the image data sets: N-way K-shot tasks over one cached tensor of images."""
 
+import os
 import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from meta_lightning.data.cache import FORMAT, LabelledImages, default_cache_dir, load_or_build
+from meta_lightning.data.cache import FORMAT, LabelledImages, load_or_build
 from meta_lightning.data.module import ClassificationTasks, options
 from meta_lightning.data.tasks import SPLITS, FewShotTasks, Split, TaskBatch, group_of
 from meta_lightning.data.transforms import ImageTransforms
@@ -20,98 +21,95 @@ STAGE_SPLITS: dict[str, tuple[Split, ...]] = {"validate": ("val",), "test": ("te
 
 @options
 class ImageTasks(ClassificationTasks):
-    """N-way K-shot classification of images; a data set of one's own needs only ``build`` and ``cache_name``.
+    """N-way K-shot classification of images; a user-defined data set implements ``build`` and ``cache_name``.
 
     Raises:
-        InputError: If an option is outside its range, or a split cannot give such tasks.
+        InputError: If an option is outside its range, or a split has too few classes or images for its tasks.
     """
 
-    # what pictures of other origin are made to look like; None where it depends on the options
+    # the form to which other images are converted for adaptation; None if it depends on the options
     image_size: ClassVar[int | None] = None
     channels: ClassVar[int | None] = None
-    ink: ClassVar[bool] = False  # drawings, their ink 1 on 0
+    ink: ClassVar[bool] = False  # drawings with ink 1 on 0
+    group_of = staticmethod(group_of)  # the group of a class, by its name
 
     cache_dir: str | None = None
-    """Where the packed images are kept. Default: ``meta_lightning`` in the user's cache folder."""
+    """Folder of the packed images. Default: ``meta_lightning`` in the user's cache folder."""
     transforms: ImageTransforms | None = None
-    """Normalisation, and the augmentation of training tasks."""
+    """Normalisation, and augmentation of the training tasks."""
 
     def __post_init__(self) -> None:
-        """Begin without images."""
+        """Start without images."""
         super().__post_init__()
         self.data: LabelledImages | None = None
 
     @property
     @abstractmethod
     def cache_name(self) -> str:
-        """Name of the cache folder; it has to change with whatever ``build`` depends on, but for ``sources``."""
+        """Name of the cache folder; must change with everything that ``build`` depends on, except ``sources``."""
 
     @abstractmethod
     def build(self) -> LabelledImages:
-        """Make the data set from its source; called once, its result is cached."""
+        """Make the data set from its source; called once, and the result is cached."""
 
     def sources(self) -> Sequence[Path]:
-        """The files that ``build`` reads, so that it is called again when one changes; none where they are gone."""
+        """Files that ``build`` reads: the cache is rebuilt when one changes. Empty if they no longer exist."""
         return []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the images, which the other process maps for itself."""
+        """Without the images, which other processes map from the cache."""
         return self.__dict__ | {"data": None, "placed": None, "task_sets": {}}
 
     def prepare_data(self) -> None:
-        """Fill the cache and verify its checksums, in one process a machine."""
+        """Fill the cache and verify its checksums, in one process per machine."""
         self.load(verify=True)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the images, and see that each split that the stage needs can give its tasks; fitting needs all."""
+        """Load the images and make the tasks of each split that the stage needs; ``fit`` needs all splits."""
         super().setup(stage)
         for split in STAGE_SPLITS.get(stage or "fit", SPLITS):
             self.task_set(split)
 
     def load(self, verify: bool = False) -> LabelledImages:
-        """The data set, from the cache where there is one."""
+        """The data set, from the cache if there is one."""
         if self.data is None:
-            caches = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_dir()
-            folder = caches / f"{self.cache_name}-v{FORMAT}"
+            default = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/meta_lightning"
+            folder = Path(self.cache_dir or default).expanduser() / f"{self.cache_name}-v{FORMAT}"
             self.data = self.arrange(load_or_build(folder, self.build, self.sources, verify))
         return self.data
 
     def arrange(self, data: LabelledImages) -> LabelledImages:
-        """The data set as this module uses it, from what is cached."""
+        """Apply the options that the cached data set does not depend on, such as the split of the classes."""
         return data
 
-    def make_task_set(self, split: Split) -> FewShotTasks:
+    def task_set(self, split: Split) -> FewShotTasks:
         """The tasks of a split, from the images."""
         data = self.load()
-        members, file = data.members(split), getattr(data.images, "filename", None)
-        images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-        source = None if file is None else Path(file)
-        names = [str(name) for name in data.classes[members]]
+        members, source = data.members(split), getattr(data.images, "filename", None)
+        names = data.classes[members].tolist()
         groups = [self.group_of(name) for name in names]
-        return self.few_shot_tasks(split, images, labels, members, source, names, groups)
-
-    def group_of(self, class_name: str) -> str:
-        """What a class belongs to. Default: the folder before its name, where there is one; else the class itself."""
-        return group_of(class_name)
+        images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
+        return self.few_shot_tasks(split, images, labels, members, source=source, names=names, groups=groups)
 
     def transformed(self, batch: TaskBatch, training: bool, seed: int) -> TaskBatch:
-        """A batch as ``transforms`` makes it."""
+        """Apply ``transforms`` to a batch."""
         return (self.transforms or ImageTransforms())(batch, training, seed)
 
     def on_after_batch_transfer(self, batch: TaskBatch, dataloader_idx: int) -> TaskBatch:
-        """Augment and normalise on the device, as ``transforms`` says; the same step of a rank looks the same again."""
+        """Augment and normalise on the device; a function of the meta-iteration and the rank."""
         training = self.trainer is not None and self.trainer.training
-        seed = np.random.SeedSequence((self.seed, self._meta_iteration(), self._rank()[0]))
+        rank = self.trainer.global_rank if self.trainer else 0
+        seed = np.random.SeedSequence((self.seed, self.meta_iteration(), rank))
         transformed = self.transformed(batch, training, int(seed.generate_state(1)[0]))
         return self.trainer.precision_plugin.convert_input(transformed) if self.trainer else transformed
 
 
 @options
 class FolderTasks(ImageTasks):
-    """Images that are read from a folder."""
+    """Images read from a folder."""
 
     root: str = field(kw_only=False)
-    """Folder that holds the files of the data set."""
+    """Folder of the data set."""
 
     @property
     def folder(self) -> Path:
@@ -119,15 +117,43 @@ class FolderTasks(ImageTasks):
         return Path(self.root).expanduser()
 
     def named_for_root(self, name: str, *made_by: str) -> str:
-        """A name for each ``root`` and whatever else ``build`` depends on, so that no cache answers for another."""
+        """A cache name that is unique to ``root`` and to whatever else ``build`` depends on."""
         origin = " ".join([str(self.folder.resolve()), *made_by])
         return f"{name}-{zlib.crc32(origin.encode()):08x}"
 
 
 @options
 class DownloadedTasks(FolderTasks):
-    """Images of a published data set."""
+    """Images of a published data set, which learn2learn downloads."""
+
+    title: ClassVar[str]
+    origin: ClassVar[str]  # where missing files can be copied from
 
     root: str = field(default="data", kw_only=False)
     download: bool = False
-    """Download the files, through learn2learn, when some are missing."""
+    """Download missing files, through learn2learn."""
+
+    @abstractmethod
+    def missing(self) -> str:
+        """Which files ``root`` must hold and which are missing, for messages; empty if none are."""
+
+    @abstractmethod
+    def fetch(self) -> None:
+        """Download missing files."""
+
+    def require_files(self) -> None:
+        """Download missing files if that is allowed, else raise FileNotFoundError."""
+        if self.download and self.missing():
+            try:
+                self.fetch()
+            except Exception as error:
+                # not chained, since the command line prints the cause only
+                raise OSError(
+                    f"{self.title} could not be downloaded to {self.folder} ({type(error).__name__}: {error}). "
+                    f"From a machine with network access, copy there {self.origin}"
+                ) from None
+        if missing := self.missing():
+            raise FileNotFoundError(
+                f"root must hold {self.title}: {missing}. Pass --data.download true to download what is missing; "
+                f"without network access, copy there {self.origin}"
+            )

@@ -1,4 +1,4 @@
-"""Group numbered tasks into meta-batches, and shard them over ranks."""
+"""Group numbered tasks into meta-batches and shard them over ranks."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -6,30 +6,21 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from meta_lightning.checks import require
+from meta_lightning.checks import InputError
 from meta_lightning.data.tasks import TaskBatch, TaskSet
 
 
 class MetaBatches(Dataset[TaskBatch]):
-    """Meta-batch ``j`` of a task set, as one rank sees it: a function of the meta-iteration j alone.
-
-    Rank r of R takes tasks r, r + R, r + 2R, …, so the ranks' shares of meta-batch j are disjoint and together tasks
-    j*B … (j+1)*B - 1, and where the number of tasks is bounded each is met once.
-    """
+    """One rank's share of each meta-batch of a task set: rank r of R loads tasks r, r + R, r + 2R, …"""
 
     def __init__(
         self, tasks: TaskSet, meta_batch_size: int, num_tasks: int | None = None, rank: int = 0, world_size: int = 1
     ) -> None:
-        require(
-            meta_batch_size > 0 and meta_batch_size % world_size == 0,
-            f"meta_batch_size must be a positive multiple of the number of processes, {world_size}, "
-            f"got {meta_batch_size}",
-        )
-        require(
-            num_tasks is None or num_tasks >= world_size,
-            f"the number of {tasks.split} tasks must be at least the number of processes, {world_size}, "
-            f"got {num_tasks}",
-        )
+        processes = f"the number of processes, {world_size}"
+        if meta_batch_size < 1 or meta_batch_size % world_size:
+            raise InputError(f"meta_batch_size must be a positive multiple of {processes}, got {meta_batch_size}")
+        if num_tasks is not None and num_tasks < world_size:
+            raise InputError(f"the number of {tasks.split} tasks must be at least {processes}, got {num_tasks}")
         self.tasks = tasks
         self.share = meta_batch_size // world_size
         self.mine = range(rank, sys.maxsize if num_tasks is None else num_tasks, world_size)
@@ -46,7 +37,7 @@ class MetaBatches(Dataset[TaskBatch]):
 
 
 def class_names_of(loader: Any, iteration: int, tasks: int, groups: bool = False) -> list[list[str]]:
-    """The names of the classes of each task of a meta-batch, or their groups; none of a loader of another package."""
+    """Class names (or groups) of each task of a meta-batch; empty lists for a loader of another package."""
     batches = getattr(loader, "dataset", None)
     if not isinstance(batches, MetaBatches):
         return [[]] * tasks
@@ -54,12 +45,9 @@ def class_names_of(loader: Any, iteration: int, tasks: int, groups: bool = False
     return [names(number) for number in batches.numbers(iteration)]
 
 
+# A DistributedSampler by type only: Lightning replaces any other sampler by one that pads, and so repeats tasks
 class MetaIterations(DistributedSampler[TaskBatch]):
-    """The meta-iterations of one epoch, from wherever training stands.
-
-    A DistributedSampler by type only: the ranks' shares are made in ``MetaBatches``, and Lightning would put a
-    DistributedSampler, which pads and so repeats tasks, in the place of any other sampler.
-    """
+    """The meta-iterations of one epoch, from the one that ``start`` returns."""
 
     def __init__(self, batches: MetaBatches, length: int, start: Callable[[], int]) -> None:
         super().__init__(batches, num_replicas=1, rank=0, shuffle=False)
@@ -71,11 +59,11 @@ class MetaIterations(DistributedSampler[TaskBatch]):
 
 
 class TaskLoader(DataLoader[TaskBatch]):
-    """Loads meta-batches by their meta-iteration; resumable, since its place is the trainer's count of batches."""
+    """Loads meta-batches by number; resumable mid-epoch, since its position is the trainer's count of batches."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep: ``MetaIterations`` starts from the count of batches, which the checkpoint holds."""
+        """Nothing: ``MetaIterations`` starts from the count of batches in the checkpoint."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore; that the pair of methods exists tells Lightning that a mid-epoch resume is exact."""
+        """Nothing to restore; Lightning treats a loader that has both methods as resumable."""

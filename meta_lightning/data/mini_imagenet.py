@@ -2,24 +2,23 @@
 
 import numpy as np
 
-from meta_lightning.checks import require
-from meta_lightning.data.learn2learn_sets import PublishedSplits, SplitImages, channels_first, reading
+from meta_lightning.checks import InputError
+from meta_lightning.data.learn2learn_sets import PublishedSplits, SplitImages, reading
 from meta_lightning.data.tasks import Split
 
 
 class MiniImagenet(PublishedSplits):
     """mini-ImageNet: 100 classes of ImageNet, 600 photographs each, 84×84 (Vinyals et al., 2016).
 
-    64 classes to train on, 16 to validate and 20 to test: the split of Ravi and Larochelle (Optimization as a Model for
-    Few-Shot Learning, ICLR 2017), as learn2learn distributes it. Classes are named by their WordNet ids.
+    64 classes for training, 16 for validation and 20 for test: the split of Ravi and Larochelle (Optimization as a
+    Model for Few-Shot Learning, ICLR 2017), as learn2learn distributes it. Classes are named by their WordNet IDs.
 
     Files: ``mini-imagenet-cache-{train,validation,test}.pkl``, each a pickle of ``{"image_data": uint8 [images, 84, 84,
-    3], "class_dict": {name: [row, …]}}``. A pickle can run code when it is read: use none that you do not trust.
-    learn2learn holds a split as float32 besides: packing the cache takes 5 GB of memory, once.
+    3], "class_dict": {name: [row, …]}}``. A pickle can run code when it is read: use only files that you trust.
+    learn2learn also holds a split as float32: packing the cache takes 5 GB of memory, once.
     """
 
     image_size = 84
-    channels = 3
     title = "mini-ImageNet"
     loader = "MiniImagenet"
     files = tuple(f"mini-imagenet-cache-{mode}.pkl" for mode in ("train", "validation", "test"))
@@ -32,10 +31,8 @@ class MiniImagenet(PublishedSplits):
             dataset = self.dataset(self.folder, split)
             images, members = dataset.data["image_data"], dataset.data["class_dict"]
             rows = np.concatenate([np.asarray(rows, dtype=np.int64) for rows in members.values()])
-        # learn2learn gives an image that no class lists to class 1, and one that two classes list to the last of them
-        require(
-            np.array_equal(np.sort(rows), np.arange(len(images))),
-            f"class_dict of {path} must list every image once, got {len(rows)} rows, {len(np.unique(rows))} of them "
-            f"different, for {len(images)} images",
-        )
-        return SplitImages(channels_first(images, path), dataset.y.astype(np.int64), [str(name) for name in members])
+        # learn2learn labels an image that no class lists as class 1, and one in two classes as the last of them
+        if not np.array_equal(np.sort(rows), np.arange(len(images))):
+            came = f"{len(rows)} rows, {len(np.unique(rows))} of them different, for {len(images)} images"
+            raise InputError(f"class_dict of {path} must list every image once, got {came}")
+        return images, dataset.y.astype(np.int64), [str(name) for name in members]

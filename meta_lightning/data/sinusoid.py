@@ -1,4 +1,4 @@
-"""The regression of the MAML paper."""
+"""The sinusoid regression of the MAML paper."""
 
 import math
 from collections.abc import Sequence
@@ -9,15 +9,15 @@ import torch
 
 from meta_lightning.checks import require_at_least
 from meta_lightning.data.module import FewShotDataModule, options
-from meta_lightning.data.tasks import Array, DrawnTasks, Split, TaskBatch, TaskSet
+from meta_lightning.data.tasks import Array, DrawnTasks, Shots, Split, TaskBatch, TaskSet
 
 
 @options
 class Sinusoid(FewShotDataModule):
-    """Regress a sine wave from K points (Finn et al., 2017, section 5.1).
+    """Regression of a sine wave from K points (Finn et al., 2017, section 5.1).
 
-    Each task is a wave of amplitude in [0.1, 5] and phase in [0, π]; x is uniform in [−5, 5], and the loss is the mean
-    squared error.
+    Each task is a wave with amplitude uniform in [0.1, 5] and phase uniform in [0, π]; x is uniform in [−5, 5]. The
+    loss is the mean squared error.
 
     Raises:
         InputError: If an option is outside its range.
@@ -26,22 +26,25 @@ class Sinusoid(FewShotDataModule):
     shots: int = 10
     queries: int = 10
     test_queries: int = 100
-    """Query points in validation and test; ``queries`` are those in training."""
+    """Query points in validation and test; ``queries`` applies to training."""
     train_queries: int | None = field(default=None, init=False)
     meta_batch_size: int = 25
     epoch_length: int = 1000
     val_tasks: int = 600
 
     def __post_init__(self) -> None:
-        """Refuse tasks without queries."""
+        """Check the number of query points."""
         super().__post_init__()
         require_at_least(1, test_queries=self.test_queries)
 
+    def sizes(self, split: Split) -> tuple[Shots, int]:
+        """Support and query points of the tasks of a split."""
+        shots, queries = super().sizes(split)
+        return shots, queries if split == "train" else self.test_queries
+
     def task_set(self, split: Split) -> TaskSet:
         """The waves of a split."""
-        shots, queries = self.sizes(split)
-        queries = queries if split == "train" else self.test_queries
-        return SineWaves(shots, queries, self.seed, split, self.meta_batch_size)
+        return SineWaves(**self.draws(split))
 
 
 class SineWaves(DrawnTasks):
@@ -56,5 +59,5 @@ class SineWaves(DrawnTasks):
         """The points of one wave.  # K+Q 1, K+Q 1"""
         rng = self.rng(task)
         amplitude, phase = rng.uniform(0.1, 5.0), rng.uniform(0.0, math.pi)
-        x = rng.uniform(-5.0, 5.0, (self.most_shots + self.queries, 1))
+        x = rng.uniform(-5.0, 5.0, (self.drawn, 1))
         return x, amplitude * np.sin(x - phase)

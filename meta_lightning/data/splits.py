@@ -5,61 +5,56 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from meta_lightning.checks import require, require_at_least
+from meta_lightning.checks import InputError, require, require_at_least
 from meta_lightning.data.module import TaskDataModule, options
 from meta_lightning.data.tasks import SPLITS, Split
 
 
 @options
 class RandomSplit(TaskDataModule):
-    """A data module whose classes, or whatever else belongs to one split only, are split at random."""
+    """A data module whose classes (for regression: sets of points) are split at random."""
 
     split_fractions: tuple[float, float, float] = (0.6, 0.2, 0.2)
-    """Shares of the classes (of a regression: of the sets of points) that train, validate and test, drawn at random;
-    (0, 0, 1) is for testing alone."""
+    """Fractions of the classes (for regression: of the sets of points) for training, validation and test, split at
+    random. (0, 0, 1) is for testing only."""
     split_seed: int = 0
-    """Seed of that draw. It is not ``seed``, so that other tasks never bring a class into another split."""
+    """Seed of the random split. It is separate from ``seed``, so that changing the tasks keeps the split."""
 
     def __post_init__(self) -> None:
-        """Refuse shares that are none."""
+        """Check the fractions."""
         super().__post_init__()
         require_at_least(0, split_seed=self.split_seed)
-        shares = tuple(self.split_fractions)
-        require(
-            len(shares) == len(SPLITS) and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6,
-            f"split_fractions must be 3 shares, of train, val and test, with the sum 1, got {shares}",
-        )
+        fractions = tuple(self.split_fractions)
+        if len(fractions) != len(SPLITS) or min(fractions) < 0 or not abs(sum(fractions) - 1) < 1e-6:
+            raise InputError(f"split_fractions must be 3 fractions (train, val, test) that sum to 1, got {fractions}")
 
     def drawn_splits(self, numbers: Sequence[int]) -> dict[Split, list[int]]:
-        """Random splits: of the permuted numbers the first validate, the next test, and all the others train."""
+        """Permute the numbers: the first are for validation, the next for test and the rest for training."""
         order = np.random.default_rng(self.split_seed).permutation(np.array(numbers, dtype=np.int64)).tolist()
         val, test = (round(len(order) * fraction) for fraction in self.split_fractions[1:])
-        return {
-            "train": sorted(order[val + test :]),
-            "val": sorted(order[:val]),
-            "test": sorted(order[val : val + test]),
-        }
+        parts = {"train": order[val + test :], "val": order[:val], "test": order[val : val + test]}
+        return {split: sorted(parts[split]) for split in SPLITS}
 
 
 @options
 class GivenSplit(RandomSplit):
-    """A data module whose classes are split as the user says, or at random."""
+    """A data module whose classes are split explicitly or at random."""
 
     splits: Mapping[Split, Sequence[int]] | None = None
-    """The class numbers (of a regression: the numbers of the sets) of train, val and test; those in none are left out,
-    and so may be a split that is not asked for (``fit`` validates, unless ``limit_val_batches`` is 0). Default: by
-    ``split_fractions``; then the attribute holds what was drawn."""
+    """Class numbers (for regression: numbers of the sets) of train, val and test. Numbers in no split are not used, and
+    a split that is not used may be missing (``fit`` uses val unless ``limit_val_batches`` is 0). Default: a random
+    split by ``split_fractions``, which the attribute then holds."""
 
     def __post_init__(self) -> None:
-        """Take the splits as lists."""
+        """Convert the splits to lists."""
         unknown = [name for name in self.splits or () if name not in SPLITS]
         require(not unknown, f"splits must have the keys 'train', 'val' and 'test', got {unknown}")
-        if self.splits is not None:  # also what is saved: a checkpoint loaded with weights_only has no arrays
+        if self.splits is not None:  # before they are saved: weights_only checkpoints cannot hold arrays
             self.splits = {split: [int(number) for number in part] for split, part in self.splits.items()}
         super().__post_init__()
 
     def split(self, numbers: Sequence[int], what: str) -> None:
-        """Split these numbers as given, or at random; ``what`` they are is for the messages."""
+        """Split these numbers, as given or at random; messages call them ``what``."""
         if self.splits is None:
             self.splits = self.drawn_splits(numbers)
         counts = Counter(number for part in self.splits.values() for number in part)
@@ -70,7 +65,7 @@ class GivenSplit(RandomSplit):
         self.members = self.splits = {split: list(self.splits.get(split, [])) for split in SPLITS}
 
     def setup(self, stage: str | None = None) -> None:
-        """See that every split with members can give its tasks; one without is refused when it is asked for."""
+        """Make the tasks of each split that has members; one without is refused when it is used."""
         super().setup(stage or "fit")
         for split in SPLITS:
             if self.members[split]:

@@ -1,4 +1,4 @@
-"""What is done to a batch of images on its way to the network."""
+"""Transforms of a batch of images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,23 +12,23 @@ from meta_lightning.data.tasks import TaskBatch, as_task_batch
 
 @dataclass(frozen=True)
 class ImageTransforms:
-    """What happens to images, all of a meta-batch at once and on the device that trains.
+    """Normalisation and augmentation of images, of a whole meta-batch at once and on the training device.
 
-    Augmentation is a function of (seed, meta-iteration, rank): the same after a resume, but not the same on one process
-    and on several, which draw for their own tasks. The tasks themselves are; so is all that has no augmentation.
+    Augmentation is a function of (seed, meta-iteration, rank): resuming reproduces it, but it depends on the number of
+    processes, unlike the tasks themselves.
 
-    ``inner_update`` and ``forward_with_weights`` take images as they are given: after training with ``mean`` and
-    ``std`` give them ``transforms.normalise(scale_pixels(x))``, the latter from ``meta_lightning.data.tasks``.
+    ``inner_update`` and ``forward_with_weights`` do not normalise: after training with ``mean`` and ``std`` pass them
+    ``transforms.normalise(scale_pixels(x))``, with ``scale_pixels`` from ``meta_lightning.data.tasks``.
 
     Args:
-        mean: Subtracted from each channel of the pixels, which are in [0, 1]; together with ``std``.
-        std: What each channel is divided by then.
-        support: Augmentation of the training tasks' support images: a module that takes and gives images ``B C H W`` in
-            [0, 1], such as those of kornia.augmentation, which treat each image of a batch differently.
+        mean: Subtracted from each channel of the pixels, which are in [0, 1]; requires ``std``.
+        std: Divisor of each channel, after ``mean`` is subtracted.
+        support: Augmentation of the training tasks' support images: a module from images ``B C H W`` in [0, 1] to such
+            images. It should transform each image of a batch differently, like those of kornia.augmentation.
         query: Augmentation of the training tasks' query images.
 
     Raises:
-        InputError: If ``mean`` and ``std`` are not a number per channel each, or a deviation is not greater than 0.
+        InputError: If ``mean`` and ``std`` do not have one number per channel each, or a ``std`` is not greater than 0.
     """
 
     mean: Sequence[float] | None = None
@@ -37,20 +37,14 @@ class ImageTransforms:
     query: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no mean and standard deviation a channel."""
+        """Check the means and standard deviations."""
         mean, std = list(self.mean or []), list(self.std or [])
-        require(len(mean) == len(std), f"mean and std must have a number per channel each, got {mean} and {std}")
+        require(len(mean) == len(std), f"mean and std must have one number per channel each, got {mean} and {std}")
         for value in std:
             require_positive(std=value)
 
     def __call__(self, batch: TaskBatch, training: bool, seed: int) -> TaskBatch:
-        """Augment, in training, then normalise.
-
-        Args:
-            batch: The tasks.
-            training: Whether they are training tasks.
-            seed: Of the augmentation's random numbers; the global ones are neither read nor moved.
-        """
+        """Augment training tasks, with ``seed`` instead of the global random state, and normalise."""
         if self == ImageTransforms():
             return batch
         support_x, support_y, query_x, query_y = as_task_batch(batch)
@@ -61,7 +55,7 @@ class ImageTransforms:
         return TaskBatch(self.normalise(support_x), support_y, self.normalise(query_x), query_y)
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Pixels in [0, 1] less ``mean``, by ``std``.  # ... C H W"""
+        """Subtract ``mean`` from pixels in [0, 1] and divide by ``std``.  # ... C H W"""
         if not self.mean or not self.std:
             return x
         require(len(self.mean) == x.shape[-3], f"mean must have {x.shape[-3]} numbers (channels), got {self.mean}")
@@ -69,5 +63,5 @@ class ImageTransforms:
 
 
 def augment(module: nn.Module | None, x: Tensor) -> Tensor:
-    """Images through an augmentation that takes a batch.  # T S C H W"""
+    """Apply a module that takes a batch of images.  # T S C H W"""
     return x if module is None else module(x.flatten(0, 1)).unflatten(0, x.shape[:2])

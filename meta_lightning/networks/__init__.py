@@ -1,4 +1,4 @@
-"""The papers' networks, each a setting of a class; any other ``nn.Module`` serves as well."""
+"""The networks of the papers; the learners take any other ``nn.Module`` as well."""
 
 from meta_lightning.networks.conv4 import Conv4
 from meta_lightning.networks.mlp import MLP
