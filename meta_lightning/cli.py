@@ -30,29 +30,15 @@ from meta_lightning.show import show_data
 
 PACKAGE = Path(__file__).parent
 
-# Warnings of libraries that say nothing to a user of this program, each with its place upstream
-LIGHTNING = "https://github.com/Lightning-AI/pytorch-lightning"
-IGNORED_WARNINGS = {
-    r".*isinstance\(treespec, LeafSpec\).*is deprecated": f"{LIGHTNING}/issues/21326",
-    # Reptile has no optimizer
-    r".*configure_optimizers.*returned.*None": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/core/optimizer.py#L183",
-    # the state after a step is what these checkpoints are meant to hold
-    r"Using ModelCheckpoint with manual optimization": f"{LIGHTNING}/pull/21239",
-    # the arguments are the process' own, with configurations found
-    r"LightningCLI's args parameter": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/cli.py#L552",
-    # tasks are numbered, not shuffled; overfitting takes the first ones
-    r"You requested to overfit but enabled": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/trainer/connectors/"
-    "data_connector.py#L261",
-    # predictions come in the order of the tasks
-    r"Couldn't infer the batch indices": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/loops/prediction_loop.py#L307",
-}
-
-IGNORED_WHEN_RESUMED = {
-    # they are the run's own
-    r"Checkpoint directory .* exists and is not empty": f"{LIGHTNING}/blob/2.6.0/src/lightning/pytorch/callbacks/"
-    "model_checkpoint.py#L724",
-}
-
+# Warnings of Lightning that do not apply here
+IGNORED_WARNINGS = (
+    r".*isinstance\(treespec, LeafSpec\).*is deprecated",  # https://github.com/Lightning-AI/pytorch-lightning/issues/21326
+    r".*configure_optimizers.*returned.*None",  # Reptile has no optimizer
+    r"Using ModelCheckpoint with manual optimization",  # checkpoints are meant to hold the state after a step
+    r"LightningCLI's args parameter",  # they are the process's own
+    r"You requested to overfit but enabled",  # tasks are numbered, not shuffled
+)
+IGNORED_WHEN_RESUMED = (r"Checkpoint directory .* exists and is not empty",)  # with the run's own checkpoints
 
 # Subcommands that are no methods of the Trainer: typed functions, which return the text to print
 FUNCTIONS: dict[str, Callable[..., str]] = {"adapt": adapt, "compare": compare}

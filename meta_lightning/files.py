@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and replace nothing unasked."""
+"""Atomic file writes that never overwrite a file unless asked to."""
 
 import json
 import os
@@ -11,20 +11,17 @@ from meta_lightning.checks import require
 
 
 def require_writable(path: Path, overwrite: bool, argument: str) -> None:
-    """Refuse, before any work is done, a file that must not or cannot be written."""
-    require(overwrite or not path.exists(), f"{argument} must name a new file, or overwrite be set: {path} exists")
+    """Refuse an output file that exists or cannot be written, before any work is done."""
+    require(overwrite or not path.exists(), f"{argument} must name a new file unless overwrite is set, got {path}")
     require(not path.is_dir(), f"{argument} must name a file, got {path}, which is a folder")
-    folder = path.parent
-    require(
-        folder.is_dir() and os.access(folder, os.W_OK),
-        f"{argument} must name a file in a folder that can be written to, got {path}",
-    )
+    writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+    require(writable, f"{argument} must name a file in a writable folder, got {path}")
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to beside the given one, which takes its place at the end, if nothing was raised."""
-    part = path.with_name(f"{path.stem}.part{path.suffix}")  # torch.export wants the suffix
+    """Yield a temporary path in the same folder, which replaces ``path`` unless an exception is raised."""
+    part = path.with_name(f"{path.stem}.part{path.suffix}")  # torch.export requires the suffix
     try:
         yield part
         part.replace(path)
@@ -33,7 +30,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, contents: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:
         part.write_text(json.dumps(contents, allow_nan=False), encoding="utf-8")

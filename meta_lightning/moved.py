@@ -1,4 +1,4 @@
-"""The import paths of version 0.1, which work for one release."""
+"""Import paths of version 0.1, which work until version 0.3 with a DeprecationWarning."""
 
 import warnings
 from importlib import import_module
@@ -8,15 +8,14 @@ from types import ModuleType
 from typing import Any
 
 PACKAGE = __name__.partition(".")[0]
-COMPARE = ("command", "figure", "report", "runs", "summary")
-# where the names of a former module are now
+# former module -> the modules that now define its names
 MOVED: dict[str, tuple[str, ...]] = {
     "adaptation.adapting": ("adaptation.adapt",),
     "adaptation.exporting": ("adaptation.export",),
     **{f"algorithms.{name}": ("algorithms.meta_learner",) for name in ("base", "learner", "outer")},
     "checkpoints": ("runs.checkpoint_callback", "runs.checkpoint_file"),
     "comparison": ("compare",),
-    **{f"comparison.{name}": (f"compare.{name}",) for name in COMPARE},
+    **{f"comparison.{name}": (f"compare.{name}",) for name in ("command", "figure", "report", "runs", "summary")},
     "compiling": ("inner.compiling",),
     "contact_sheet": ("drawing",),
     "dashboard.figures": ("dashboard.curves",),
@@ -41,20 +40,17 @@ MOVED: dict[str, tuple[str, ...]] = {
 
 
 class FormerModules(MetaPathFinder, Loader):
-    """Finds a former module, as one that has the names of those in its place, and warns (DeprecationWarning)."""
+    """Import hook that builds each former module from the names of its replacements."""
 
     def find_spec(self, fullname: str, *rest: Any) -> ModuleSpec | None:
-        """A former module, as a package: it may have had others in it."""
+        """Find a former module; it is a package because it may have had submodules."""
         package, _, name = fullname.partition(".")
         return ModuleSpec(fullname, self, is_package=True) if package == PACKAGE and name in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Fill it."""
+        """Copy the names of the replacements into the module, and warn."""
         now = [f"{PACKAGE}.{name}" for name in MOVED[module.__name__.partition(".")[2]]]
-        warnings.warn(
-            f"{module.__name__} is now {' and '.join(now)}; the former path goes in version 0.3",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        message = f"{module.__name__} is now {' and '.join(now)}; the former path will be removed in version 0.3"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
         for name in now:
             module.__dict__.update({n: v for n, v in vars(import_module(name)).items() if not n.startswith("__")})

@@ -1,1 +1,1 @@
-"""From a learner and a few samples of each class to predictions about others."""
+"""Adapt a learner to a few samples per class, and predict others."""

@@ -1,4 +1,4 @@
-"""From a network, its initialisation and the support set of one task to a predictor."""
+"""Adapt a network and its initialisation to the support set of one task."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -29,12 +29,12 @@ def adapt_to(
     grown_with: Mapping[str, Sequence[str]],
     description: dict[str, Any] | None,
 ) -> Predictor:
-    """``MetaLearner.adapt``, whose ``x``, ``y``, ``class_names`` and errors these are."""
+    """Implement ``MetaLearner.adapt``, with its ``x``, ``y``, ``class_names`` and errors."""
     x, (names, targets) = form.check(samples(x, "x")), numbered(y, class_names)
-    require(len(x) == len(targets), f"x and y must be of one length, got {len(x)} and {len(targets)}")
+    require(len(x) == len(targets), f"x and y must have the same length, got {len(x)} and {len(targets)}")
     with torch.inference_mode(False), torch.enable_grad():
         p = next(iter(theta.values()))
-        # a tensor made in inference mode cannot be differentiated through, but its clone can
+        # autograd rejects tensors made in inference mode, but not their clones
         inputs = form.network_input(x.to(p.device).clone(), p.dtype)
         if names is not None and (outputs := outputs_of(network, inputs, len(names))) < len(names):
             theta = theta | widened_head(network, theta, grown_with, len(names), outputs)
@@ -46,34 +46,28 @@ def adapt_to(
 
 
 def numbered(y: Tensor | Array | Sequence[str], class_names: Sequence[str] | None) -> tuple[list[str] | None, Tensor]:
-    """The names of the classes in y's sorted order, and their numbers; or no names, and a regression's targets."""
+    """Class names and numbers in the sorted order of y's values; for regression no names, and the targets."""
     values = y.numpy(force=True) if isinstance(y, Tensor) else np.asarray(y)
     if values.dtype.kind == "f":
-        require(class_names is None, "class_names must be left out for floating-point targets, those of a regression")
+        require(class_names is None, "class_names must be omitted for floating-point targets, which mean regression")
         targets = samples(values, "y")
         return None, targets.unsqueeze(1) if targets.ndim == 1 else targets
-    require(values.ndim == 1, f"y must be one class per sample, of shape [S], got shape {list(values.shape)}")
+    require(values.ndim == 1, f"y must hold one class per sample, shape [S], got shape {list(values.shape)}")
     distinct, numbers = np.unique(values, return_inverse=True)
     require(len(distinct) >= 2, f"y must hold at least 2 classes, got {distinct.tolist()}")
     names = [str(value) for value in (distinct if class_names is None else class_names)]
-    require(
-        len(names) == len(distinct) == len({*names}),
-        f"class_names must be {len(distinct)} different names, one for each class of y, got {names}",
-    )
+    valid = len(names) == len(distinct) == len({*names})
+    require(valid, f"class_names must be {len(distinct)} different names, one per class of y, got {names}")
     return names, torch.from_numpy(numbers)
 
 
 def outputs_of(network: nn.Module, inputs: Tensor, classes: int) -> int:
-    """How many outputs a classifier has."""
+    """Number of outputs of a classifier."""
     try:
         with torch.no_grad():
             shape = network(inputs).shape
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"x must hold samples that the network takes, got {list(inputs.shape)}: {error}") from None
-    require(
-        len(shape) == 2 and shape[1] >= 2,
-        f"y must be floating-point, targets of a regression, since the network gives outputs of shape {list(shape)}; "
-        f"got {classes} classes",
-    )
-    outputs: int = shape[1]
-    return outputs
+        raise InputError(f"x must hold samples that fit the network, got {list(inputs.shape)}: {error}") from None
+    expected = f"y must be floating-point regression targets, since the network's outputs have shape {list(shape)}"
+    require(len(shape) == 2 and shape[1] >= 2, f"{expected}; got {classes} classes")
+    return int(shape[1])

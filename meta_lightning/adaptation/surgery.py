@@ -1,4 +1,4 @@
-"""What is done to a network before it predicts."""
+"""Build networks, and change their modes, parameters and heads."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from meta_lightning.inner.params import Params
 
 @contextmanager
 def in_evaluation(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode, and each part as it was afterwards."""
+    """Set a module to evaluation mode, and restore the mode of each submodule afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -25,7 +25,7 @@ def in_evaluation(module: nn.Module) -> Iterator[None]:
 
 
 def build_network(description: Mapping[str, Any]) -> nn.Module:
-    """A network from its class path and arguments, as configurations and checkpoints hold them."""
+    """Build a network from its class path and arguments, as stored in configurations and checkpoints."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(nn.Module, "network")
     network: nn.Module = parser.instantiate(parser.parse_object({"network": dict(description)})).network
@@ -33,7 +33,7 @@ def build_network(description: Mapping[str, Any]) -> nn.Module:
 
 
 def last_linear(network: nn.Module) -> tuple[str, nn.Linear] | None:
-    """The network's last layer and its name, if that is a linear one."""
+    """Name and module of the last layer with parameters, if it is linear."""
     layers = [item for item in network.named_modules() if any(True for _ in item[1].parameters(recurse=False))]
     return next(((name, part) for name, part in layers[-1:] if isinstance(part, nn.Linear)), None)
 
@@ -41,30 +41,25 @@ def last_linear(network: nn.Module) -> tuple[str, nn.Linear] | None:
 def widened_head(
     network: nn.Module, theta: Params, grown_with: Mapping[str, Sequence[str]], classes: int, outputs: int
 ) -> Params:
-    """θ of the network's last layer with an output for each of more classes than it has outputs.
-
-    Row i is row i mod N of the N that training left. In training the classes of a task come in any order, so each row
-    is as good a start for any class, and two equal ones part at the first inner step. Rows of zeros, or their mean,
-    would leave the other layers without a gradient in that step, on which few-step adaptation relies: on 8-way 1-shot
-    glyphs with a 5-way learner they reach 24 % after 4 steps and 70 % after 10, the cycled rows 64 % and 71 %.
-    """
+    """Repeat the rows of the last layer in θ cyclically, to give a network more outputs."""
+    # Classes are numbered at random in training, so every row is an equal start for any class, and equal rows diverge
+    # at the first inner step. Zero or mean rows would give the other layers no gradient in that step: on 8-way 1-shot
+    # glyphs with a 5-way learner they reach 24 % after 4 steps and 70 % after 10, repeated rows 64 % and 71 %.
     head = last_linear(network)
     parameters = [n for n, _ in head[1].named_parameters(head[0])] if head and head[1].out_features == outputs else []
-    require(
-        bool(parameters) and grown_with.keys() >= {*parameters},
-        f"y must hold at most {outputs} classes, the outputs of the network, since its last layer cannot be given "
-        f"more: it is not linear, does not adapt, or the inner rule has a state of it; got {classes}",
-    )
+    expected = f"y must hold at most {outputs} classes, since the network's last layer cannot be widened"
+    reason = "it is not linear, is not adapted, or has state in the inner rule"
+    require(bool(parameters) and grown_with.keys() >= {*parameters}, f"{expected} ({reason}); got {classes}")
     rows = torch.arange(classes, device=theta[parameters[0]].device) % outputs
     return {n: theta[n][rows] for name in parameters for n in (name, *grown_with[name])}
 
 
 @torch.no_grad()
 def set_parameters(network: nn.Module, params: Params) -> None:
-    """Give a network copies of these values, and a linear layer as many outputs as they have rows."""
+    """Copy values into a network's parameters; linear layers grow to the number of rows."""
     for name, value in params.items():
         p = network.get_parameter(name)
-        if p.shape == value.shape:  # in place, so that what shares it still does
+        if p.shape == value.shape:  # in place, which keeps ties
             p.copy_(value)
         else:
             path, _, leaf = name.rpartition(".")

@@ -1,1 +1,1 @@
-"""What a run leaves behind: checkpoints, records and predictions."""
+"""Output of runs: checkpoints, records and predictions."""

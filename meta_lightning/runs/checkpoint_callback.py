@@ -1,10 +1,12 @@
-"""Which checkpoints are kept, and when."""
+"""The checkpoint callback: best and last checkpoints, and exact resume."""
 
+import os
 import shutil
 import signal
 import threading
 from pathlib import Path
 from typing import Any, Literal
+from weakref import proxy
 
 import lightning as L
 import torch
@@ -15,24 +17,25 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from meta_lightning.checks import InputError, require, require_at_least
-from meta_lightning.runs.checkpoint_file import WholeFiles
-from meta_lightning.runs.resume import log_folders, random_states, set_random_states, settle_progress
+from meta_lightning.runs.checkpoint_file import LAST, WholeFiles
+from meta_lightning.runs.resume import random_states, set_random_states, settle_progress
 
 
 class Checkpoints(ModelCheckpoint):
-    """Keeps the best checkpoint of the validations, and the last one, from which training goes on exactly.
+    """Saves the best checkpoints by a monitored value, and the last one, from which training resumes exactly.
 
-    The last one is saved between two meta-iterations: regularly, after an epoch, at the end, and when SIGTERM or SIGINT
-    (Ctrl-C; a second one does not wait) ask training to stop. It holds the random states of all processes.
+    The last checkpoint is saved between two meta-iterations: every ``every_n_steps``, after each validation and epoch,
+    at the end of training, and on SIGTERM or SIGINT (Ctrl-C), which stop training; a second Ctrl-C stops at once. It
+    holds the random states of all processes.
 
     Args:
         dirpath: Folder of the checkpoints. Default: ``checkpoints`` in the logger's folder.
-        filename: Name of the best one.
-        monitor: The value that decides which is best.
-        mode: Whether the best is the greatest or the least.
-        save_top_k: How many of the best to keep; -1 for every one, 0 for none.
-        save_last: Whether to keep the last one, as ``last.ckpt``, and the one before it, as ``previous.ckpt``.
-        every_n_steps: Save the last one every so many meta-iterations; 0 for after epochs only.
+        filename: File name of the best checkpoint.
+        monitor: Name of the logged value that ranks checkpoints.
+        mode: Whether the smallest or the largest value is the best.
+        save_top_k: Number of best checkpoints to keep; -1 keeps all, 0 none.
+        save_last: Whether to keep the last checkpoint as ``last.ckpt`` and the one before it as ``previous.ckpt``.
+        every_n_steps: Save the last checkpoint every n meta-iterations; 0 saves it after validations and epochs only.
 
     Raises:
         InputError: If an argument is outside its range.
@@ -48,47 +51,39 @@ class Checkpoints(ModelCheckpoint):
         save_last: bool = True,
         every_n_steps: int = 500,
     ) -> None:
-        super().__init__(
-            dirpath,
-            filename,
-            monitor,
-            mode=mode,
-            save_top_k=save_top_k,
-            save_last=save_last,
-            enable_version_counter=save_top_k not in (0, 1),
-        )
+        # without save_last: ModelCheckpoint saves the last checkpoint only together with a best one
+        several = save_top_k not in (0, 1)
+        super().__init__(dirpath, filename, monitor, mode=mode, save_top_k=save_top_k, enable_version_counter=several)
         require_at_least(0, every_n_steps=every_n_steps)
-        self.every_n_steps = every_n_steps
-        self.signal: int | None = None  # what came
-        self.stop = False  # what the processes agreed on, at the end of a meta-iteration
-        self.random_states: dict[str, Any] | None = None
+        self.keeps_last, self.every_n_steps = save_last, every_n_steps
+        self.saved_step = 0  # of the last checkpoint
+        self.random_states: dict[str, Any] | None = None  # to save, or to restore at the start of training
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let checkpoints be written whole or not at all."""
+        """Make checkpoint writes atomic."""
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse to monitor what validation does not give, before training rather than an epoch later."""
+        """Refuse an unknown validation metric before training rather than an epoch later."""
         values = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
-        require(
-            self.monitor in values or not str(self.monitor).startswith("val/"),
-            f"checkpoint.monitor must be a value of the validation, one of {', '.join(values)}, got {self.monitor}; "
-            "for regression give --checkpoint.monitor val/mse --checkpoint.mode min",
-        )
+        known = self.monitor in values or not str(self.monitor).startswith("val/")
+        hint = "for regression use --checkpoint.monitor val/mse --checkpoint.mode min"
+        require(known, f"checkpoint.monitor must be one of {', '.join(values)}, got {self.monitor}; {hint}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw on as the run did that is resumed, and let signals stop training between two meta-iterations."""
+        """Restore the random states of a resumed run, and install the signal handlers."""
         super().on_train_start(trainer, pl_module)
         epoch_loop = trainer.fit_loop.epoch_loop
         if epoch_loop.batch_progress.current.ready == 0:
-            epoch_loop.restarting = False  # an epoch begins here, where Lightning looks for a validation to skip
+            epoch_loop.restarting = False  # Lightning would look for a validation to skip
         if self.random_states is not None:
             set_random_states(self.random_states, pl_module.device)
             self.random_states = None
-        self.signal, self.stop = None, False
-        if threading.current_thread() is threading.main_thread():  # which alone may; Lightning puts back what was
+        self.signal: int | None = None  # received by this process
+        self.stop = False  # agreed on by all processes at the end of a meta-iteration
+        if threading.current_thread() is threading.main_thread():  # required by signal; Lightning restores the handlers
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self.on_signal)
 
@@ -99,46 +94,47 @@ class Checkpoints(ModelCheckpoint):
             signal.signal(number, signal.default_int_handler)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Note the random states if a checkpoint is due: the next batch is augmented before it can be saved."""
+        """Note the random states if a save is due: augmentation of the next batch precedes the save."""
         self.stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
         if self.stop or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             self.random_states = random_states(pl_module.device)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the best checkpoint; the last one is due before the next meta-iteration or at the end of the epoch."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self.random_states = random_states(pl_module.device)
+        super().on_validation_end(trainer, pl_module)
+
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Save what is due of the meta-iteration before, whose values stand in the logs by now; stop if asked to."""
+        """Save a checkpoint that is due, now that the previous meta-iteration is logged; stop on a signal."""
         if self.random_states is not None:
             self.keep_last(trainer)
             self.random_states = None
         if self.stop:
             raise SIGTERMException(128 + (self.signal or signal.SIGTERM))
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the best and, where validation does not end an epoch, the last."""
-        if self.random_states is not None:
-            self.random_states = random_states(pl_module.device)
-        super().on_validation_end(trainer, pl_module)
-        if not self._should_save_on_train_epoch_end(trainer):
-            self.keep_last(trainer)
-
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the best and the last, whether or not it is the best."""
+        """Save the best and the last checkpoint."""
+        self.random_states = None  # hooks at the end of the epoch may have drawn more
         super().on_train_epoch_end(trainer, pl_module)
         self.keep_last(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep where training ended; ModelCheckpoint does so even in a ``fast_dev_run``."""
-        self.keep_last(trainer)
-
     def keep_last(self, trainer: L.Trainer) -> None:
-        """Save ``last.ckpt`` unless it is of this step already: ModelCheckpoint does so after a best one only."""
-        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        """Save ``last.ckpt``, once per step and not in a ``fast_dev_run``."""
+        trial = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by setattr
+        if trial or not self.keeps_last or self.saved_step == trainer.global_step:
+            return
+        self.last_model_path = self.format_checkpoint_name({}, LAST)
+        trainer.save_checkpoint(self.last_model_path, weights_only=False)
+        self.saved_step = trainer.global_step
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.after_save_checkpoint(proxy(self))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Say where to go on; an error leaves the last good checkpoint as it is, and of a refusal no empty logs."""
+        """Say how to resume after a signal, and remove the empty logs of a run that was refused."""
         if isinstance(exception, SIGTERMException) and self.last_model_path:
-            said = f"Interrupted after {trainer.global_step} meta-iterations; go on with --ckpt_path"
-            rank_zero_info(f"{said} {self.last_model_path}")
+            message = f"Interrupted after {trainer.global_step} meta-iterations; resume with --ckpt_path"
+            rank_zero_info(f"{message} {self.last_model_path}")
         if isinstance(exception, InputError) and trainer.is_global_zero:
             for folder in (Path(logger.log_dir) for logger in trainer.loggers if logger.log_dir):
                 written = {path.name for path in folder.glob("*")} - {"config.yaml", "hparams.yaml"}
@@ -146,24 +142,25 @@ class Checkpoints(ModelCheckpoint):
                     shutil.rmtree(folder, ignore_errors=True)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the random states of all processes and the folders of the logs, and settle Lightning's progress."""
+        """Add the random states of all processes and the log folders, and settle Lightning's progress."""
         states = [self.random_states or random_states(pl_module.device)]
         if trainer.world_size > 1:
             states *= trainer.world_size
             torch.distributed.all_gather_object(states, states[0])
         checkpoint["random_states"] = states
-        checkpoint["log_folders"] = log_folders(trainer.loggers, str(self.dirpath)) if trainer.is_global_zero else []
+        folders = [logger.log_dir for logger in trainer.loggers] if trainer.is_global_zero else []
+        checkpoint["log_folders"] = [folder and os.path.relpath(folder, str(self.dirpath)) for folder in folders]
         if trainer.state.fn == TrainerFn.FITTING:
             settle_progress(checkpoint["loops"]["fit_loop"], trainer.num_training_batches)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take this process' random states, which ``on_train_start`` sets."""
+        """Take the random states of this process, for ``on_train_start`` to restore."""
         states = checkpoint.get("random_states", [])
         if trainer.state.fn == TrainerFn.FITTING and trainer.global_rank < len(states):
             self.random_states = states[trainer.global_rank]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the best scores so far, of checkpoints that are still there; they may have moved with the run."""
+        """Load the best scores of checkpoints that still exist, also if the folder of the run was moved."""
 
         def found(path: str) -> str:
             here = Path(str(self.dirpath), Path(path).name)

@@ -1,4 +1,4 @@
-"""Checkpoint files: read, held against a learner, and written whole."""
+"""Read checkpoint files, compare them with a learner, and write them atomically."""
 
 import io
 import os
@@ -11,28 +11,20 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
-from lightning.fabric.utilities.types import _PATH
 from torch import Tensor, nn
 
 from meta_lightning.checks import InputError, require
 
 LAST, PREVIOUS = "last", "previous"
-
-# what fit cannot go on without
-STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers")
+STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers")  # required to resume training
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, and keeps the last but one, as ``previous.ckpt``.
+    """Writes local checkpoints atomically and syncs them, unlike Lightning's own; keeps the replaced ``last.ckpt``."""
 
-    Lightning's own writes to the folder of temporary files, from where the checkpoint is copied if that is another file
-    system, and does not wait for the disk.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
-        """Write beside the file, and take its place when everything is on the disk."""
-        if not _is_local_file_protocol(path):
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write to a file in the same folder, and rename it once it is on disk."""
+        if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
@@ -50,32 +42,30 @@ class WholeFiles(TorchCheckpointIO):
             part.replace(path)
         except OSError as error:
             part.unlink(missing_ok=True)
-            said = f"{error.strerror}, while writing a checkpoint; those written before are whole"
-            raise OSError(error.errno, said, str(path)) from None
+            message = f"{error.strerror}, while writing a checkpoint; earlier checkpoints are intact"
+            raise OSError(error.errno, message, str(path)) from None
 
 
 def read_checkpoint(path: str | Path, argument: str, resume: bool = False) -> dict[str, Any]:
-    """What a checkpoint holds, its tensors mapped from the file."""
+    """Contents of a checkpoint, with tensors memory-mapped from the file."""
     path = Path(path)
-    require(path.is_file(), f"{argument} must name a checkpoint, got {path}, which is no file")
+    require(path.is_file(), f"{argument} must name a checkpoint, got {path}, which is not a file")
     checkpoint = load(path)
     if isinstance(checkpoint, str):
         others = sorted(path.parent.glob("*.ckpt"), key=lambda other: (other.stem == PREVIOUS, other.stat().st_mtime))
-        whole = next((other for other in reversed(others) if other != path and isinstance(load(other), dict)), None)
-        offered = f"; the one before it that does is {whole}" if whole else ""
-        raise InputError(f"{argument} must name a checkpoint, got {path}, which does not read: {checkpoint}{offered}")
+        intact = next((other for other in reversed(others) if other != path and isinstance(load(other), dict)), None)
+        hint = f"; the last intact one is {intact}" if intact else ""
+        raise InputError(f"{argument} must name a checkpoint, got {path}, which is corrupt: {checkpoint}{hint}")
     missing = [key for key in ("state_dict", *(STATE if resume else ())) if key not in checkpoint]
-    version = checkpoint.get("pytorch-lightning_version", "of an unknown version")
-    require(
-        not missing,
-        f"{argument} must name a checkpoint with {'all that training goes on from' if resume else 'parameters'}, got "
-        f"{path} without {', '.join(missing)}, written by Lightning {version}",
-    )
+    content = "the state of training" if resume else "parameters"
+    version = checkpoint.get("pytorch-lightning_version", "of unknown version")
+    message = f"{argument} must name a checkpoint with {content}, got {path} without {', '.join(missing)}, written by"
+    require(not missing, f"{message} Lightning {version}")
     return checkpoint
 
 
 def load(path: Path) -> dict[str, Any] | str:
-    """What a checkpoint holds, or why it does not read."""
+    """Contents of a checkpoint, or the reason why it cannot be read."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
@@ -84,67 +74,56 @@ def load(path: Path) -> dict[str, Any] | str:
 
 
 def load_network(network: nn.Module, path: str | Path) -> None:
-    """Give a network the weights of a checkpoint's network, whatever algorithm learnt them."""
+    """Load the network's weights from a checkpoint of any algorithm."""
     state = read_checkpoint(path, "init_from")["state_dict"]
     weights = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
-    differing = differences(network.state_dict(), weights)
-    require(not differing, f"init_from must be of the network in use, they differ in {first_few(differing)}")
+    require_same_state(network.state_dict(), weights, "init_from")
     network.load_state_dict(weights)
 
 
-def differences(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
-    """Where two states differ in names and shapes: the names, each with what was expected and what came."""
+def require_same_state(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], argument: str) -> None:
+    """Refuse a state dict whose names or shapes differ from the expected ones."""
     a, b = ({name: tuple(value.shape) for name, value in state.items()} for state in (expected, got))
-    return [f"{name}: expected {a.get(name)}, got {b.get(name)}" for name in sorted(dict(a.items() ^ b.items()))]
-
-
-def first_few(differences: list[str]) -> str:
-    """Three of them, and how many more there are."""
-    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-    return ", ".join(differences[:3]) + more
+    names = sorted(dict(a.items() ^ b.items()))
+    part = "inner_rule" if all(name.startswith("inner_rule.") for name in names) else "network"
+    listed = ", ".join(f"{name}: expected {a.get(name)}, got {b.get(name)}" for name in names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    require(not names, f"{argument} must be of the {part} in use, but differs in {listed}{more}")
 
 
 def network_description(hparams: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The network in plain words, as a configuration gave it; of one made in Python the hyperparameters have none."""
+    """Class path and arguments of the network, or None if it was built in Python."""
     description = hparams.get("network")
     return dict(description) if isinstance(description, Mapping) else None
 
 
 def verify_checkpoint(checkpoint: Mapping[str, Any], algorithm: str, state: Mapping[str, Tensor]) -> None:
     """Refuse a checkpoint of another algorithm or network."""
-    came = checkpoint.get("algorithm", "unknown origin")
-    require(came == algorithm, f"the checkpoint must be of {algorithm}, the algorithm in use, got one of {came}")
-    differing = differences(state, checkpoint["state_dict"])
-    other_rule = bool(differing) and all(name.startswith("inner_rule.") for name in differing)
-    require(not other_rule, f"the checkpoint must be of the inner_rule in use, they differ in {first_few(differing)}")
-    require(not differing, f"the checkpoint must be of the network in use, they differ in {first_few(differing)}")
+    other = checkpoint.get("algorithm", "unknown origin")
+    require(other == algorithm, f"the checkpoint must be of {algorithm}, the algorithm in use, got one of {other}")
+    require_same_state(state, checkpoint["state_dict"], "the checkpoint")
 
 
 def renamed(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
-    """A state with prefixes of its names replaced."""
-    now = {}
-    for name, value in state.items():
-        was = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-        now[prefixes.get(was, "") + name.removeprefix(was)] = value
-    return now
+    """The state dict with prefixes of its names replaced."""
+    for former, now in prefixes.items():
+        state = {now + n.removeprefix(former) if n.startswith(former) else n: value for n, value in state.items()}
+    return dict(state)
 
 
 def restore(path: str | Path, **objects: Any) -> Any:
-    """The learner of a checkpoint, on the CPU and in evaluation mode."""
+    """Load the learner of a checkpoint, on the CPU and in evaluation mode."""
     checkpoint = read_checkpoint(path, "path")
     hparams = checkpoint.get("hyper_parameters", {})
     given = {name: value for name, value in objects.items() if value is not None}
-    require(
-        "network" in given or network_description(hparams) is not None,
-        f"network must be given: {path} does not describe the one that was trained, which came from Python",
-    )
+    known = "network" in given or network_description(hparams) is not None
+    require(known, f"network must be given: it was built in Python, and {path} does not describe it")
     class_path = hparams.get("_class_path", f"meta_lightning.{checkpoint.get('algorithm')}")
     try:
         found = resolve_name(class_path)
-    except (ImportError, AttributeError, ValueError):
-        found = None
-    require(
-        isinstance(found, type) and issubclass(found, LightningModule) and hasattr(found, "adapt"),
-        f"path must name a checkpoint of a learner whose class can be imported, got one of {class_path} in {path}",
-    )
+        importable = issubclass(found, LightningModule) and hasattr(found, "adapt")
+    except (ImportError, AttributeError, ValueError, TypeError):  # TypeError: not a class
+        importable = False
+    expected = "path must name a checkpoint of a learner whose class can be imported"
+    require(importable, f"{expected}, got one of {class_path} in {path}")
     return found.load_from_checkpoint(path, map_location="cpu", weights_only=True, **given).eval()

@@ -1,8 +1,9 @@
-"""The record that ``fit`` and ``test`` leave beside their logs."""
+"""The record that ``fit`` and ``test`` write next to their logs."""
 
 import json
 import math
 import time
+from collections import defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,92 +17,88 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 from meta_lightning.files import write_json
 from meta_lightning.runs.machine import PeakMemory, commit, machine, versions
 
-POINTS = 200  # of a curve; of more the reader of the events keeps a sample, the last among them
+POINTS = 200  # per curve; of longer ones the reader samples this many, including the last
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes ``config.yaml`` when a run begins and, when it has ended well, ``fit.json`` or ``test.json`` beside it.
+    """Writes ``config.yaml`` at the start of a run and ``fit.json`` or ``test.json`` at its successful end.
 
-    The record says what ran (``algorithm``, ``config``, ``seed``), of which code and where (``commit``, ``versions``,
-    ``machine``), what it took (``steps`` of training, ``train_seconds`` without and ``validation_seconds`` of
-    validation, ``test_seconds``, ``tasks_per_second`` and ``peak_memory`` of training, see ``PeakMemory``), and what
-    came of it: ``figures``, the last value of all that was logged, and ``curves``, what TensorBoard was given, as
-    ``[step, value]``.
+    The record holds the run (``algorithm``, ``config``, ``seed``), its code and hardware (``commit``, ``versions``,
+    ``machine``), its cost (``steps``, ``train_seconds`` without validation, ``validation_seconds``, ``test_seconds``,
+    and of training ``tasks_per_second`` and ``peak_memory``, see ``PeakMemory``), and its results: ``figures``, the
+    last value of everything logged, and ``curves``, the scalars of TensorBoard as ``[step, value]``.
 
-    A checkpoint keeps what was counted, so that a resumed run counts on. The counts are those of the first process.
+    Counts are of the first process. Checkpoints keep them, so that they include the time before a resume.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write the configuration, and begin to count."""
+        """Write the configuration, and reset the counts."""
         super().setup(trainer, pl_module, stage)
-        self.device = trainer.strategy.root_device  # where the module is moved after this
+        self.device = trainer.strategy.root_device  # the module is moved there later
         self.fitting = stage == "fit"
-        self.counts: dict[str, float] = {}
-        self.timed: str | None = None  # what is being timed
+        self.counts: dict[str, float] = defaultdict(int)
+        self.timed: str | None = None  # the count that is being timed since ``since``
         self.since = 0.0
 
     def count(self, name: str | None) -> None:
-        """Time this from now on, and no longer what was timed before."""
+        """Stop the running clock and start another."""
+        # Lightning's Timer counts validation as training, keeps only the last validation, and does not synchronize CUDA
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         if self.timed is not None:
-            self.counts[self.timed] = self.counts.get(self.timed, 0.0) + now - self.since
+            self.counts[self.timed] += now - self.since
         if self.timed == "train_seconds":
-            self.counts["peak_memory"] = max(self.counts.get("peak_memory", 0.0), self.memory.peak())
+            self.counts["peak_memory"] = max(self.counts["peak_memory"], self.memory.peak())
         if name == "train_seconds":
             self.memory.start()
         self.timed, self.since = name, now
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Time the training."""
+        """Time training."""
         self.memory = PeakMemory(self.device)
         self.count("train_seconds")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Count the step."""
-        self.counts["steps"] = self.counts.get("steps", 0) + 1
+        self.counts["steps"] += 1
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Time the validation, unless it is but a trial."""
-        if not trainer.sanity_checking:
+        """Time validation in training, not the sanity check before it."""
+        if self.timed is not None:
             self.count("validation_seconds")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Time the training again."""
-        if not trainer.sanity_checking:
-            self.count("train_seconds" if self.fitting else None)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock."""
-        self.count(None)
+        """Time training again."""
+        if self.timed is not None:
+            self.count("train_seconds")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Time the test."""
         self.count("test_seconds")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write ``fit.json`` or ``test.json``, whole or not at all."""
+        """Write the record atomically."""
         self.count(None)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # which all processes have to ask for
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: not of the first process alone
         if trainer.is_global_zero:
             write_json(folder / ("fit.json" if self.fitting else "test.json"), self.record(trainer, pl_module))
-        trainer.strategy.barrier("record")  # none leaves the others while the first one writes
+        trainer.strategy.barrier("record")  # no process exits while the first writes
 
     on_fit_end = on_test_end
 
     def state_dict(self) -> dict[str, Any]:
-        """What was counted so far."""
+        """The counts so far."""
         self.count(self.timed)
         return dict(self.counts)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on from a checkpoint, of which a test needs the parameters only."""
+        """Add to the counts of the checkpoint when training resumes, not in a test of it."""
         if self.fitting:
-            self.counts = dict(state_dict)
+            self.counts.update(state_dict)
 
     def record(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """What is written."""
+        """The contents of the record."""
         config = json.loads(self.parser.dump(self.config, format="json"))
         tasks = self.counts.get("steps", 0) * getattr(trainer, "datamodule").meta_batch_size  # noqa: B009
         seconds = self.counts.get("train_seconds")
@@ -121,7 +118,7 @@ class RunRecord(SaveConfigCallback):
 
 
 def curves(trainer: L.Trainer) -> dict[str, list[tuple[int, float | None]]]:
-    """What TensorBoard was given, in this run and in those that it resumes, by name."""
+    """TensorBoard's scalars of this run and of the runs it resumed."""
     found = {}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -133,5 +130,5 @@ def curves(trainer: L.Trainer) -> dict[str, list[tuple[int, float | None]]]:
 
 
 def finite(value: float) -> float | None:
-    """The value, or None where it is none: JSON has neither NaN nor infinity."""
+    """The value, or None if it is NaN or infinite, which JSON cannot represent."""
     return value if math.isfinite(value) else None
