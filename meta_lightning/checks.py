@@ -56,21 +56,12 @@ def require_matches(names: Collection[str], **patterns: Sequence[str]) -> set[st
     return matching
 
 
-def require_precision(precision: str) -> None:
-    """Raise InputError for precisions in which inner steps are lost."""
-    reason = (
-        "the gradient scaler does not cover the inner loop, whose gradients underflow"
-        if precision == "16-mixed"
-        else "θ itself would be rounded to 8 or 11 bits, and inner steps vanish"
-    )
-    require(
-        precision in PRECISIONS,
-        f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {precision}: {reason}",
-    )
-
-
-def require_whole_network(strategy: Strategy) -> None:
-    """Raise InputError for strategies that shard the network."""
+def require_supported(precision: str, strategy: Strategy) -> None:
+    """Raise InputError for precisions in which inner steps are lost, and strategies that shard the network."""
+    unscaled = "the gradient scaler does not cover the inner loop, whose gradients underflow"
+    reason = unscaled if precision == "16-mixed" else "θ would be rounded to 8 or 11 bits, and inner steps vanish"
+    allowed = f"trainer.precision must be one of {', '.join(PRECISIONS)}"
+    require(precision in PRECISIONS, f"{allowed}, got {precision}: {reason}")
     require(
         not isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy),
         "trainer.strategy must keep the whole network in every process, as ddp does, got "

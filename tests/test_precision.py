@@ -10,7 +10,7 @@ from torch import nn
 
 import meta_lightning
 from meta_lightning import Conv4, Glyphs, ImageTransforms, MetaLearner, Sinusoid
-from meta_lightning.checks import require_precision, require_whole_network
+from meta_lightning.checks import require_supported
 from meta_lightning.inner.loop import Adapted
 
 WORKING = {"32-true": torch.float32, "bf16-mixed": torch.float32, "64-true": torch.float64}
@@ -65,7 +65,7 @@ def test_half_precision_of_the_inner_loop_is_refused(precision: str, reason: str
     with pytest.raises(
         ValueError, match=rf"trainer\.precision .*32-true, bf16-mixed, 64-true.* {precision}: .*{reason}"
     ):
-        require_precision(precision)
+        require_supported(precision, DDPStrategy())
 
 
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
@@ -77,5 +77,5 @@ def test_it_is_refused_at_the_start(precision: Any, run: str, mlp: meta_lightnin
 
 def test_strategies_that_shard_the_network_are_refused() -> None:
     with pytest.raises(ValueError, match=r"trainer\.strategy .* FSDPStrategy\b"):
-        require_whole_network(FSDPStrategy())
-    require_whole_network(DDPStrategy())
+        require_supported("32-true", FSDPStrategy())
+    require_supported("32-true", DDPStrategy())

@@ -23,8 +23,7 @@ from meta_lightning.checks import (
     require_at_least,
     require_matches,
     require_positive,
-    require_precision,
-    require_whole_network,
+    require_supported,
 )
 from meta_lightning.data.form import SampleForm, form_of
 from meta_lightning.data.tasks import Array, TaskBatch, as_task_batch, scale_pixels
@@ -239,9 +238,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             adapted = self.inner_loop(leaves(stack(theta, 1)), self.inner_batches(x[None], y[None], steps))
             params: Params = unstack(of_network(adapted.params), 0)
             if not is_finite(params):
-                raise FloatingPointError(
-                    f"the adaptation diverged: its {steps} steps of inner_lr {self.inner_lr} are too large"
-                )
+                raise FloatingPointError(f"the adaptation diverged in {steps} steps of inner_lr {self.inner_lr}")
             return params
 
         theta = self.meta_parameters()
@@ -259,8 +256,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Raise InputError for precisions and strategies that the inner loop does not support."""
         self.fitting, self.ranks = stage == "fit", self.trainer.world_size
-        require_precision(str(self.trainer.precision))
-        require_whole_network(self.trainer.strategy)
+        require_supported(str(self.trainer.precision), self.trainer.strategy)
 
     def on_fit_start(self) -> None:
         """Check the schedule before training, and take the form of the samples from the data module."""
@@ -283,17 +279,13 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             with self.trainer.precision_plugin.forward_context():
                 unused = self.without_gradient(as_task_batch(batch))
             if unused:
-                rank_zero_warn(
-                    f"The loss does not depend on these parameters, which get no gradient: {', '.join(unused)}"
-                )
+                rank_zero_warn(f"The loss does not depend on these parameters: {', '.join(unused)}")
             self.gradients_checked = True
 
     def without_gradient(self, batch: TaskBatch) -> list[str]:
         """Names of parameters that the support loss of the first task does not depend on."""
-        theta = leaves(stack(self.network_parameters(), 1))
-        with torch.random.fork_rng(
-            [self.device] if self.device.type == "cuda" else []
-        ):  # leaves the random numbers of training
+        theta, devices = leaves(stack(self.network_parameters(), 1)), [self.device] * (self.device.type == "cuda")
+        with torch.random.fork_rng(devices):  # leaves the random numbers of training
             losses = self.task_network.losses_of(theta, batch.support_x[:1], batch.support_y[:1])
         grads = torch.autograd.grad(losses.sum(), list(theta.values()), allow_unused=True)
         return [name for name, g in zip(theta, grads, strict=True) if g is None]

@@ -6,6 +6,7 @@ rule for their backward treats the saved statistics as constants.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,12 +51,11 @@ def trajectory(
 ) -> Iterator[Adapted]:
     """θ'_1 … θ'_K of every task (Finn et al., 2017, algorithm 2, lines 6 and 7)."""
     state = step.rule.start()
+    take: Callable[..., Adapted] = partial(step.__call__, create_graph=second_order)
+    if second_order and recompute:
+        take = partial(recomputed, step)
     for x, y in support:
-        adapted = (
-            recomputed(step, params, state, x, y)
-            if second_order and recompute
-            else step(params, state, x, y, create_graph=second_order)
-        )
+        adapted = take(params, state, x, y)
         params, state = adapted.params, adapted.state
         yield adapted
 

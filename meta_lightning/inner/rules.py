@@ -165,8 +165,8 @@ class Adam(InnerRule):
 
     def __init__(self, beta1: float = 0.0, beta2: float = 0.999, eps: float = 1e-8) -> None:
         super().__init__()
-        for name, value in (("beta1", beta1), ("beta2", beta2)):
-            require(0 <= value < 1, f"{name} of the inner Adam must be in [0, 1), got {value}")
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            require(0 <= beta < 1, f"{name} of the inner Adam must be in [0, 1), got {beta}")
         require(eps > 0, f"eps of the inner Adam must be greater than 0, got {eps}")
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
 
@@ -181,9 +181,7 @@ class Adam(InnerRule):
 
     def start(self) -> AdamState:
         """The stored moments."""
-        first, second = (
-            {name: moments.get_buffer(in_module(name)) for name in self.names} for moments in (self.first, self.second)
-        )
+        first, second = ({n: m.get_buffer(in_module(n)) for n in self.names} for m in (self.first, self.second))
         return AdamState(self.get_buffer("step"), first, second)
 
     def update(self, grads: Params, state: AdamState, own: Params, lr: float) -> tuple[Params, AdamState]:
