@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -99,30 +99,6 @@ class DrawnTasks(TaskSet):
         return slice(shots), slice(self.most_shots, None)
 
 
-@dataclass
-class FewShotTransform:
-    """learn2learn task transform that draws N ways and, of each, its samples without replacement."""
-
-    rows_by_class: Array | list[Array]
-    ways: int
-    samples: int
-    # set for each task; learn2learn's NWays and KShots use Python's global random, the same on each rank
-    rng: np.random.Generator = field(default_factory=np.random.default_rng)
-
-    def __call__(self, description: Any) -> list[Any]:
-        """A new task description: ``ways * samples`` learn2learn data descriptions, class by class."""
-        classes = self.choose(self.rng)
-        if isinstance(self.rows_by_class, list):
-            drawn = np.stack([self.rng.permuted(self.rows_by_class[c])[: self.samples] for c in classes])
-        else:
-            drawn = self.rng.permuted(self.rows_by_class[classes], axis=1)[:, : self.samples]  # N K+Q
-        return [*map(import_learn2learn().data.DataDescription, drawn.flatten().tolist())]
-
-    def choose(self, rng: np.random.Generator) -> Array:
-        """A task's classes, its first random draw, as indices of ``rows_by_class``.  # N"""
-        return rng.choice(len(self.rows_by_class), self.ways, replace=False)
-
-
 @dataclass(eq=False)
 class FewShotTasks(DrawnTasks):
     """N-way K-shot classification tasks, described by learn2learn and gathered on the device of the samples."""
@@ -138,48 +114,62 @@ class FewShotTasks(DrawnTasks):
     def __post_init__(self, labels: Tensor) -> None:
         """Check that the split has the classes and samples of a task (InputError)."""
         super().__post_init__()
-        rows = group_rows(labels.numpy(), self.classes)
+        order = np.argsort(labels.numpy(), kind="stable")
+        starts, stops = (np.searchsorted(labels.numpy(), self.classes, side, order) for side in ("left", "right"))
+        rows = [order[start:stop] for start, stop in zip(starts, stops, strict=True)]
         if not 2 <= self.ways <= len(rows):
             raise InputError(f"ways must be from 2 to {len(rows)} (classes of the {self.split} split), got {self.ways}")
         self.require_samples(min(map(len, rows)), "samples of the smallest class")
         self.names = self.names or [*map(str, self.classes)]
         self.groups = self.groups or [*map(group_of, self.names)]
-        one_size = len({*map(len, rows)}) == 1
-        self.transform = FewShotTransform(np.stack(rows) if one_size else rows, self.ways, self.drawn)
+        self.rows_by_class = np.stack(rows) if len({*map(len, rows)}) == 1 else rows
         self.describe()
 
     def describe(self) -> None:
-        """Make learn2learn's task set."""
-        data = import_learn2learn().data
-        members = {label: rows.tolist() for label, rows in enumerate(self.transform.rows_by_class)}
-        # the data set is empty, since ``batch`` gathers the samples by their numbers
-        self.taskset = data.Taskset(data.MetaDataset(Dataset[int](), labels_to_indices=members), [self.transform])
+        """Make learn2learn's data set, which holds no samples since ``batch`` gathers them by their numbers."""
+        members = {label: rows.tolist() for label, rows in enumerate(self.rows_by_class)}
+        self.dataset = import_learn2learn().data.MetaDataset(Dataset[int](), labels_to_indices=members)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without learn2learn's objects, which do not pickle, and without images that can be mapped from a file."""
-        left_out = {"taskset", "images"} if self.source else {"taskset"}
+        left_out = {"dataset", "images"} if self.source else {"dataset"}
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Map the images and make learn2learn's task set again."""
+        """Map the images and make learn2learn's data set again."""
         self.__dict__.update(state)
         if self.source:
             self.images = torch.from_numpy(np.load(self.source, mmap_mode="c", allow_pickle=False))
         self.describe()
 
+    def choose(self, rng: np.random.Generator) -> Array:
+        """A task's classes, its first random draw, as indices of ``classes``.  # N"""
+        return rng.choice(len(self.rows_by_class), self.ways, replace=False)
+
     def rows(self, task: int) -> list[int]:
         """Sample numbers of one task, class by class: N * (K + Q) of them, K the maximum number of shots."""
-        self.transform.rng = self.rng(task)
-        # never index the Taskset: it ignores the index, draws in order of access and caches
-        return [description.index for description in self.taskset.sample_task_description()]
+        # learn2learn's NWays and KShots use Python's global random state, which is the same on each rank
+        rng, data = self.rng(task), import_learn2learn().data
+
+        def draw(description: Any) -> list[Any]:
+            """Task transform that draws N ways and, of each, its samples without replacement."""
+            classes, members = self.choose(rng), self.rows_by_class
+            if isinstance(members, list):
+                drawn = np.stack([rng.permuted(members[c])[: self.drawn] for c in classes])
+            else:
+                drawn = rng.permuted(members[classes], axis=1)[:, : self.drawn]  # N K+Q, the same numbers but faster
+            return [*map(data.DataDescription, drawn.flatten().tolist())]
+
+        # never index a Taskset: it ignores the index and draws in order of access
+        return [description.index for description in data.Taskset(self.dataset, draw).sample_task_description()]
 
     def class_names(self, task: int) -> list[str]:
         """The names of a task's classes 0 … N-1."""
-        return [self.names[c] for c in self.transform.choose(self.rng(task))]
+        return [self.names[c] for c in self.choose(self.rng(task))]
 
     def class_groups(self, task: int) -> list[str]:
         """The groups of a task's classes 0 … N-1."""
-        return [self.groups[c] for c in self.transform.choose(self.rng(task))]
+        return [self.groups[c] for c in self.choose(self.rng(task))]
 
     def batch(self, tasks: Sequence[int]) -> TaskBatch:
         """Gather the images of these tasks, unchanged and on their device."""
@@ -194,14 +184,6 @@ class FewShotTasks(DrawnTasks):
 
         support, query = self.parts(tasks)
         return TaskBatch(*part(support), *part(query))
-
-
-def group_rows(labels: Array, classes: Sequence[int]) -> list[Array]:
-    """The rows of each of these classes, in the order of ``classes``."""
-    order = np.argsort(labels, kind="stable")
-    in_order = labels[order]
-    starts, stops = (np.searchsorted(in_order, classes, side=side) for side in ("left", "right"))
-    return [order[start:stop] for start, stop in zip(starts, stops, strict=True)]
 
 
 def as_task_batch(parts: Sequence[Tensor]) -> TaskBatch:
