@@ -326,7 +326,7 @@ def test_images_that_are_not_colour_uint8_of_one_size_are_refused(tmp_path: Path
         (published["data"] / 255, 10, r"val split of FC100 .*uint8 .*32, 32, 3\).*float64 .*\(10, 32, 32, 3\)"),
         (published["data"][..., 0], 10, r"val split of FC100 .*uint8 .*\(10, 32, 32\)"),
         (published["data"][:, :30], 10, r"val split of FC100 .*shape .*32, 32, 3\).*\(10, 30, 32, 3\)"),
-        (published["data"], 9, r"FC100_val\.pickle .*label .*\b10 .* 9"),
+        (published["data"], 9, r"val split of FC100 .*labels, 32, 32, 3\).*\(10, 32, 32, 3\) and 9 labels"),
     ):
         path.write_bytes(pickle.dumps({"data": images, "labels": published["labels"][:labels]}))
         with pytest.raises(InputError, match=message):

@@ -21,12 +21,12 @@ COMPARE = ["compare", "--config", str(TINY), "--out", "out"]
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The command lines that were run, in this process to save time."""
+    """The command lines that were run, in this process and without figures to save time."""
     lines: list[list[str]] = []
 
     def launch(args: Sequence[str]) -> int:
         lines.append([*args])
-        main([*args])
+        main([*args, "--dashboard.enabled", "false"])
         return 0
 
     monkeypatch.setattr(runs, "launch", launch)
@@ -125,8 +125,8 @@ def test_a_failed_run_loses_no_other_and_is_resumed(
 
 @pytest.mark.usefixtures("glyphs")
 def test_a_grid_tells_how_many_settings_come_near_the_best(launched: list[list[str]]) -> None:
-    main([*COMPARE, "--algorithms", "Reptile", "--grid", "2", "--options.Reptile=--model.outer_lr 0.5"])
-    cells = [result(f"Reptile-seed0-grid{i}{j}")["fit"] for i, j in itertools.product(range(3), repeat=2)]
+    main([*COMPARE, "--algorithms", "Half=Reptile", "--grid", "2", "--options.Half=--model.outer_lr 0.5"])
+    cells = [result(f"Half-seed0-grid{i}{j}")["fit"] for i, j in itertools.product(range(3), repeat=2)]
     settings = [cell["config"]["model"]["init_args"] for cell in cells]
     assert [s["inner_lr"] for s in settings[::3]] == pytest.approx([0.01 / 3, 0.01, 0.03], rel=1e-5)
     assert [s["outer_lr"] for s in settings[:3]] == pytest.approx([1 / 9, 1 / 3, 1.0], rel=1e-5)  # ε is at most 1
@@ -244,15 +244,14 @@ def test_an_algorithm_may_come_again_with_options_of_its_own(launched: list[list
         "Reptile-Adam=Reptile",
         "--options.Reptile-Adam=--model.inner_optimizer adam",
     ]
-    main([*COMPARE, *arguments, "--grid", "1"])
+    main([*COMPARE, *arguments])
     assert [row["algorithm"] for row in table()] == ["untrained", "Reptile", "Reptile-Adam"]
     rules = [
         result(f"{name}-seed0")["fit"]["config"]["model"]["init_args"]["inner_optimizer"]
         for name in ("Reptile", "Reptile-Adam")
     ]
     assert rules == ["sgd", "adam"]
-    assert len([*Path("out/results").glob("Reptile-Adam-seed0-grid??.json")]) == 9
-    assert len(launched) == 5 + 18
+    assert len(launched) == 5
 
 
 def test_empty_cells_of_a_table_stay_cells() -> None:

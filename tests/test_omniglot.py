@@ -90,7 +90,7 @@ def test_a_drawing_that_changes_is_noticed(root: str, omniglot: Omniglot) -> Non
 
 
 def test_a_folder_that_is_missing_empty_or_truncated_is_refused(tmp_path: Path) -> None:
-    message = r"root .*Omniglot.*\b32460 .*\b1623 .* {} of {}\b.*--data\.download"
+    message = r"root .*Omniglot.*\b32460 .*\b1623 .* {} drawings of {} characters\b.*--data\.download"
     with pytest.raises(FileNotFoundError, match=message.format(0, 0)):
         Omniglot(str(tmp_path)).build()
     folder = tmp_path / "omniglot-py" / "images_background" / "Greek" / "character01"

@@ -48,7 +48,7 @@ def test_a_resumed_run_meets_the_tasks_that_come_next(
 def test_a_signal_saves_and_resume_goes_on(number: int, status: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "meta_lightning", "fit", "--config", "sinusoid/maml_10shot.yaml"]
     command += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.val_tasks", "10"]
-    command += ["--trainer.log_every_n_steps", "1"]
+    command += ["--trainer.log_every_n_steps", "1", "--data.epoch_length", "100"]
     run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.rglob("best.ckpt")) and time.monotonic() < deadline:
