@@ -27,10 +27,9 @@ class FlipCropJitter(nn.Module):
             raise ImportError("FlipCropJitter needs kornia: pip install 'meta-lightning[augment]'") from error
         self.padding = padding
         self.crop = augmentation.RandomCrop
-        layers: list[nn.Module] = [augmentation.RandomHorizontalFlip(p=flip)]
+        self.layers = nn.Sequential(augmentation.RandomHorizontalFlip(p=flip))
         if jitter:
-            layers.append(augmentation.ColorJitter(jitter, jitter, jitter, p=1.0))
-        self.layers = nn.Sequential(*layers)
+            self.layers.append(augmentation.ColorJitter(jitter, jitter, jitter, p=1.0))
 
     def forward(self, x: Tensor) -> Tensor:
         """Augmented images.  # B C H W"""

@@ -54,10 +54,5 @@ def form_of(hparams: Mapping[str, Any], data_class: type | None = None) -> Sampl
     with suppress(ImportError, AttributeError, KeyError):  # a user-defined class may not be importable
         data_class = resolve_name(hparams["_class_path"])
     transforms = hparams.get("transforms") or {}
-    return SampleForm(
-        image_size=hparams.get("image_size", getattr(data_class, "image_size", None)),
-        channels=hparams.get("channels", getattr(data_class, "channels", None)),
-        ink=getattr(data_class, "ink", False),
-        mean=transforms.get("mean"),
-        std=transforms.get("std"),
-    )
+    size, channels = (hparams.get(name, getattr(data_class, name, None)) for name in ("image_size", "channels"))
+    return SampleForm(size, channels, getattr(data_class, "ink", False), transforms.get("mean"), transforms.get("std"))

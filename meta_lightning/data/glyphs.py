@@ -4,13 +4,10 @@ import zlib
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
 from meta_lightning.data import glyph_drawings
 from meta_lightning.data.cache import LabelledImages
-from meta_lightning.data.glyph_drawings import ALPHABET_SPLIT, alphabet_of, draw_glyphs
+from meta_lightning.data.glyph_drawings import alphabet_of, draw_glyphs
 from meta_lightning.data.image_module import ImageTasks
-from meta_lightning.data.tasks import SPLITS
 
 
 class Glyphs(ImageTasks):
@@ -32,14 +29,7 @@ class Glyphs(ImageTasks):
 
     def build(self) -> LabelledImages:
         """Draw the characters."""
-        drawings = draw_glyphs()
-        C, D = drawings.images.shape[:2]
-        return LabelledImages(
-            images=drawings.images.flatten(0, 1).unsqueeze(1).numpy(),
-            labels=np.arange(C).repeat(D),
-            classes=np.array(drawings.classes),
-            splits=np.array([SPLITS.index(ALPHABET_SPLIT[alphabet]) for alphabet in drawings.alphabets]),
-        )
+        return draw_glyphs()
 
     @staticmethod
     def group_of(class_name: str) -> str:

@@ -24,8 +24,6 @@ from meta_lightning.data.tasks import SPLITS, Array, FewShotTasks, Split, least_
 
 LAYOUT = "root must hold images as root/{train,val,test}/<class>/* or, to be split at random, as root/<class>/*"
 NO_SPLIT = len(SPLITS)  # in place of a class's split; -1 would index the last of SPLITS
-
-
 # class names; of each class, its row in SPLITS or NO_SPLIT; files, not yet read; of each file, its row in the names
 Listing = tuple[list[str], list[int], list[Path], list[int]]
 
@@ -58,7 +56,6 @@ class ImageFolderTasks(RandomSplit, FolderTasks):
     """3 for colour, 1 for grey."""
 
     def __post_init__(self) -> None:
-        """Check the form of the images."""
         super().__post_init__()
         require_at_least(1, image_size=self.image_size)
         require(self.channels in (1, 3), f"channels must be 1 or 3, got {self.channels}")
@@ -78,12 +75,11 @@ class ImageFolderTasks(RandomSplit, FolderTasks):
         classes = [folder.name for folder in folders]
         if twice := [name for name, count in Counter(classes).items() if count > 1]:
             raise InputError(f"root {root} must hold each class in one split, got in more than one: {', '.join(twice)}")
-        paths = [[*files_below(folder)] for folder in folders]
-        if not any(paths):
+        files = [(path, label) for label, folder in enumerate(folders) for path in files_below(folder)]
+        if not files:
             raise FileNotFoundError(f"{LAYOUT}, but {root} has {len(classes)} class folders and no files in them")
         splits = [SPLITS.index(folder.parent.name) if given else NO_SPLIT for folder in folders]
-        labels = [label for label, of_class in enumerate(paths) for _ in of_class]
-        return classes, splits, [path for of_class in paths for path in of_class], labels
+        return classes, splits, [path for path, _ in files], [label for _, label in files]
 
     @property
     def cache_name(self) -> str:
@@ -140,10 +136,9 @@ class ImageFolderTasks(RandomSplit, FolderTasks):
         enough, of_split = len(data.members(split)), np.sum(self.class_splits == row)
         drawn = f" (split_fractions gives it {of_split} of the {len(data.classes)} classes)" if self.drawn else ""
         if enough < ways:
-            raise InputError(
-                f"root must hold at least {ways} classes (ways) of {self.takes[row]} images (shots + queries) for the "
-                f"{split} split{drawn}, got {enough} and {of_split - enough} with fewer images in {self.folder}"
-            )
+            needs = f"{ways} classes (ways) of {self.takes[row]} images (shots + queries) for the {split} split{drawn}"
+            came = f"{enough} and {of_split - enough} with fewer images in {self.folder}"
+            raise InputError(f"root must hold at least {needs}, got {came}")
         return super().task_set(split)
 
 

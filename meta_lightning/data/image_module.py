@@ -16,8 +16,6 @@ from meta_lightning.data.module import ClassificationTasks, options
 from meta_lightning.data.tasks import SPLITS, FewShotTasks, Split, TaskBatch, group_of
 from meta_lightning.data.transforms import ImageTransforms
 
-STAGE_SPLITS: dict[str, tuple[Split, ...]] = {"validate": ("val",), "test": ("test",), "predict": ("test",)}
-
 
 @options
 class ImageTasks(ClassificationTasks):
@@ -39,7 +37,6 @@ class ImageTasks(ClassificationTasks):
     """Normalisation, and augmentation of the training tasks."""
 
     def __post_init__(self) -> None:
-        """Start without images."""
         super().__post_init__()
         self.data: LabelledImages | None = None
 
@@ -67,7 +64,8 @@ class ImageTasks(ClassificationTasks):
     def setup(self, stage: str | None = None) -> None:
         """Load the images and make the tasks of each split that the stage needs; ``fit`` needs all splits."""
         super().setup(stage)
-        for split in STAGE_SPLITS.get(stage or "fit", SPLITS):
+        needed: dict[str | None, tuple[Split, ...]] = {"validate": ("val",), "test": ("test",), "predict": ("test",)}
+        for split in needed.get(stage, SPLITS):
             self.task_set(split)
 
     def load(self, verify: bool = False) -> LabelledImages:
@@ -85,11 +83,12 @@ class ImageTasks(ClassificationTasks):
     def task_set(self, split: Split) -> FewShotTasks:
         """The tasks of a split, from the images."""
         data = self.load()
-        members, source = data.members(split), getattr(data.images, "filename", None)
-        names = data.classes[members].tolist()
+        classes = data.members(split)
+        names = data.classes[classes].tolist()
         groups = [self.group_of(name) for name in names]
-        images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-        return self.few_shot_tasks(split, images, labels, members, source=source, names=names, groups=groups)
+        file = getattr(data.images, "filename", None)
+        x, y = torch.from_numpy(data.images), torch.from_numpy(data.labels)
+        return self.few_shot_tasks(split, x, labels=y, classes=classes, source=file, names=names, groups=groups)
 
     def transformed(self, batch: TaskBatch, training: bool, seed: int) -> TaskBatch:
         """Apply ``transforms`` to a batch."""
@@ -143,17 +142,14 @@ class DownloadedTasks(FolderTasks):
 
     def require_files(self) -> None:
         """Download missing files if that is allowed, else raise FileNotFoundError."""
+        by_hand = f"without network access, copy there {self.origin}"
         if self.download and self.missing():
             try:
                 self.fetch()
             except Exception as error:
+                came = f"{type(error).__name__}: {error}"
                 # not chained, since the command line prints the cause only
-                raise OSError(
-                    f"{self.title} could not be downloaded to {self.folder} ({type(error).__name__}: {error}). "
-                    f"From a machine with network access, copy there {self.origin}"
-                ) from None
+                raise OSError(f"{self.title} could not be downloaded to {self.folder} ({came}); {by_hand}") from None
         if missing := self.missing():
-            raise FileNotFoundError(
-                f"root must hold {self.title}: {missing}. Pass --data.download true to download what is missing; "
-                f"without network access, copy there {self.origin}"
-            )
+            advice = f"Pass --data.download true to download what is missing; {by_hand}"
+            raise FileNotFoundError(f"root must hold {self.title}: {missing}. {advice}")

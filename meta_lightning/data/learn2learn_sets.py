@@ -72,11 +72,10 @@ class PublishedSplits(DownloadedTasks):
         for split in SPLITS:
             rank_zero_info(f"Reading the {split} split of {self.title} from {self.folder} …")
             more, of_split, classes = self.read_split(split)
-            if more.dtype != np.uint8 or more.shape[1:] != (size, size, 3):
-                raise InputError(
-                    f"images of the {split} split of {self.title} must be uint8 of shape (images, {size}, {size}, 3), "
-                    f"got {more.dtype} of {more.shape}"
-                )
+            if more.dtype != np.uint8 or more.shape != (len(of_split), size, size, 3):
+                came = f"{more.dtype} of shape {more.shape} and {len(of_split)} labels"
+                form = f"uint8 of shape (labels, {size}, {size}, 3)"
+                raise InputError(f"images of the {split} split of {self.title} must be {form}, got {came}")
             labels.append(of_split + len(found))
             for name in classes:
                 found.setdefault(name, []).append(split)
@@ -85,8 +84,7 @@ class PublishedSplits(DownloadedTasks):
             images.resize((start + len(more), 3, size, size), refcheck=False)
             images[start:] = more.transpose(0, 3, 1, 2)
             del more
-        twice = [f"{name} in {' and '.join(splits)}" for name, splits in found.items() if len(splits) > 1]
-        if twice:
+        if twice := [f"{name} in {' and '.join(splits)}" for name, splits in found.items() if len(splits) > 1]:
             which = ", ".join(twice[:5])
             raise InputError(f"{self.title} must have each class in one split, got {len(twice)} in several: {which}")
         splits = np.array([SPLITS.index(split) for (split,) in found.values()])
@@ -117,10 +115,8 @@ def reading(file: object) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:
-        raise InputError(
-            f"root must hold readable files, but {file} cannot be read ({type(error).__name__}: {error}). "
-            "Delete it, and download or copy it again"
-        ) from None
+        came, advice = f"{type(error).__name__}: {error}", "Delete it, and download or copy it again"
+        raise InputError(f"root must hold readable files, but {file} cannot be read ({came}). {advice}") from None
 
 
 def decode(size: int, count: int, load: Callable[[int], Image.Image], name: Callable[[int], object]) -> Array:

@@ -2,8 +2,8 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from traceback import walk_stack
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import lightning as L
@@ -27,13 +27,11 @@ def options(cls: type[T]) -> type[T]:
 def constructor_arguments(instance: object) -> dict[str, Any]:
     """Arguments of the user-defined constructors that are now constructing an instance; dataclasses have fields."""
     found: dict[str, Any] = {}
-    frame = inspect.currentframe()
-    while frame:
+    for frame, _ in walk_stack(inspect.currentframe()):
         code = frame.f_code
         if code.co_name == "__init__" and code.co_filename != "<string>" and frame.f_locals.get("self") is instance:
             names, _, _, values = inspect.getargvalues(frame)
             found |= {name: values[name] for name in names[1:]}
-        frame = frame.f_back
     return found
 
 
@@ -88,10 +86,8 @@ class TaskDataModule(NamedOptions, L.LightningDataModule, ABC):
         free = torch.cuda.mem_get_info(device)[0]
         if samples.nbytes < free / 4:
             return samples.to(device)
-        rank_zero_info(
-            f"The samples ({samples.nbytes / 1e9:.1f} GB) stay in CPU memory: {device} has {free / 1e9:.1f} GB free. "
-            "Set num_workers above 0 to gather batches while training runs."
-        )
+        sizes = f"({samples.nbytes / 1e9:.1f} GB) stay in CPU memory: {device} has {free / 1e9:.1f} GB free"
+        rank_zero_info(f"The samples {sizes}. Set num_workers above 0 to gather batches while training runs.")
         return samples
 
     def train_dataloader(self) -> TaskLoader:
@@ -145,7 +141,6 @@ class FewShotDataModule(TaskDataModule):
     """Query samples in training. Default: ``queries``."""
 
     def __post_init__(self) -> None:
-        """Check the numbers of samples."""
         super().__post_init__()
         require_at_least(1, shots=self.shots, queries=self.queries, train_queries=self.sizes("train")[1])
         least_and_most(self.sizes("train")[0], "train_shots")
@@ -173,7 +168,6 @@ class ClassificationTasks(FewShotDataModule):
     """Classes per task in training. Default: ``ways``."""
 
     def __post_init__(self) -> None:
-        """Check the numbers of classes."""
         super().__post_init__()
         require_at_least(2, ways=self.ways, train_ways=self.ways_of("train"))
         self.placed: Tensor | None = None
@@ -187,13 +181,11 @@ class ClassificationTasks(FewShotDataModule):
         """Classes per task of a split."""
         return self.train_ways if split == "train" and self.train_ways is not None else self.ways
 
-    def few_shot_tasks(
-        self, split: Split, samples: Tensor, labels: Tensor, classes: Sequence[int], **described: Any
-    ) -> FewShotTasks:
+    def few_shot_tasks(self, split: Split, samples: Tensor, **described: Any) -> FewShotTasks:
         """``FewShotTasks`` of a split, over samples that all splits share; made once."""
         if self.placed is None:
             self.placed = self.place(samples)
         if split not in self.task_sets:
             ways, draws = self.ways_of(split), self.draws(split)
-            self.task_sets[split] = FewShotTasks(self.placed, labels, classes, ways, **described, **draws)
+            self.task_sets[split] = FewShotTasks(self.placed, ways=ways, **described, **draws)
         return self.task_sets[split]

@@ -51,7 +51,6 @@ class Omniglot(DownloadedTasks):
     meta_batch_size: int = 32
 
     def __post_init__(self) -> None:
-        """Check the name of the split."""
         super().__post_init__()
         require_choice(("vinyals", "background"), class_split=self.class_split)
 
@@ -73,13 +72,10 @@ class Omniglot(DownloadedTasks):
     def missing(self) -> str:
         """The numbers of drawings and characters, for messages; empty if they are complete."""
         paths = self.drawings()
-        characters = {path.parent for path in paths}
-        if len(paths) == CHARACTERS * DRAWINGS and len(characters) == CHARACTERS:
-            return ""
-        return (
-            f"expected {CHARACTERS * DRAWINGS} drawings of {CHARACTERS} characters in {self.folder}/omniglot-py, got "
-            f"{len(paths)} of {len(characters)} (delete an incomplete folder first)"
-        )
+        expected = f"{CHARACTERS * DRAWINGS} drawings of {CHARACTERS} characters"
+        found = f"{len(paths)} drawings of {len({path.parent for path in paths})} characters"
+        where = f"{self.folder}/omniglot-py (delete an incomplete folder first)"
+        return "" if found == expected else f"expected {expected} in {where}, got {found}"
 
     def fetch(self) -> None:
         """Download torchvision's folder."""
@@ -95,14 +91,12 @@ class Omniglot(DownloadedTasks):
         val = sorted({c.parent for c in characters if c.parent.parent.name == "images_background"})[-5:]
         splits = [2 if c.parent.parent.name == "images_evaluation" else int(c.parent in val) for c in characters]
         names = [f"{character.parent.name}/{character.name}" for character in characters]
-        data = LabelledImages(images, np.arange(CHARACTERS).repeat(DRAWINGS), np.array(names), np.array(splits))
-        if not self.rotations:
-            return data
+        turns = range(4 if self.rotations else 1)
         return LabelledImages(
-            images=np.concatenate([np.rot90(images, turns, axes=(2, 3)) for turns in range(4)]),
-            labels=np.concatenate([data.labels + turns * CHARACTERS for turns in range(4)]),
-            classes=np.array([f"{name} {turns * 90}°" for turns in range(4) for name in names]),
-            splits=np.tile(data.splits, 4),
+            images=np.concatenate([np.rot90(images, turn, axes=(2, 3)) for turn in turns]),
+            labels=np.arange(len(turns) * CHARACTERS).repeat(DRAWINGS),
+            classes=np.array([f"{name} {turn * 90}°" if self.rotations else name for turn in turns for name in names]),
+            splits=np.tile(splits, len(turns)),
         )
 
     def arrange(self, data: LabelledImages) -> LabelledImages:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from meta_lightning.checks import InputError, require
+from meta_lightning.checks import require
 from meta_lightning.data.module import FewShotDataModule, options
 from meta_lightning.data.splits import GivenSplit
 from meta_lightning.data.tasks import Array, DrawnTasks, Split, TaskBatch, TaskSet
@@ -28,9 +28,8 @@ class RegressionTasks(GivenSplit, FewShotDataModule):
     data_arguments = ("tasks",)
 
     tasks: Sequence[tuple[Tensor | Array, Tensor | Array]] = field(kw_only=False)
-    """The sets, each a pair of inputs and targets, of any number of points M. Floating-point inputs and all targets are
-    converted to torch's default dtype, and uint8 inputs are scaled to [0, 1]. Scalars become vectors of length
-    1.  # M ..., M D"""
+    """The sets: pairs of inputs and targets, of any number M of points. Floating-point inputs and all targets get the
+    default dtype of torch, uint8 inputs are scaled to [0, 1], and scalars become vectors of length 1.  # M ..., M D"""
     shots: int = 10
     queries: int = 10
 
@@ -47,8 +46,7 @@ class RegressionTasks(GivenSplit, FewShotDataModule):
         self.tasks = self.sets  # releases the original arrays
         forms = [[(list(part.shape[1:]), part.dtype) for part in pair] for pair in self.sets]
         for number, form in enumerate(forms):
-            if form != forms[0]:
-                raise InputError(f"tasks must be of one form, expected {forms[0]} as in task 0, got {form} in {number}")
+            require(form == forms[0], f"tasks must have the form {forms[0]} of task 0, got {form} in task {number}")
         self.split(range(len(self.sets)), "numbers of tasks")
 
     def task_set(self, split: Split) -> TaskSet:

@@ -15,13 +15,11 @@ class RandomSplit(TaskDataModule):
     """A data module whose classes (for regression: sets of points) are split at random."""
 
     split_fractions: tuple[float, float, float] = (0.6, 0.2, 0.2)
-    """Fractions of the classes (for regression: of the sets of points) for training, validation and test, split at
-    random. (0, 0, 1) is for testing only."""
+    """Fractions of the classes (for regression: sets) drawn for train, val and test. (0, 0, 1) is for testing only."""
     split_seed: int = 0
     """Seed of the random split. It is separate from ``seed``, so that changing the tasks keeps the split."""
 
     def __post_init__(self) -> None:
-        """Check the fractions."""
         super().__post_init__()
         require_at_least(0, split_seed=self.split_seed)
         fractions = tuple(self.split_fractions)
@@ -46,7 +44,6 @@ class GivenSplit(RandomSplit):
     split by ``split_fractions``, which the attribute then holds."""
 
     def __post_init__(self) -> None:
-        """Convert the splits to lists."""
         unknown = [name for name in self.splits or () if name not in SPLITS]
         require(not unknown, f"splits must have the keys 'train', 'val' and 'test', got {unknown}")
         if self.splits is not None:  # before they are saved: weights_only checkpoints cannot hold arrays

@@ -80,22 +80,18 @@ class DrawnTasks(TaskSet):
     block: int = 1  # tasks that share K, if ``shots`` is a range: those of a meta-batch
 
     def __post_init__(self) -> None:
-        """Check the shots."""
         self.least_shots, self.most_shots = least_and_most(self.shots)
         self.drawn = self.most_shots + self.queries
 
     def require_samples(self, fewest: int, what: str) -> None:
         """Refuse tasks of more samples than the smallest set that they are drawn from."""
-        if self.drawn > fewest:
-            allowed = f"at most {fewest}, the {what} of the {self.split} split"
-            raise InputError(f"shots + queries must be {allowed}, got {self.most_shots} + {self.queries}")
+        limit = f"at most {fewest}, the {what} of the {self.split} split"
+        require(self.drawn <= fewest, f"shots + queries must be {limit}, got {self.most_shots} + {self.queries}")
 
     def parts(self, tasks: Sequence[int]) -> tuple[slice, slice]:
         """The positions of the support and the query samples among the samples drawn for a block's tasks."""
-        shots = self.most_shots
-        if self.least_shots < self.most_shots:
-            rng = self.rng(tasks[0] // self.block, self.block)
-            shots = int(rng.integers(self.least_shots, self.most_shots, endpoint=True))
+        rng = self.rng(tasks[0] // self.block, self.block)
+        shots = int(rng.integers(self.least_shots, self.most_shots, endpoint=True))
         return slice(shots), slice(self.most_shots, None)
 
 
@@ -119,10 +115,11 @@ class FewShotTasks(DrawnTasks):
         rows = [order[start:stop] for start, stop in zip(starts, stops, strict=True)]
         if not 2 <= self.ways <= len(rows):
             raise InputError(f"ways must be from 2 to {len(rows)} (classes of the {self.split} split), got {self.ways}")
-        self.require_samples(min(map(len, rows)), "samples of the smallest class")
+        sizes = {*map(len, rows)}
+        self.require_samples(min(sizes), "samples of the smallest class")
         self.names = self.names or [*map(str, self.classes)]
         self.groups = self.groups or [*map(group_of, self.names)]
-        self.rows_by_class = np.stack(rows) if len({*map(len, rows)}) == 1 else rows
+        self.rows_by_class = np.stack(rows) if len(sizes) == 1 else rows
         self.describe()
 
     def describe(self) -> None:

@@ -35,19 +35,18 @@ class TensorTasks(GivenSplit, ClassificationTasks):
     def __post_init__(self) -> None:
         """Convert the arrays to tensors and split the classes."""
         super().__post_init__()
-        self.samples, y = samples(self.x, "x"), as_tensor(self.y, "y")
+        x, y = samples(self.x, "x"), as_tensor(self.y, "y")
         if y.is_floating_point() or y.is_complex():
             raise InputError(f"y must hold integer class numbers, got {y.dtype}; RegressionTasks takes real targets")
         require(y.ndim == 1, f"y must hold one class number per sample, of shape [M], got shape {list(y.shape)}")
-        self.labels = y.long().cpu()
-        if len(self.samples) != len(self.labels):
-            raise InputError(f"x and y must have one length, got {len(self.samples)} and {len(self.labels)}")
-        self.x, self.y = self.samples, self.labels  # releases the original arrays
+        require(len(x) == len(y), f"x and y must have one length, got {len(x)} and {len(y)}")
+        self.x = self.samples = x  # releases the original arrays
+        self.y = self.labels = y.long().cpu()
         self.split(self.labels.unique().tolist(), "class numbers of y")
 
     def task_set(self, split: Split) -> FewShotTasks:
         """The tasks of a split, from the arrays."""
-        return self.few_shot_tasks(split, self.samples, self.labels, self.members[split])
+        return self.few_shot_tasks(split, self.samples, labels=self.labels, classes=self.members[split])
 
 
 def samples(x: Tensor | Array, name: str) -> Tensor:

@@ -40,9 +40,8 @@ class TieredImagenet(PublishedSplits):
             dataset = self.dataset(self.folder, split)
         numbers = np.unique(labels).tolist()
         if len(dataset.images) != len(labels) or not set(numbers) <= set(range(len(names))):
-            raise InputError(
-                f"{labels_path} must number the {len(dataset.images)} images of {path.name} by its {len(names)} "
-                f"classes from 0, got {len(labels)} numbers from {min(numbers, default=0)} to {max(numbers, default=0)}"
-            )
+            expected = f"the {len(dataset.images)} images of {path.name} by its {len(names)} classes from 0"
+            came = f"{len(labels)} numbers from {min(numbers, default=0)} to {max(numbers, default=0)}"
+            raise InputError(f"{labels_path} must number {expected}, got {came}")
         images = decode(self.image_size, len(labels), lambda row: dataset[row][0], lambda row: f"image {row} of {path}")
         return images, labels.astype(np.int64), names

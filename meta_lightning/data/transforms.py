@@ -37,7 +37,6 @@ class ImageTransforms:
     query: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        """Check the means and standard deviations."""
         mean, std = list(self.mean or []), list(self.std or [])
         require(len(mean) == len(std), f"mean and std must have one number per channel each, got {mean} and {std}")
         for value in std:
