@@ -31,36 +31,8 @@ sys.meta_path.append(FormerModules())  # finds what no other finder does
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CIFARFS",
-    "FC100",
-    "FOMAML",
-    "IMAML",
-    "MAML",
-    "MLP",
-    "SGD",
-    "Adam",
-    "Conv4",
-    "Dashboard",
-    "Glyphs",
-    "ImageFolderTasks",
-    "ImageTasks",
-    "ImageTransforms",
-    "InnerRule",
-    "MetaLearner",
-    "MetaSGD",
-    "MiniImagenet",
-    "Omniglot",
-    "Predictor",
-    "RegressionTasks",
-    "Reptile",
-    "ResNet12",
-    "Sinusoid",
-    "TaskBatch",
-    "TaskDataModule",
-    "TaskMean",
-    "TensorTasks",
-    "TieredImagenet",
-    "load_learner",
-    "train_maml",
-]
+__all__ = ["FOMAML", "IMAML", "MAML", "MetaLearner", "Reptile", "load_learner", "train_maml"]
+__all__ += ["SGD", "Adam", "InnerRule", "MetaSGD"]
+__all__ += ["MLP", "Conv4", "Dashboard", "Predictor", "ResNet12", "TaskBatch", "TaskMean"]
+__all__ += ["ImageFolderTasks", "ImageTasks", "ImageTransforms", "RegressionTasks", "TaskDataModule", "TensorTasks"]
+__all__ += ["CIFARFS", "FC100", "Glyphs", "MiniImagenet", "Omniglot", "Sinusoid", "TieredImagenet"]

@@ -63,10 +63,7 @@ class Parser(LightningArgumentParser):
 
 
 class MetaLightningCLI(LightningCLI):
-    """LightningCLI for a ``MetaLearner`` and a ``TaskDataModule``.
-
-    The hyperparameters of a checkpoint are defaults, which configuration files and command line override.
-    """
+    """LightningCLI in which a checkpoint's hyperparameters are defaults that configuration and arguments override."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--checkpoint.…``, ``--dashboard.…`` and ``--print_data``."""
@@ -121,10 +118,7 @@ class MetaLightningCLI(LightningCLI):
         return trainer
 
     def _parse_ckpt_path(self) -> None:
-        """Do nothing: Lightning would let the checkpoint's hyperparameters override the command line.
-
-        https://github.com/Lightning-AI/pytorch-lightning/pull/21455
-        """
+        """Do nothing: Lightning would let the checkpoint's hyperparameters override the command line (its #21455)."""
 
 
 def configs_dir() -> Path:

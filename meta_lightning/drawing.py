@@ -64,11 +64,7 @@ def table_of(task: TaskBatch, names: Sequence[str], predictions: Tensor | None =
 
 
 def draw_tables(tables: Sequence[Table], ink: bool, axes: Axes | None = None) -> Figure:
-    """Draw tables one below the other, into ``axes`` or a figure of their size.
-
-    Each class has a row: its support pictures, and its queries, or those assigned to it if their class is unknown.
-    ``ink``: whether pictures hold ink as 255 on 0, to be shown dark on light.
-    """
+    """Draw tables with a row per class one below the other; ``ink`` is 255 on 0 and shown dark on light."""
     figure = Figure()
     axes = axes or figure.add_axes((0, 0, 1, 1))
     rows = [

@@ -11,15 +11,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 
 def score(predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Accuracy of each task for class numbers, mse for floating-point targets.
-
-    Args:
-        predictions: Logits ``T S N …``, as cross-entropy takes them, or regressed values ``T S …``.
-        targets: Class numbers or values.  # T S ...
-
-    Returns:
-        The score under its name, empty for other shapes, which only a custom loss understands.  # T
-    """
+    """Accuracy per task for class numbers, mse for real targets, else nothing.  # T S N ... or T S ..., T S ... -> T"""
     if targets.is_floating_point() and predictions.shape == targets.shape:
         return {"mse": (predictions - targets).square().flatten(1).mean(1)}
     if not targets.is_floating_point() and predictions.ndim == targets.ndim + 1:

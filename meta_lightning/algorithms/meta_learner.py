@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import lightning as L
 import torch
@@ -292,9 +292,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
     def outer_optimizer(self) -> LightningOptimizer:
         """The outer optimizer; for Reptile Lightning's stand-in."""
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)
-        return optimizer
+        return cast(LightningOptimizer, self.optimizers())
 
     @contextmanager
     def outer_iteration(self, update: Any) -> Iterator[LightningOptimizer]:
@@ -305,11 +303,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             yield optimizer
 
     def log_training(self, losses: Tensor, scores: Mapping[str, Tensor]) -> Tensor:
-        """Log the mean loss and scores of a meta-batch, after the outer step.  # T, T
-
-        Raises:
-            FloatingPointError: If more than ``max_skipped`` consecutive meta-iterations were skipped.
-        """
+        """Log the mean loss and scores of a meta-batch, and stop training that skips too many updates.  # T, T"""
         loss, trainer, outer = losses.detach().mean(), self.trainer, self.outer_update
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of __init__
         due = interval > 0 and self.global_step % interval == 0

@@ -1,5 +1,3 @@
-"""What TensorBoard shows of a run in addition to Lightning's scalars."""
+"""Figures, norms, speed and hyperparameters for TensorBoard."""
 
-from meta_lightning.dashboard.callback import Dashboard
-
-__all__ = ["Dashboard"]
+from meta_lightning.dashboard.callback import Dashboard as Dashboard

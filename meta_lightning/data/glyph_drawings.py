@@ -41,10 +41,7 @@ SMOOTHNESS = 7.0  # of the Gaussian that smooths the displacement
 
 
 def draw_glyphs(seed: int = 0, drawings: int = 20) -> LabelledImages:
-    """Draw each letter of the alphabets in ``ALPHABET_SPLIT``, in the order of the code points, as ink 255 on 0.
-
-    About 1,590 classes, named as in Unicode, and 25 MB at 20 drawings per class.
-    """
+    """Draw each letter of the alphabets in ``ALPHABET_SPLIT``, in the order of the code points, as ink 255 on 0."""
     require_at_least(1, drawings=drawings)
     letters = render_letters()
     generator = torch.Generator().manual_seed(seed)

@@ -16,14 +16,10 @@ MOST = 32  # graphs: a learning rate that changes at every step would compile on
 
 
 class CompiledPasses:
-    """Compiles a pass once per signature of its inputs, and runs it.
+    """Compiles a pass once per signature of its inputs, and runs it; uncompiled with a warning if that fails."""
 
-    ``torch.compile`` does not support double backward. The pass, i.e. forward, inner loop and meta-gradient, is
-    therefore traced with ``make_fx`` into a flat graph that needs no further differentiation; inductor fuses it, and
-    on CUDA it is replayed as a CUDA graph. If compiling fails, the pass runs uncompiled with a warning.
-
-    A graph contains Python numbers of the trace as constants; tensors such as θ are read at each call.
-    """
+    # torch.compile has no double backward: make_fx traces the pass, i.e. forward, inner loop and meta-gradient, into a
+    # graph that needs no further differentiation. Its Python numbers are constants; tensors are read at each call
 
     def __init__(self) -> None:
         self.passes: dict[Hashable, Pass] = {}

@@ -32,11 +32,7 @@ def default_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 class TaskNetwork:
-    """Applies a network and a loss to every task with its own parameters.
-
-    All tasks run under one ``vmap``. What vmap does not support (in-place writes into new tensors, data-dependent
-    control flow, recurrent layers) runs in a loop over tasks, with one warning.
-    """
+    """Applies a network and a loss to every task with its own parameters, by ``vmap`` or, if unsupported, a loop."""
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner  # its network and loss may be replaced

@@ -1,7 +1,5 @@
-"""The networks of the papers; the learners take any other ``nn.Module`` as well."""
+"""Networks of the papers."""
 
-from meta_lightning.networks.conv4 import Conv4
-from meta_lightning.networks.mlp import MLP
-from meta_lightning.networks.resnet12 import ResNet12
-
-__all__ = ["MLP", "Conv4", "ResNet12"]
+from meta_lightning.networks.conv4 import Conv4 as Conv4
+from meta_lightning.networks.mlp import MLP as MLP
+from meta_lightning.networks.resnet12 import ResNet12 as ResNet12

@@ -125,10 +125,7 @@ def mean_over_ranks(params: Params, strategy: Strategy) -> Params:
 
 @contextmanager
 def undone_unless(condition: Tensor, tensors: Sequence[Tensor], optimizer: Optimizer) -> Iterator[None]:
-    """Restore tensors and optimizer state on exit unless the condition holds.
-
-    Selected on the device without a host sync, except for state that the optimizer creates in this step.
-    """
+    """Restore tensors and optimizer state on exit unless the condition holds, without a host sync."""
 
     def kept() -> dict[Any, Tensor]:
         state = {(p, name): value for p, of_one in optimizer.state.items() for name, value in of_one.items()}
@@ -143,5 +140,5 @@ def undone_unless(condition: Tensor, tensors: Sequence[Tensor], optimizer: Optim
     conditions = {device: condition.to(device) for device in {t.device for t in before.values()}}
     for place, then in before.items():
         after[place].copy_(torch.where(conditions[then.device], after[place], then))
-    if new and optimizer.state and not condition:
+    if new and optimizer.state and not condition:  # this syncs, once, where the optimizer creates state
         optimizer.state.clear()
