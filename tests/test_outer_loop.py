@@ -306,6 +306,7 @@ def test_nothing_waits_for_the_device_but_at_the_log_interval(
     # the progress bar reads at every step what was fetched for it, which on the CPU one cannot tell from the device
     results = "lightning.pytorch.trainer.connectors.logger_connector.result"
     monkeypatch.setattr(f"{results}.convert_tensors_to_scalars", lambda value: value)
+    monkeypatch.setattr("meta_lightning.outer.update.known_to_hold", lambda condition: False)  # as on a device
     counting, loader = WaitsOfEveryStep(), DataLoader(batches_of(sinusoid, 20), batch_size=None)
     fit = trainer(max_steps=12, log_every_n_steps=5, logger=CSVLogger("."), callbacks=[counting])
     fit.fit(algorithm(mlp, **options), loader)

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.optim import Adam, Optimizer
 
 from meta_lightning.algorithms.meta_learner import MetaLearner
@@ -72,7 +73,7 @@ class MAML(MetaLearner):
         batch = as_task_batch(batch)
         meta_gradient, losses, predictions = self.meta_gradient(batch)
         self.outer_step(meta_gradient)
-        return self.log_training(losses, score(predictions, batch.query_y))
+        return self.log_training(losses, lambda: score(predictions, batch.query_y))
 
     def meta_gradient(self, batch: TaskBatch) -> tuple[Params, Tensor, Tensor]:
         """``∇_θ mean_i L_query,i(θ'_i(θ))``, with the query losses and predictions of the tasks.  # ..., T, T R ..."""
@@ -97,11 +98,10 @@ class MAML(MetaLearner):
         """Update θ by the outer optimizer and a given meta-gradient."""
         theta = self.learned(self.meta_parameters())
         self.zero_grad()
-        # g is the gradient of <θ, g>; DDP averages in backward, and not what is written to .grad by hand
-        terms = [(p * meta_gradient[name].detach()).sum() for name, p in theta.items()]
-        if self.outer_frozen:  # DDP waits for these, too
-            terms += [0 * p.sum() for p in self.parameters() if p.requires_grad]
-        self.manual_backward(torch.stack(terms).sum())
+        # in backward, since DDP averages there, and waits for every parameter
+        others = {p: torch.zeros_like(p) for p in self.parameters() if p.requires_grad} if self.outer_frozen else {}
+        handed = others | {p: meta_gradient[name].detach() for name, p in theta.items()}
+        self.manual_backward(WithGradient.apply([*handed.values()], *handed))
         with self.outer_iteration({name: p.grad for name, p in theta.items() if p.grad is not None}) as optimizer:
             self.clip_gradients(optimizer.optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
             optimizer.step()
@@ -111,3 +111,18 @@ class MAML(MetaLearner):
         assert self.optimizer is not None
         theta = self.learned(self.meta_parameters())
         return self.outer_update.made(self.optimizer(theta.values(), self.outer_lr), self.device)
+
+
+class WithGradient(Function):
+    """A scalar whose gradient with respect to parameters is given."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: list[Tensor], *params: Tensor) -> Tensor:
+        """Return 0."""
+        ctx.gradient = gradient
+        return params[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        """The gradient, times v."""
+        return None, *(v * g for g in ctx.gradient)

@@ -175,8 +175,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             # everything a graph takes from the learner: callbacks may change it, and moving devices replaces buffers
             numbers = [v for n, v in vars(self).items() if isinstance(v, int | float) and not n.startswith("_")]
             frozen = frozenset(self.inner_frozen), frozenset(self.outer_frozen)
-            modes = [module.training for module in self.modules()]
-            tensors = [id(tensor) for tensor in (*self.parameters(), *self.buffers())]
+            read = [module for root in (self.network, self.inner_rule, self.loss) for module in modules_of(root)]
+            modes = [module.training for module in read]
+            tensors = [id(t) for module in read for t in (*module.parameters(False), *module.buffers(False))]
             rule = str(self.inner_rule.description())
             key = (function.__name__, *numbers, rule, *frozen, *modes, *tensors, *theta)
         return self.passes.run(function, *stacked, parameters=sum(p.numel() for p in theta.values()), key=key)
@@ -272,9 +273,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         self.outer_update.begin(self.outer_optimizer().optimizer, self.trainer)
 
     def on_train_batch_start(self, batch: TaskBatch, batch_idx: int) -> None:
-        """Log the outer learning rate, and warn once about parameters without gradient."""
-        # on the CPU: no device sync
-        self.log("train/outer_lr", torch.tensor(self.outer_optimizer().param_groups[0]["lr"]))
+        """Warn once about parameters without gradient."""
         if not self.gradients_checked:
             with self.trainer.precision_plugin.forward_context():
                 unused = self.without_gradient(as_task_batch(batch))
@@ -298,12 +297,15 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def outer_iteration(self, update: Any) -> Iterator[LightningOptimizer]:
         """``OuterUpdate.step`` for an ``update`` that is the same on all ranks."""
         optimizer = self.outer_optimizer()
-        moved = [*self.learned(self.meta_parameters()).values(), *self.buffers()]
+
+        def moved() -> list[Tensor]:
+            return [*self.learned(self.meta_parameters()).values(), *self.buffers()]
+
         with self.outer_update.step(update, moved, optimizer.optimizer):
             yield optimizer
 
-    def log_training(self, losses: Tensor, scores: Mapping[str, Tensor]) -> Tensor:
-        """Log the mean loss and scores of a meta-batch, and stop training that skips too many updates.  # T, T"""
+    def log_training(self, losses: Tensor, scores: Callable[[], Mapping[str, Tensor]] = dict) -> Tensor:
+        """At the log interval log the mean loss and scores of a meta-batch, and stop if too many are skipped.  # T, T"""
         loss, trainer, outer = losses.detach().mean(), self.trainer, self.outer_update
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of __init__
         due = interval > 0 and self.global_step % interval == 0
@@ -319,10 +321,11 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
                     f"finite. {outer.skipped_in_a_row.item()} consecutive meta-iterations were skipped, θ is unchanged "
                     f"since; last checkpoint: {kept or 'none yet'}"
                 )
-            values = {"train/loss": loss} | {f"train/{name}": value.mean() for name, value in scores.items()}
+            values = {"train/loss": loss} | {f"train/{name}": value.mean() for name, value in scores().items()}
             # one transfer here, instead of one per step by the progress bar
             self.log_dict({name: value.cpu() for name, value in values.items()}, prog_bar=True, batch_size=len(losses))
             self.log("train/skipped", outer.skipped.cpu().float())
+            self.log("train/outer_lr", torch.tensor(outer.lr))  # on the CPU: no device sync
         return loss
 
     def predict_tasks(self, batch: TaskBatch, each_step: bool = False) -> list[Tensor]:
@@ -391,3 +394,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             self.passes.tasks_that_fit = checkpoint.get("tasks_that_fit")
         for counter, count in zip(self.outer_update.counters(), checkpoint.get("skipped", ()), strict=False):
             counter.copy_(count)
+
+
+def modules_of(root: Any) -> Iterator[nn.Module]:
+    """A module and its submodules; nothing for a function."""
+    return root.modules() if isinstance(root, nn.Module) else iter(())

@@ -81,7 +81,7 @@ class Reptile(MetaLearner):
         support = self.inner_batches(batch.support_x, batch.support_y, self.inner_steps)
         mean, losses = self.in_passes(self.adapt_pass, support, compiled=True)
         self.outer_step(mean)
-        return self.log_training(losses, {})
+        return self.log_training(losses)
 
     def adapt_pass(self, support: Support) -> tuple[Params, Tensor]:
         """``mean_i θ'_i`` of one pass, with the inner rule's carried state, and the last losses.  # ..., T"""

@@ -6,10 +6,12 @@ from dataclasses import field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from meta_lightning.checks import require_at_least
 from meta_lightning.data.module import FewShotDataModule, options
-from meta_lightning.data.tasks import Array, DrawnTasks, Shots, Split, TaskBatch, TaskSet
+from meta_lightning.data.streams import uniforms
+from meta_lightning.data.tasks import SPLITS, DrawnTasks, Shots, Split, TaskBatch, TaskSet
 
 
 @options
@@ -48,16 +50,26 @@ class Sinusoid(FewShotDataModule):
 
 
 class SineWaves(DrawnTasks):
-    """Numbered sine waves."""
+    """Numbered sine waves, drawn in blocks."""
+
+    block_size = 4096  # tasks
+
+    def __post_init__(self) -> None:
+        """Start without a block."""
+        super().__post_init__()
+        self.first, self.drawn_ahead = 0, (torch.empty(0, 0, 1),) * 2
 
     def batch(self, tasks: Sequence[int]) -> TaskBatch:
         """Points of these waves.  # T K 1, T K 1, T Q 1, T Q 1"""
-        x, y = (torch.tensor(np.array(part), dtype=torch.float32) for part in zip(*map(self.wave, tasks), strict=True))
+        first, last = min(tasks), max(tasks)
+        if not self.first <= first <= last < self.first + len(self.drawn_ahead[0]):
+            self.first, self.drawn_ahead = first, self.waves(range(first, max(last + 1, first + self.block_size)))
+        rows = torch.tensor(tasks) - self.first
+        x, y = (part[rows] for part in self.drawn_ahead)
         return TaskBatch(*(part[:, samples] for samples in self.parts(tasks) for part in (x, y)))
 
-    def wave(self, task: int) -> tuple[Array, Array]:
-        """The points of one wave.  # K+Q 1, K+Q 1"""
-        rng = self.rng(task)
-        amplitude, phase = rng.uniform(0.1, 5.0), rng.uniform(0.0, math.pi)
-        x = rng.uniform(-5.0, 5.0, (self.drawn, 1))
-        return x, amplitude * np.sin(x - phase)
+    def waves(self, tasks: range) -> tuple[Tensor, Tensor]:
+        """The points of each wave.  # T K+Q 1, T K+Q 1"""
+        u = uniforms((self.seed, SPLITS.index(self.split)), tasks, 2 + self.drawn)[:, :, None]  # T 2+K+Q 1
+        amplitude, phase, x = 0.1 + 4.9 * u[:, :1], math.pi * u[:, 1:2], 10.0 * u[:, 2:] - 5.0
+        return torch.from_numpy(x).float(), torch.from_numpy(amplitude * np.sin(x - phase)).float()

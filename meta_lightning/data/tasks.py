@@ -90,8 +90,10 @@ class DrawnTasks(TaskSet):
 
     def parts(self, tasks: Sequence[int]) -> tuple[slice, slice]:
         """The positions of the support and the query samples among the samples drawn for a block's tasks."""
-        rng = self.rng(tasks[0] // self.block, self.block)
-        shots = int(rng.integers(self.least_shots, self.most_shots, endpoint=True))
+        shots = self.most_shots
+        if self.least_shots < shots:
+            rng = self.rng(tasks[0] // self.block, self.block)
+            shots = int(rng.integers(self.least_shots, self.most_shots, endpoint=True))
         return slice(shots), slice(self.most_shots, None)
 
 

@@ -47,7 +47,7 @@ def for_rule(own: Params) -> Params:
 
 def mean_over_tasks(params: Params) -> Params:
     """mean_i of task-stacked tensors.  # T ... -> ..."""
-    return {name: p.mean(0) for name, p in params.items()}
+    return {name: p.mean(0) if len(p) > 1 else p[0] for name, p in params.items()}
 
 
 def gradient(value: Tensor, params: Params, create_graph: bool = False) -> Params:

@@ -1,12 +1,13 @@
 """Passes: chunks of the tasks of a meta-batch that fit into memory or caches."""
 
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from meta_lightning.checks import require_at_least
 from meta_lightning.inner.compiling import CompiledPasses
@@ -52,5 +53,13 @@ class Passes:
         if len(parts) == 1:
             return means[0], *(result[0] for result in results)
         weights = [min(size, tasks - i) / tasks for i in range(0, tasks, size)]
-        mean = tree_map(lambda *of_parts: sum(w * m for w, m in zip(weights, of_parts, strict=True)), *means)
+        mean = tree_map(lambda *of_parts: weighted_sum(weights, of_parts), *means)
         return mean, *map(torch.cat, results)
+
+
+def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """Σ w · t, with one temporary."""
+    total = weights[0] * tensors[0]
+    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+        total.add_(tensor, alpha=weight)
+    return total

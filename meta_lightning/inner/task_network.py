@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meta_lightning.checks import require
-from meta_lightning.inner.params import Params, of_network, unstack
+from meta_lightning.inner.params import Params, of_network, tree_flatten, tree_leaves, tree_unflatten
 
 try:
     from meta_lightning.inner.kernels import TasksAsChannels
@@ -90,7 +90,8 @@ class TaskNetwork:
 
     def over_tasks(self, function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
         """Apply a function of one task to all tasks.  # -> T ..."""
-        if not self.loops_over_tasks:
+        # a single task is faster without vmap, and on a CPU Passes gives a large network one task at a time
+        if not self.loops_over_tasks and len(tree_leaves(stacked)[0]) > 1:
             try:
                 return together(function, *stacked)
             except torch.OutOfMemoryError:
@@ -113,9 +114,11 @@ def together(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tens
 
 def one_by_one(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
     """Apply a function of one task to each task in a loop."""
-    first = stacked[0] if isinstance(stacked[0], Tensor) else next(iter(stacked[0].values()))
+    tensors, structure = tree_flatten(stacked)
+    # views whose backward copies nothing for one task, and once for several; that of indexing copies all per task
+    parts = [[t.squeeze(0)] if len(t) == 1 else t.unbind() for t in tensors]
     with differentiable_attention():
-        return torch.stack([function(*(unstack(part, task) for part in stacked)) for task in range(len(first))])
+        return torch.stack([function(*tree_unflatten([*task], structure)) for task in zip(*parts, strict=True)])
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import Parameter, signature
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ class OuterUpdate(nn.Module):
         self.scheduler = scheduler
         self.max_skipped = max_skipped
         self.steps = math.inf  # of the whole training
+        self.lr = math.nan  # of the last step
         self.options: list[dict[str, Any]] = []  # initial options of the parameter groups
         self.schedule: LRScheduler
         self.skipped: Tensor
@@ -60,6 +61,8 @@ class OuterUpdate(nn.Module):
         for group in optimizer.param_groups:
             if device.type == "cuda" and "capturable" in group:
                 group["capturable"] = True  # step count on the device, for undone_unless
+            if "fused" in group and group["fused"] is group["foreach"] is None and not group["differentiable"]:
+                group["fused"] = all(p.is_floating_point() for p in group["params"])  # one kernel per step
         self.options = [{n: value for n, value in group.items() if n != "params"} for group in optimizer.param_groups]
         return optimizer
 
@@ -75,14 +78,20 @@ class OuterUpdate(nn.Module):
         return DECAYS[self.decay](step / self.steps)
 
     @contextmanager
-    def step(self, update: Any, moved: Sequence[Tensor], optimizer: Optimizer) -> Iterator[None]:
+    def step(self, update: Any, moved: Callable[[], Sequence[Tensor]], optimizer: Optimizer) -> Iterator[None]:
         """Wrap the update of θ and the optimizer step: undo and count it unless ``update`` is finite."""
         finite = is_finite(update)
-        with torch.no_grad(), undone_unless(finite, moved, optimizer):
+        self.lr = optimizer.param_groups[0]["lr"]
+        certain = known_to_hold(finite)
+        with torch.no_grad(), nullcontext() if certain else undone_unless(finite, moved(), optimizer):
             yield
-        self.schedule.step()
-        self.skipped += ~finite
-        self.skipped_in_a_row.add_(1).mul_(~finite)
+        if self.scheduler or self.decay != "constant":
+            self.schedule.step()
+        if certain:
+            self.skipped_in_a_row.zero_()
+        else:
+            self.skipped += ~finite
+            self.skipped_in_a_row.add_(1).mul_(~finite)
 
     def counters(self) -> tuple[Tensor, Tensor]:
         """The counters, for checkpoints."""
@@ -113,6 +122,11 @@ def schedule_from(
 def is_finite(update: Any) -> Tensor:
     """Whether all tensors in a container are finite, as a tensor on the device."""
     return torch.stack([part.isfinite().all() for part in tree_leaves(update) if isinstance(part, Tensor)]).all()
+
+
+def known_to_hold(condition: Tensor) -> bool:
+    """Whether a condition holds, as far as that is known without a host sync: on a CPU no copies are needed then."""
+    return condition.device.type == "cpu" and bool(condition)
 
 
 def mean_over_ranks(params: Params, strategy: Strategy) -> Params:
