@@ -121,10 +121,10 @@ def measure(name: str, steps: int, compiled: bool, accelerator: str) -> str:
         loader = DataLoader([torch.zeros(1)] * (steps + 10), batch_size=None)  # type: ignore[arg-type]
         times["bare"].append(fit(Bare(make().network), loader, steps, accelerator))
     of_pass, of_fit, of_bare = (1e3 * min(of_runs) for of_runs in times.values())
-    loop = of_fit - of_pass
+    loop, share = of_fit - of_pass, of_pass / of_fit
     return (
-        f"{name}{', compiled' if compiled else ''}: pass {of_pass:.2f} ms, fit {of_fit:.2f} ms "
-        f"({of_pass / of_fit:.0%} pass), loop {loop:.2f} ms, bare loop {of_bare:.2f} ms, difference {loop - of_bare:+.2f} ms"
+        f"{name}{', compiled' if compiled else ''}: pass {of_pass:.2f} ms, fit {of_fit:.2f} ms ({share:.0%} pass), "
+        f"loop {loop:.2f} ms, bare loop {of_bare:.2f} ms, difference {loop - of_bare:+.2f} ms"
     )
 
 

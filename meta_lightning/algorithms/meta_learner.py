@@ -305,7 +305,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             yield optimizer
 
     def log_training(self, losses: Tensor, scores: Callable[[], Mapping[str, Tensor]] = dict) -> Tensor:
-        """At the log interval log the mean loss and scores of a meta-batch, and stop if too many are skipped.  # T, T"""
+        """At the log interval, log the mean loss and scores, and stop training that skips too many updates.  # T, T"""
         loss, trainer, outer = losses.detach().mean(), self.trainer, self.outer_update
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of __init__
         due = interval > 0 and self.global_step % interval == 0
