@@ -63,7 +63,7 @@ class Reptile(MetaLearner):
         require(not learnt, f"inner_rule must have no parameters, since Reptile has no meta-gradient, got {learnt}")
         require(
             bool(self.learned(self.adapted(self.meta_parameters()))),
-            "inner_freeze and outer_freeze must leave a parameter that both loops update, got patterns of all",
+            "inner_freeze and outer_freeze must leave Reptile a parameter that both loops update, got patterns of all",
         )
         for name, size in (("inner_batch_size", inner_batch_size), ("test_inner_batch_size", test_inner_batch_size)):
             require_at_least(1, **{name: 1 if size is None else size})
