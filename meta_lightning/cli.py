@@ -87,8 +87,10 @@ class MetaLightningCLI(LightningCLI):
         early.add_argument("--ckpt_path", default="")
         path = early.parse_known_args(given)[0].ckpt_path
         super().parse_arguments(parser, with_hyperparameters(given, path))
-        if path == "last" and (found := newest_checkpoint(self.config[self.config.subcommand])):
-            super().parse_arguments(parser, with_hyperparameters([*given, f"--ckpt_path={found}"], found))
+        config = self.config[self.config.subcommand]
+        found = newest_checkpoint(config) if config.ckpt_path == "last" else config.ckpt_path
+        if found and str(found) != path:  # it was named ``last`` or by a configuration file
+            super().parse_arguments(parser, with_hyperparameters([*given, f"--ckpt_path={found}"], str(found)))
 
     def after_instantiate_classes(self) -> None:
         """Show the data instead of running, if that was asked for."""
@@ -101,7 +103,8 @@ class MetaLightningCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Ignore an ``init_from`` that is gone: the checkpoint has the weights."""
         config = self.config[self.subcommand]
-        if config.ckpt_path is not None and not Path(config.get("model.init_args.init_from") or "").is_file():
+        weights = Path(config.get("model.init_args.init_from") or "")
+        if Path(config.ckpt_path or "").is_file() and not weights.is_file():
             config.model.init_args.init_from = None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -139,7 +142,7 @@ def find_config(path: str) -> str:
 
 
 def newest_checkpoint(config: Namespace) -> str | None:
-    """The file that ``--ckpt_path last`` names: the newest that runs with this configuration have left."""
+    """The newest last or previous checkpoint under the configuration's log folder, for ``--ckpt_path last``."""
     logger = config.trainer.logger
     logger = logger[0] if isinstance(logger, list) and logger else logger
     arguments = logger.get("init_args", {}) if isinstance(logger, Namespace) else {}
@@ -153,7 +156,7 @@ def newest_checkpoint(config: Namespace) -> str | None:
 
 def with_hyperparameters(args: list[str], path: str) -> list[str]:
     """The arguments of a subcommand, with the model and data of a checkpoint before them."""
-    if path in ("", "best", "last", "hpc") or path.startswith("registry:") or args[0].startswith("-"):
+    if path in ("", "null", "best", "last", "hpc") or path.startswith("registry:") or args[0].startswith("-"):
         return args
     checkpoint = read_checkpoint(path, "--ckpt_path")
     defaults = ["--weights_only=true"]

@@ -251,3 +251,17 @@ def test_restarting_with_last_keeps_what_the_first_start_was_given() -> None:
     main(["fit", "--config", TINY, "--ckpt_path=last", "--trainer.max_steps", "2"])
     record = json.loads((RUN / "fit.json").read_text())
     assert (record["steps"], record["config"]["model"]["init_args"]["inner_lr"]) == (2, 0.03)
+
+
+@pytest.mark.parametrize("named", ["last", "lightning_logs/version_0/checkpoints/last.ckpt"])
+def test_a_configuration_may_name_the_checkpoint(named: str) -> None:
+    main(["fit", "--config", TINY, "--model.inner_lr", "0.03", "--trainer.max_steps", "1"])
+    Path("again.yaml").write_text(f"ckpt_path: {named}\n")
+    main(["fit", "--config", TINY, "--config", "again.yaml", "--trainer.max_steps", "2"])
+    record = json.loads((RUN / "fit.json").read_text())
+    assert (record["steps"], record["config"]["model"]["init_args"]["inner_lr"]) == (2, 0.03)
+
+
+def test_a_first_start_with_last_keeps_its_origin() -> None:
+    missing = ["--ckpt_path", "last", "--model.init_from", "nothing.ckpt"]
+    assert re.search(r"init_from .*nothing\.ckpt", fails("fit", "--config", TINY, *missing))

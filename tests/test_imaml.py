@@ -95,15 +95,18 @@ def test_without_conjugate_gradients_it_is_fomamls_gradient_at_the_same_paramete
 
 
 def test_conjugate_gradients_solve_each_task_alone_and_stop_at_negative_curvature() -> None:
-    matrices = torch.stack([torch.diag(torch.tensor(d)) for d in ([1.0, 3.0], [2.0, 5.0], [-1.0, -2.0])])
-    b = torch.ones(3, 2)
+    diagonals = [1.0, 3.0], [2.0, 5.0], [-1.0, -2.0], [4.0, -1.0]
+    matrices = torch.stack([torch.diag(torch.tensor(d)) for d in diagonals])
+    b = torch.ones(4, 2)
 
     def operator(v: Params) -> Params:
         return {"w": torch.einsum("tij,tj->ti", matrices, v["w"])}
 
-    x = conjugate_gradients(operator, {"w": b}, steps=5)["w"]
+    x = conjugate_gradients(operator, {"w": b}, steps=20)["w"]
     torch.testing.assert_close(x[:2], torch.tensor([[1.0, 1 / 3], [0.5, 0.2]]))
     torch.testing.assert_close(x[2], b[2])
+    once = conjugate_gradients(operator, {"w": b}, steps=1)["w"]
+    torch.testing.assert_close(x[3], once[3])  # the second direction has negative curvature
 
 
 def test_memory_does_not_grow_with_the_inner_steps() -> None:

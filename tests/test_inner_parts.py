@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from meta_lightning import FOMAML, MAML, MLP, SGD, MetaLearner, Reptile, Sinusoid, TaskBatch
+from meta_lightning.checks import InputError
 
 pytestmark = TASKS_FROM_A_LIST
 STEPS = 3
@@ -401,3 +402,37 @@ def test_recurrent_layers_go_without_cudnn(recurrent: bool, seen: set[bool]) -> 
     learner.eval().inner_update(*(part[0] for part in sequences()[:2]))
     assert enabled == seen
     assert torch.backends.cudnn.enabled
+
+
+class WritesIntoItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Parameter(torch.tensor([0.3])), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x[:, :1] = self.first
+        y: Tensor = self.head(x)
+        return y
+
+
+@pytest.mark.usefixtures("double")
+def test_a_network_may_write_into_its_input_when_tasks_loop() -> None:
+    torch.manual_seed(0)
+    learner = MAML(WritesIntoItsInput(), inner_lr=0.1, inner_steps=1)
+    batch = TaskBatch(torch.rand(3, 5, 4), torch.rand(3, 5, 1), torch.rand(3, 6, 4), torch.rand(3, 6, 1))
+    gradients = []
+    for loops in (False, True):
+        learner.task_network.loops_over_tasks = loops
+        copies = TaskBatch(*(part.clone() for part in batch))
+        gradients.append(learner.meta_gradient(copies)[0])
+    for name, g in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], g)
+
+
+def test_a_network_with_one_number_per_sample_is_no_classifier() -> None:
+    network = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
+    batch = TaskBatch(
+        torch.rand(3, 5, 4), torch.arange(5).repeat(3, 1), torch.rand(3, 5, 4), torch.arange(5).repeat(3, 1)
+    )
+    with pytest.raises(InputError, match=r"network .*at least 5, got 0"):
+        MAML(network).meta_gradient(batch)

@@ -106,3 +106,10 @@ def test_commit_of_a_checkout_and_of_none(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_json_has_neither_nan_nor_infinity() -> None:
     assert [finite(value) for value in (0.5, float("nan"), float("inf"))] == [0.5, None, None]
+
+
+def test_the_commit_is_that_of_the_checkout() -> None:
+    if not (machine.CHECKOUT / ".git").exists():
+        pytest.skip("not in a checkout")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert str(machine.commit()).startswith(head.stdout.strip())

@@ -24,12 +24,12 @@ class IMAML(MAML):
 
     A parameter that ``inner_freeze`` matches gets ``∂L_query/∂w − ∂⟨∇L_support, v⟩/∂w / λ``, v being the solution.
 
-    The arguments are MAML's; there is nothing to recompute, and an inner rule has nothing to learn.
+    The arguments are those of ``MAML``; ``recompute_inner_steps`` has no effect.
 
     Args:
         proximal_weight: Weight of the distance to θ in the inner loss (λ).
-        cg_steps: Steps of conjugate gradients per meta-iteration, each a Hessian-vector product; 0 gives FOMAML's
-            meta-gradient at θ'.
+        cg_steps: Iterations of conjugate gradients from ∇L_query(θ'), with one Hessian-vector product each and one for
+            the first residual.
 
     Raises:
         InputError: If an argument is outside its range, or the inner rule has parameters.
@@ -66,11 +66,11 @@ class IMAML(MAML):
         predictions = self.task_network.predict(params, query_x)
         losses = self.task_network.losses(predictions, query_y)
         by_query = gradient(losses.sum(), params)  # line 4: ∇L_query(θ')
-        meta_gradient = self.implicit_gradient(theta, params, by_query, *support[-1])
+        meta_gradient = self.implicit_gradient(theta, params, by_query, *support[-1])  # line 5
         return mean_over_tasks(self.learned(meta_gradient)), losses.detach(), predictions.detach()
 
     def implicit_gradient(self, theta: Params, params: Params, by_query: Params, x: Tensor, y: Tensor) -> Params:
-        """dL_query/dθ by the implicit function theorem (lemma 1, theorem 1).  # T ..."""
+        """dL_query/dθ by the implicit function theorem (lemma 1).  # T ..."""
         by_support = gradient(self.inner_losses(theta)(params, x, y).sum(), self.adapted(params), create_graph=True)
 
         def product(v: Params, by: Params) -> Params:  # ∂⟨∇(L_support + λ/2 ‖θ' − θ‖²), v⟩ / λ; by θ' it is (I + H/λ) v
@@ -90,18 +90,20 @@ class IMAML(MAML):
 def conjugate_gradients(operator: Operator, b: Params, steps: int) -> Params:
     """Solve ``operator(x) = b`` for every task, from ``x = b`` (Hestenes and Stiefel, 1952).
 
-    A task stops where the operator is not positive along the search direction.
+    A task stops for good where the operator is not positive along the search direction.
     """
     x = b
     residual = direction = add(b, -1.0, operator(b))
     square = dot(residual, residual)
+    active = square >= 0
     for _ in range(steps):
         image = operator(direction)
         curvature = dot(direction, image)
-        length = torch.where(curvature > 0, square / curvature, 0.0)
+        active = active & (curvature > 0)
+        length = torch.where(active, square / curvature, 0.0)
         x, residual = add(x, length, direction), add(residual, -length, image)
         before, square = square, dot(residual, residual)
-        direction = add(residual, torch.where(before > 0, square / before, 0.0), direction)
+        direction = add(residual, torch.where(active, square / before, 0.0), direction)
     return x
 
 
@@ -113,5 +115,6 @@ def dot(a: Params, b: Params) -> Tensor:
 
 def add(a: Params, scale: Tensor | float, b: Params) -> Params:
     """Return ``a + scale · b``, with a scale per task.  # T ..., T"""
-    factor = torch.as_tensor(scale)
-    return {name: p + factor.reshape(-1, *[1] * (p.ndim - 1)) * b[name] for name, p in a.items()}
+    if isinstance(scale, Tensor):
+        return {name: p + scale.view(-1, *[1] * (p.ndim - 1)) * b[name] for name, p in a.items()}
+    return {name: p + scale * b[name] for name, p in a.items()}

@@ -185,7 +185,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def inner_update(self, support_x: Tensor, support_y: Tensor) -> Params:
         """Adapt to one task and return θ'.
 
-        In training mode θ' keeps its graph to θ: the gradient of a loss is MAML's, first-order for FOMAML and Reptile.
+        In training mode θ' keeps its graph to θ: the gradient of a loss is MAML's, first-order for other algorithms.
         In evaluation mode it takes ``test_inner_steps`` steps and is detached.
 
         Args:

@@ -41,8 +41,8 @@ def compare(
         max_steps: Meta-iterations of each training. Default: the configuration's.
         seeds: Seeds of initialisation and training tasks; several give a standard deviation.
         grid: Meta-iterations of each of 9 short trainings per algorithm, with 1/3, 1 and 3 times its inner_lr and
-            outer_lr (if Reptile's would exceed 1: with 1, 1/3 and 1/9). The table has how many come near the best; 0
-            for none.
+            outer_lr (if Reptile's would exceed 1: with 1, 1/3 and 1/9). The table counts those near the best; 0 for
+            no grid.
         options: More command-line options of ``fit`` and ``test``, by algorithm or name, or ``all`` for all:
             ``--options.Reptile="--model.outer_lr 0.5 --model.inner_steps 8"``.
         out: Folder of the report (``comparison.html``, ``.md``, ``.csv``, ``.png``), the results and the runs.

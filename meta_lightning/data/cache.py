@@ -74,7 +74,7 @@ def fingerprint(files: Sequence[Path]) -> str | None:
 
 
 def part_of(folder: Path) -> TemporaryDirectory[str]:
-    """A temporary folder beside a cache, from and to which it is moved atomically."""
+    """A temporary folder on the cache's file system, so that renames are atomic."""
     return TemporaryDirectory(".part", f"{folder.name}.", folder.parent, ignore_cleanup_errors=True)
 
 

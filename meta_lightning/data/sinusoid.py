@@ -52,7 +52,7 @@ class Sinusoid(FewShotDataModule):
 class SineWaves(DrawnTasks):
     """Numbered sine waves, drawn in blocks."""
 
-    block_size = 4096  # tasks
+    prefetch = 4096  # tasks
 
     def __post_init__(self) -> None:
         """Start without a block."""
@@ -62,13 +62,15 @@ class SineWaves(DrawnTasks):
     def batch(self, tasks: Sequence[int]) -> TaskBatch:
         """Points of these waves.  # T K 1, T K 1, T Q 1, T Q 1"""
         first, last = min(tasks), max(tasks)
-        if not self.first <= first <= last < self.first + len(self.drawn_ahead[0]):
-            self.first, self.drawn_ahead = first, self.waves(range(first, max(last + 1, first + self.block_size)))
-        rows = torch.tensor(tasks) - self.first
-        x, y = (part[rows] for part in self.drawn_ahead)
+        if last - first >= self.prefetch:
+            x, y = self.waves(tasks)
+        else:
+            if not self.first <= first <= last < self.first + len(self.drawn_ahead[0]):
+                self.first, self.drawn_ahead = first, self.waves(range(first, first + self.prefetch))
+            x, y = (part[torch.tensor(tasks) - self.first] for part in self.drawn_ahead)
         return TaskBatch(*(part[:, samples] for samples in self.parts(tasks) for part in (x, y)))
 
-    def waves(self, tasks: range) -> tuple[Tensor, Tensor]:
+    def waves(self, tasks: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The points of each wave.  # T K+Q 1, T K+Q 1"""
         u = uniforms((self.seed, SPLITS.index(self.split)), tasks, 2 + self.drawn)[:, :, None]  # T 2+K+Q 1
         amplitude, phase, x = 0.1 + 4.9 * u[:, :1], math.pi * u[:, 1:2], 10.0 * u[:, 2:] - 5.0

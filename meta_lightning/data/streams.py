@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from meta_lightning.checks import require
 from meta_lightning.data.tasks import Array
 
 # O'Neill, 2014, "PCG": multiplier of the 128-bit generator, in halves
@@ -16,9 +17,9 @@ Pair = tuple[Any, Any]  # high and low halves of 128-bit numbers, uint64
 def uniforms(prefix: Sequence[int], tasks: Sequence[int], count: int) -> Array:
     """The first numbers of ``np.random.default_rng((*prefix, task)).random(count)`` for every task.  # T count
 
-    NumPy takes some 20 µs to make one generator; this takes less than 1 µs per task, for thousands of them. Task
-    numbers are below 2³².
+    NumPy takes some 20 µs to make one generator; this takes less than 1 µs per task, for thousands of them.
     """
+    require(max(tasks) < 2**32, f"tasks must be below 2³², got {max(tasks)}")
     fixed = [n >> bits & 0xFFFFFFFF for n in prefix for bits in range(0, max(1, n.bit_length()), 32)]
     words = seed_words([*(np.full(len(tasks), n) for n in fixed), np.asarray(tasks)], 4)
     state, increment = (words[0], words[1]), add(double(words[2], words[3]), (np.uint64(0), np.uint64(1)))
@@ -33,6 +34,7 @@ def uniforms(prefix: Sequence[int], tasks: Sequence[int], count: int) -> Array:
 
 def seed_words(entropy: list[Array], count: int) -> list[Array]:
     """``np.random.SeedSequence(entropy).generate_state(count, np.uint64)`` of every task.  # of T"""
+    # O'Neill's seed_seq_fe, with the constants of numpy/random/bit_generator.pyx
 
     def hashed(constant: int, multiplier: int) -> Callable[[Array], Array]:
         def of(value: Array) -> Array:

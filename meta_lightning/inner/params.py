@@ -26,7 +26,7 @@ def unstack(stacked: Params | Tensor, task: int) -> Any:
 
 
 def leaves(params: Params) -> Params:
-    """Detached copies of the references, as leaves of a new graph."""
+    """Detached views, as leaves of a new graph."""
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 

@@ -1,6 +1,6 @@
 """Predictions and losses of all tasks at once, each with its own parameters."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -32,7 +32,7 @@ def default_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 class TaskNetwork:
-    """Applies a network and a loss to every task with its own parameters, by ``vmap`` or, if unsupported, a loop."""
+    """Applies a network and a loss to every task with its own parameters: several tasks by ``vmap`` where possible."""
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner  # its network and loss may be replaced
@@ -115,10 +115,18 @@ def together(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tens
 def one_by_one(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
     """Apply a function of one task to each task in a loop."""
     tensors, structure = tree_flatten(stacked)
-    # views whose backward copies nothing for one task, and once for several; that of indexing copies all per task
-    parts = [[t.squeeze(0)] if len(t) == 1 else t.unbind() for t in tensors]
+    parts = [views_of_tasks(tensor) for tensor in tensors]
     with differentiable_attention():
         return torch.stack([function(*tree_unflatten([*task], structure)) for task in zip(*parts, strict=True)])
+
+
+def views_of_tasks(tensor: Tensor) -> Sequence[Tensor]:
+    """Views of the tasks.  # T ... -> T of ..."""
+    if len(tensor) == 1:
+        return [tensor.squeeze(0)]
+    # the backward of indexing allocates zeros for all tasks, once per task; that of unbind copies once, but its views
+    # must not be written to, as a network may do with its input
+    return tensor.unbind() if tensor.requires_grad else [tensor[task] for task in range(len(tensor))]
 
 
 @contextmanager
@@ -154,7 +162,7 @@ def check_outputs(predictions: Tensor, targets: Tensor) -> None:
         came, expected = tuple(predictions.shape[1:]), tuple(targets.shape[1:])
         require(came == expected, f"network must give outputs of the targets' shape {expected} per task, got {came}")
     else:
-        classes, outputs = int(targets.max()) + 1, predictions.shape[2]
+        classes, outputs = int(targets.max()) + 1, predictions.shape[2] if predictions.ndim > 2 else 0
         require(
             outputs >= classes,
             f"network must give an output for each class: expected at least {classes}, got {outputs}",

@@ -57,11 +57,11 @@ class OuterUpdate(nn.Module):
         )
 
     def made(self, optimizer: Optimizer, device: torch.device) -> Optimizer:
-        """Record the options of a new optimizer."""
+        """Choose capturable and fused kernels for a new optimizer, and record its options."""
         for group in optimizer.param_groups:
             if device.type == "cuda" and "capturable" in group:
                 group["capturable"] = True  # step count on the device, for undone_unless
-            if "fused" in group and group["fused"] is group["foreach"] is None and not group["differentiable"]:
+            if "fused" in group and group["fused"] is group.get("foreach") is None and not group.get("differentiable"):
                 group["fused"] = all(p.is_floating_point() for p in group["params"])  # one kernel per step
         self.options = [{n: value for n, value in group.items() if n != "params"} for group in optimizer.param_groups]
         return optimizer
@@ -125,7 +125,7 @@ def is_finite(update: Any) -> Tensor:
 
 
 def known_to_hold(condition: Tensor) -> bool:
-    """Whether a condition holds, as far as that is known without a host sync: on a CPU no copies are needed then."""
+    """Whether the condition is on the CPU and holds; never syncs with a GPU."""
     return condition.device.type == "cpu" and bool(condition)
 
 

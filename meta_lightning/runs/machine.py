@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 MEGABYTE = 1e6
 RECORDED = ("meta-lightning", "lightning", "torchmetrics", "learn2learn", "numpy")  # torch.__version__ names CUDA too
 PROCESS = Path("/proc/self")  # Linux only
