@@ -115,18 +115,18 @@ def together(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tens
 def one_by_one(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
     """Apply a function of one task to each task in a loop."""
     tensors, structure = tree_flatten(stacked)
-    parts = [views_of_tasks(tensor) for tensor in tensors]
+    parts = [parts_of_tasks(tensor) for tensor in tensors]
     with differentiable_attention():
         return torch.stack([function(*tree_unflatten([*task], structure)) for task in zip(*parts, strict=True)])
 
 
-def views_of_tasks(tensor: Tensor) -> Sequence[Tensor]:
-    """Views of the tasks.  # T ... -> T of ..."""
+def parts_of_tasks(tensor: Tensor) -> Sequence[Tensor]:
+    """The tasks' parts of a tensor.  # T ... -> T of ..."""
     if len(tensor) == 1:
         return [tensor.squeeze(0)]
-    # the backward of indexing allocates zeros for all tasks, once per task; that of unbind copies once, but its views
-    # must not be written to, as a network may do with its input
-    return tensor.unbind() if tensor.requires_grad else [tensor[task] for task in range(len(tensor))]
+    # the backward of indexing allocates zeros for all tasks, once per task; that of unbind copies once. Samples are
+    # copied, since a network may write into its input, which views of one tensor do not allow
+    return tensor.unbind() if tensor.requires_grad else [tensor[task].clone() for task in range(len(tensor))]
 
 
 @contextmanager
