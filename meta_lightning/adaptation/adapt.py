@@ -38,7 +38,7 @@ def adapt_to(
         inputs = form.network_input(x.to(p.device).clone(), p.dtype)
         if names is not None and (outputs := outputs_of(network, inputs, len(names))) < len(names):
             theta = theta | widened_head(network, theta, grown_with, len(names), outputs)
-        params = inner_loop(theta, inputs, targets.to(p.device))
+        params = inner_loop(theta, inputs, targets.to(p.device).clone())
         network = copy.deepcopy(network)
         set_parameters(network, params)
         freeze_statistics(network, inputs)
