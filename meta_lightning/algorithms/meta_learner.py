@@ -237,7 +237,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
         def inner_loop(theta: Params, x: Tensor, y: Tensor) -> Params:
             adapted = self.inner_loop(leaves(stack(theta, 1)), self.inner_batches(x[None], y[None], steps))
-            params: Params = unstack(of_network(adapted.params), 0)
+            params = unstack(of_network(adapted.params), 0)
             if not is_finite(params):
                 raise FloatingPointError(f"the adaptation diverged in {steps} steps of inner_lr {self.inner_lr}")
             return params

@@ -46,18 +46,20 @@ def seed_words(entropy: list[Array], count: int) -> list[Array]:
 
         return of
 
+    def mix_into(target: int, value: Array) -> None:
+        value = pool[target] * np.uint32(0xCA01F9DD) - mix(value) * np.uint32(0x4973F715)
+        pool[target] = value ^ value >> np.uint32(16)
+
     mix = hashed(0x43B0D7E5, 0x931E8875)
     words = [word.astype(np.uint32) for word in entropy]
     pool = [mix(word) for word in [*words[:4], *[np.zeros_like(words[0])] * (4 - len(words))]]
     for source in range(4):
         for target in range(4):
             if source != target:
-                value = pool[target] * np.uint32(0xCA01F9DD) - mix(pool[source]) * np.uint32(0x4973F715)
-                pool[target] = value ^ value >> np.uint32(16)
+                mix_into(target, pool[source])
     for word in words[4:]:
         for target in range(4):
-            value = pool[target] * np.uint32(0xCA01F9DD) - mix(word) * np.uint32(0x4973F715)
-            pool[target] = value ^ value >> np.uint32(16)
+            mix_into(target, word)
     output = hashed(0x8B51F9DD, 0x58F38DED)
     halves = [output(pool[n % 4]).astype(np.uint64) for n in range(2 * count)]
     return [low | high << U32 for low, high in zip(halves[::2], halves[1::2], strict=True)]

@@ -1,7 +1,5 @@
 """Parameters as dicts of tensors with a leading task dimension, and gradients with respect to them."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -20,9 +18,9 @@ def stack(params: Params, tasks: int) -> Params:
     return {name: p.expand(tasks, *p.shape) for name, p in params.items()}
 
 
-def unstack(stacked: Params | Tensor, task: int) -> Any:
-    """Select one task of task-stacked parameters or samples.  # T ... -> ..."""
-    return stacked[task] if isinstance(stacked, Tensor) else {name: p[task] for name, p in stacked.items()}
+def unstack(stacked: Params, task: int) -> Params:
+    """Select one task of task-stacked parameters.  # T ... -> ..."""
+    return {name: p[task] for name, p in stacked.items()}
 
 
 def leaves(params: Params) -> Params:
