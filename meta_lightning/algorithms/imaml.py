@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from meta_lightning.algorithms.maml import MAML
-from meta_lightning.checks import require, require_at_least, require_positive
+from meta_lightning.checks import require_at_least, require_positive
 from meta_lightning.inner.loop import Adapted, InnerStep, Support, trajectory
 from meta_lightning.inner.params import Params, gradient, leaves, mean_over_tasks, of_network, stack
+from meta_lightning.inner.rules import require_no_parameters
 
 Operator = Callable[[Params], Params]  # a linear map of task-stacked parameters, symmetric for each task
 
@@ -41,8 +42,7 @@ class IMAML(MAML):
         super().__init__(*args, **options)
         require_positive(proximal_weight=proximal_weight)
         require_at_least(0, cg_steps=cg_steps)
-        learnt = [name for name, _ in self.inner_rule.named_parameters()]
-        require(not learnt, f"inner_rule must have no parameters, on which no minimum depends, got {learnt}")
+        require_no_parameters(self.inner_rule, "on which no minimum depends")
         self.proximal_weight, self.cg_steps = proximal_weight, cg_steps
 
     def inner_losses(self, theta: Params) -> Callable[[Params, Tensor, Tensor], Tensor]:

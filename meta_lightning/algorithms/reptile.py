@@ -10,7 +10,7 @@ from meta_lightning.checks import require, require_at_least, require_choice
 from meta_lightning.data.tasks import TaskBatch, as_task_batch
 from meta_lightning.inner.loop import Support, minibatches
 from meta_lightning.inner.params import Params, for_rule, leaves, mean_over_tasks, of_network, of_rule, stack
-from meta_lightning.inner.rules import Adam, chosen_by
+from meta_lightning.inner.rules import Adam, chosen_by, require_no_parameters
 from meta_lightning.outer.update import mean_over_ranks
 
 
@@ -59,8 +59,7 @@ class Reptile(MetaLearner):
         require(
             self.optimizer is None, f"optimizer must be None: Reptile interpolates by outer_lr, got {self.optimizer!r}"
         )
-        learnt = [name for name, _ in self.inner_rule.named_parameters()]
-        require(not learnt, f"inner_rule must have no parameters, since Reptile has no meta-gradient, got {learnt}")
+        require_no_parameters(self.inner_rule, "since Reptile has no meta-gradient")
         require(
             bool(self.learned(self.adapted(self.meta_parameters()))),
             "inner_freeze and outer_freeze must leave Reptile a parameter that both loops update, got patterns of all",

@@ -93,6 +93,12 @@ def as_rule(given: InnerRule | Mapping[str, Any] | None) -> InnerRule:
     return rule  # type: ignore[no-any-return]
 
 
+def require_no_parameters(rule: InnerRule, reason: str) -> None:
+    """Raise InputError for a rule with parameters, which some algorithms cannot learn."""
+    learnt = [name for name, _ in rule.named_parameters()]
+    require(not learnt, f"inner_rule must have no parameters, {reason}, got {learnt}")
+
+
 def chosen_by(option: str, rule: InnerRule | None, options: dict[str, Any]) -> None:
     """Set ``inner_rule`` from an option of version 0.1 unless it is given, and warn with the present spelling."""
     if rule is None:
