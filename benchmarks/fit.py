@@ -50,6 +50,9 @@ class Bare(L.LightningModule):
         self.network = network
         self.gradient = [torch.rand_like(p) for p in network.parameters()]
 
+    def setup(self, stage: str) -> None:
+        self.gradient = [g.to(self.device) for g in self.gradient]
+
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
@@ -112,7 +115,7 @@ def measure(name: str, steps: int, compiled: bool, accelerator: str) -> str:
     if device == "cpu":
         keep_freed_memory()  # as the fit does
     batch = as_task_batch(TaskBatch(*(p.to(device) for p in data.task_set("train").batch(range(data.meta_batch_size)))))
-    learner = make(compile_passes=compiled).to(device)
+    learner = make(**{"compile_passes": True} if compiled else {}).to(device)
     times: dict[str, list[float]] = {"pass": [], "fit": [], "bare": []}
     for _ in range(3):
         times["pass"].append(bare_pass(learner, batch, steps))

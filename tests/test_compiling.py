@@ -46,7 +46,6 @@ def train(
 
 
 def compiled(learner: MetaLearner) -> int:
-    assert learner.passes.compiled is not None
     return len(learner.passes.compiled.passes)
 
 

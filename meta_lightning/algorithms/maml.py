@@ -61,10 +61,12 @@ class MAML(MetaLearner):
         if gradient_clip_val is not None:
             require_positive(gradient_clip_val=gradient_clip_val)
         require_choice(("norm", "value"), gradient_clip_algorithm=gradient_clip_algorithm)
-        require(
-            not (self.passes.compiled and recompute_inner_steps and self.second_order),
-            "compile_passes must not be combined with recompute_inner_steps, which restores random states, got both",
-        )
+        if recompute_inner_steps and self.second_order:
+            require(
+                self.passes.compile is not True,
+                "compile_passes must not be combined with recompute_inner_steps, which restores random states, got both",
+            )
+            self.passes.compile = False
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.recompute_inner_steps = recompute_inner_steps
 

@@ -29,7 +29,7 @@ from meta_lightning.data.form import SampleForm, form_of
 from meta_lightning.data.tasks import Array, TaskBatch, as_task_batch, scale_pixels
 from meta_lightning.inner.loop import Adapted, InnerStep, Support, trajectory
 from meta_lightning.inner.params import RULE, Params, for_rule, leaves, of_network, stack, tree_leaves, unstack
-from meta_lightning.inner.passes import Passes
+from meta_lightning.inner.passes import Compile, Passes
 from meta_lightning.inner.rules import FORMER_KEYS, InnerRule, as_rule
 from meta_lightning.inner.task_network import Loss, TaskNetwork, default_loss
 from meta_lightning.networks.batch_statistics import with_batch_statistics
@@ -93,7 +93,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         outer_lr_decay: Decay = "constant",
         scheduler: Scheduler | None = None,
         tasks_per_pass: int | None = None,
-        compile_passes: bool = False,
+        compile_passes: Compile = "auto",
         transductive: bool = True,
         init_from: str | None = None,
         max_skipped: int = 10,
@@ -171,15 +171,16 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def in_passes(self, function: Callable[..., tuple[Any, ...]], *stacked: Any, compiled: bool) -> tuple[Any, ...]:
         """``Passes.run`` of a method of this learner."""
         theta, key = self.meta_parameters(), None
-        if compiled and self.passes.compiled is not None:
+        if compiled and self.passes.compile_on(tree_leaves(stacked)[0].device):
             # everything a graph takes from the learner: callbacks may change it, and moving devices replaces buffers
-            numbers = [v for n, v in vars(self).items() if isinstance(v, int | float) and not n.startswith("_")]
-            frozen = frozenset(self.inner_frozen), frozenset(self.outer_frozen)
             read = [module for root in (self.network, self.inner_rule, self.loss) for module in modules_of(root)]
-            modes = [module.training for module in read]
+            own = {name: v for name, v in vars(self).items() if not name.startswith("_")}
+            # rates, modes, and what a forward counts
+            numbers = [v for of in (own, *map(vars, read)) for v in of.values() if isinstance(v, int | float)]
+            frozen = frozenset(self.inner_frozen), frozenset(self.outer_frozen)
             tensors = [id(t) for module in read for t in (*module.parameters(False), *module.buffers(False))]
             rule = str(self.inner_rule.description())
-            key = (function.__name__, *numbers, rule, *frozen, *modes, *tensors, *theta)
+            key = (function.__name__, *numbers, rule, *frozen, *tensors, *theta)
         return self.passes.run(function, *stacked, parameters=sum(p.numel() for p in theta.values()), key=key)
 
     def inner_update(self, support_x: Tensor, support_y: Tensor) -> Params:

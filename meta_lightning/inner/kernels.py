@@ -55,7 +55,8 @@ def convolution(
 
     def of_tasks(tasks: int, x: Tensor, w: Tensor, b: Tensor | None = None) -> Any:
         x, w = (x.unsqueeze(2), w.unsqueeze(2)) if flat else (x, w)
-        if x.device.type == "cpu" and x.ndim == 4:  # grouped kernels are up to ten times faster
+        # grouped kernels are faster: on a CPU up to ten times, on a GPU by a tenth, where an image has several channels
+        if x.ndim == 4 and (x.device.type == "cpu" or (x.device.type == "cuda" and w.shape[1] > 1)):
             x = x.contiguous(memory_format=torch.channels_last)
         y = Convolution.apply(x, w, b, (*how, tasks * groups))
         return y.squeeze(2) if flat else y

@@ -3,35 +3,43 @@
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from meta_lightning.checks import require_at_least
+from meta_lightning.checks import require_at_least, require_choice
 from meta_lightning.inner.compiling import CompiledPasses
 from meta_lightning.inner.params import tree_leaves, tree_map
 
 # Input values per pass on a CPU; above this the activations exceed the caches (benchmarks/results/speed.md)
 CACHED_VALUES = 2**19
 
+Compile = bool | Literal["auto"]
+
 
 class Passes:
-    """Applies functions of a meta-batch in chunks of ``tasks_per_pass`` tasks, compiled on request."""
+    """Applies functions of a meta-batch in chunks of ``tasks_per_pass`` tasks, compiled if they have a key."""
 
-    def __init__(self, tasks_per_pass: int | None, compile_passes: bool) -> None:
+    def __init__(self, tasks_per_pass: int | None, compile_passes: Compile) -> None:
         if tasks_per_pass is not None:
             require_at_least(1, tasks_per_pass=tasks_per_pass)
+        require_choice((True, False, "auto"), compile_passes=compile_passes)
         self.tasks_per_pass = tasks_per_pass
         self.tasks_that_fit: int | None = None  # in memory; None if unknown
-        self.compiled = CompiledPasses() if compile_passes else None
+        self.compile: Compile = compile_passes
+        self.compiled = CompiledPasses(fuse=compile_passes is True)
+
+    def compile_on(self, device: torch.device) -> bool:
+        """Whether passes on the device are compiled."""
+        return device.type == "cuda" if self.compile == "auto" else self.compile
 
     def run(
         self, function: Callable[..., tuple[Any, ...]], *stacked: Any, parameters: int, key: Hashable = None
     ) -> tuple[Any, ...]:
         """Apply ``function`` to chunks of tasks; average its first result, a mean, and concatenate the others."""
-        if self.compiled is not None and key is not None:
+        if key is not None:
             function = partial(self.compiled.run, function, key)
         tensors = tree_leaves(stacked)
         tasks, values = len(tensors[0]), max(tensor[0].numel() for tensor in tensors)

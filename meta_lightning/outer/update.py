@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import Parameter, signature
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -83,7 +84,11 @@ class OuterUpdate(nn.Module):
         finite = is_finite(update)
         self.lr = optimizer.param_groups[0]["lr"]
         certain = known_to_hold(finite)
-        with torch.no_grad(), nullcontext() if certain else undone_unless(finite, moved(), optimizer):
+        guard: AbstractContextManager[None] = nullcontext()
+        if not certain:
+            skips = optimizer.state and all(group.get("fused") for group in optimizer.param_groups)
+            guard = skipped_unless(finite, optimizer) if skips else undone_unless(finite, moved(), optimizer)
+        with torch.no_grad(), guard:
             yield
         if self.scheduler or self.decay != "constant":
             self.schedule.step()
@@ -121,7 +126,8 @@ def schedule_from(
 
 def is_finite(update: Any) -> Tensor:
     """Whether all tensors in a container are finite, as a tensor on the device."""
-    return torch.stack([part.isfinite().all() for part in tree_leaves(update) if isinstance(part, Tensor)]).all()
+    tensors = [part for part in tree_leaves(update) if isinstance(part, Tensor) and part.is_floating_point()]
+    return get_total_norm([part for part in tensors if part.numel()], math.inf).isfinite()
 
 
 def known_to_hold(condition: Tensor) -> bool:
@@ -135,6 +141,16 @@ def mean_over_ranks(params: Params, strategy: Strategy) -> Params:
     mean: Tensor = strategy.reduce(together, reduce_op="mean")
     parts = mean.split([p.numel() for p in params.values()])
     return {name: part.view_as(p) for (name, p), part in zip(params.items(), parts, strict=True)}
+
+
+@contextmanager
+def skipped_unless(condition: Tensor, optimizer: Any) -> Iterator[None]:
+    """Let a fused optimizer skip its step unless the condition holds, as ``torch.amp.GradScaler`` does."""
+    optimizer.found_inf = (~condition).float()
+    try:
+        yield
+    finally:
+        vars(optimizer).pop("found_inf", None)  # a GradScaler has put its own in the place, and removed it
 
 
 @contextmanager
