@@ -99,7 +99,8 @@ class MAML(MetaLearner):
     def outer_step(self, meta_gradient: Params) -> None:
         """Update θ by the outer optimizer and a given meta-gradient."""
         theta = self.learned(self.meta_parameters())
-        self.zero_grad()
+        for p in theta.values():
+            p.grad = None
         # in backward, since DDP averages there, and waits for every parameter
         others = {p: torch.zeros_like(p) for p in self.parameters() if p.requires_grad} if self.outer_frozen else {}
         handed = others | {p: meta_gradient[name].detach() for name, p in theta.items()}

@@ -269,6 +269,12 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         if data is not None:
             self.form = form_of(data.hparams, type(data))
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch; one that is there already is left alone, where Lightning would take it apart."""
+        if all(isinstance(part, Tensor) and part.device == device for part in batch):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def on_train_start(self) -> None:
         """Start or resume the outer loop."""
         self.outer_update.begin(self.outer_optimizer().optimizer, self.trainer)

@@ -67,7 +67,8 @@ class SineWaves(DrawnTasks):
         else:
             if not self.first <= first <= last < self.first + len(self.drawn_ahead[0]):
                 self.first, self.drawn_ahead = first, self.waves(range(first, first + self.prefetch))
-            x, y = (part[torch.tensor(tasks) - self.first] for part in self.drawn_ahead)
+            rows = torch.tensor(tasks) - self.first
+            x, y = (part[rows] for part in self.drawn_ahead)
         return TaskBatch(*(part[:, samples] for samples in self.parts(tasks) for part in (x, y)))
 
     def waves(self, tasks: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -126,8 +125,8 @@ def schedule_from(
 
 def is_finite(update: Any) -> Tensor:
     """Whether all tensors in a container are finite, as a tensor on the device."""
-    tensors = [part for part in tree_leaves(update) if isinstance(part, Tensor) and part.is_floating_point()]
-    return get_total_norm([part for part in tensors if part.numel()], math.inf).isfinite()
+    tensors = [part.detach().flatten() for part in tree_leaves(update) if isinstance(part, Tensor)]
+    return torch.cat(tensors).isfinite().all()  # at small sizes a third of the time of one tensor after another
 
 
 def known_to_hold(condition: Tensor) -> bool:
