@@ -89,7 +89,7 @@ def compare(name: str, data: ImageTasks, batches: int) -> None:
     workers = {context: with_workers(ours, size, batches, context) for context in ("fork", "spawn")}
     batch = ours.batch(range(size))
     scaled = milliseconds(lambda: as_task_batch(batch), size)
-    described = milliseconds(lambda: [ours.rows(i) for i in range(tasks)], tasks)
+    described = milliseconds(lambda: [ours.rows(ours.rng(i)) for i in range(tasks)], tasks)
     print(
         f"{name:44} learn2learn {learn2learn:6.3f}   ours {single:6.3f} ({learn2learn / single:4.1f} x)   "
         f"2 workers {', '.join(f'{name} {ms:6.3f} ({learn2learn / ms:4.1f} x)' for name, ms in workers.items())}   "
@@ -113,7 +113,8 @@ def gathers(data: ImageTasks) -> None:
     images = tasks.images
     images.sum()  # every page is mapped
     drawn = [
-        torch.tensor([tasks.rows(size * j + t) for t in range(size)]).view(-1, K + data.queries) for j in range(40)
+        torch.tensor([tasks.rows(tasks.rng(size * j + t)) for t in range(size)]).view(-1, K + data.queries)
+        for j in range(40)
     ]
     rows = [torch.cat([r[:, :K].flatten(), r[:, K:].flatten()]) for r in drawn]  # support, query
     cut = size * data.ways * K

@@ -28,7 +28,7 @@ WAYS, IMAGE = 3, 16
 STEPS, RESUMED_AT = 6, 3
 # smooth, so that rounding crosses no kink of ReLU or max-pooling: float32 is compared as well
 SMOOTH = nn.Sequential(
-    nn.Conv2d(3, 8, 3, padding=1, bias=False),  # before a batch norm its gradient is rounding only, which Adam scales up
+    nn.Conv2d(3, 8, 3, padding=1, bias=False),  # the gradient of a bias here is rounding only, which Adam scales up
     nn.BatchNorm2d(8),
     nn.Softplus(),
     nn.AvgPool2d(2),
@@ -135,7 +135,8 @@ def trainings(device: str) -> Iterator[tuple[str, float, float]]:
         alone = trained(folder, device, STEPS).state_dict()
         resumed = trained(folder, device, RESUMED_AT) and trained(folder, device, STEPS, f"{folder}/last.ckpt")
         yield f"resumed at step {RESUMED_AT}", relative_error(resumed.state_dict(), alone), 0.0
-        yield "DDP, one process", relative_error(trained(folder, device, STEPS, strategy="ddp").state_dict(), alone), 1e-6
+        in_ddp = trained(folder, device, STEPS, strategy="ddp").state_dict()
+        yield "DDP, one process", relative_error(in_ddp, alone), 1e-6
 
 
 def main(device: str, fused: bool) -> bool:

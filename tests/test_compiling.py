@@ -1,6 +1,7 @@
 """Compiled passes: the same training to rounding, whatever changes in between."""
 
 import copy
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -231,3 +232,47 @@ def test_recomputed_steps_are_refused(network: nn.Module) -> None:
     with pytest.raises(InputError, match=r"compile_passes .*recompute_inner_steps"):
         MAML(network, compile_passes=True, recompute_inner_steps=True)
     FOMAML(network, compile_passes=True, recompute_inner_steps=True)  # recomputes nothing
+
+
+class Unsteady(nn.Module):
+    """Depends on what a graph would repeat: random numbers of Python, or its own count of calls."""
+
+    def __init__(self, network: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.network, self.kind, self.calls = network, kind, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = random.random() if self.kind == "random numbers" else 0.0
+        if self.kind == "attributes":
+            self.calls += 1
+            factor = float(self.calls)
+        y: Tensor = self.network(x)
+        return factor * y
+
+
+@pytest.mark.parametrize("kind", ["random numbers", "attributes"])
+def test_what_a_graph_would_repeat_is_refused(kind: str, network: nn.Module) -> None:
+    """And the step that shows it counts as one step."""
+    batch = next(iter(batches(6)))
+
+    def losses(**options: Any) -> list[Tensor]:
+        learner = FOMAML(Unsteady(network, kind), inner_lr=0.1, inner_steps=1, **options)
+        random.seed(0)
+        return [learner.meta_gradient(batch)[1] for _ in range(3)]
+
+    with pytest.warns(UserWarning, match=f"uncompiled: the pass .* {kind}") as caught:
+        ours = losses(compile_passes=True)
+    assert len([w for w in caught if "uncompiled" in str(w.message)]) == 1
+    for one, expected in zip(ours, losses(), strict=True):
+        assert torch.equal(one, expected)
+
+
+def test_the_default_records_graphs_on_a_gpu_only(network: nn.Module) -> None:
+    """CUDA graphs themselves are checked by benchmarks/gradients.py, where there is a GPU."""
+    learner = FOMAML(network)
+    assert learner.passes.compile_on(torch.device("cuda"))
+    assert not learner.passes.compile_on(torch.device("cpu"))
+    assert not MAML(network, recompute_inner_steps=True).passes.compile_on(torch.device("cuda"))
+    assert not FOMAML(network, compile_passes=False).passes.compile_on(torch.device("cuda"))
+    with pytest.raises(InputError, match=r"compile_passes must be .*'always'"):
+        FOMAML(network, compile_passes="always")  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ def test_rotated_characters_are_classes_of_their_own_in_one_split(omniglot: Omni
 def test_a_task_mixes_rotations(omniglot: Omniglot) -> None:
     tasks = omniglot.task_set("train")
     labels = torch.from_numpy(omniglot.load().labels)
-    turns = [len((labels[tasks.rows(i)] // 1623).unique()) for i in range(50)]  # type: ignore[attr-defined]
+    turns = [len((labels[tasks.rows(tasks.rng(i))] // 1623).unique()) for i in range(50)]  # type: ignore[attr-defined]
     assert np.mean(turns) > 2.5
 
 

@@ -1,4 +1,4 @@
-"""Uniform numbers of many tasks at once against NumPy's generators."""
+"""Random numbers of many tasks at once against NumPy's generators."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meta_lightning import Sinusoid
-from meta_lightning.data.streams import uniforms
+from meta_lightning.data.streams import generators, uniforms
 from meta_lightning.data.tasks import SPLITS
 
 
@@ -20,6 +20,10 @@ from meta_lightning.data.tasks import SPLITS
 def test_they_are_numpys_to_the_bit(prefix: list[int], tasks: list[int], count: int) -> None:
     expected = [np.random.default_rng((*prefix, task)).random(count) for task in tasks]
     np.testing.assert_array_equal(uniforms(prefix, tasks, count), np.array(expected))
+    for rng, task in zip(generators(prefix, tasks), tasks, strict=True):
+        again = np.random.default_rng((*prefix, task))
+        assert rng.bit_generator.state == again.bit_generator.state
+        assert rng.permutation(9).tolist() == again.permutation(9).tolist()
 
 
 def test_waves_do_not_depend_on_the_tasks_that_are_drawn_with_them() -> None:

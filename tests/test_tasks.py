@@ -55,7 +55,8 @@ def test_task_i_depends_on_seed_split_and_i_alone() -> None:
 
 
 def test_every_class_and_sample_is_drawn_equally_often() -> None:
-    rows = torch.tensor([few_shot().rows(i) for i in range(2000)])
+    tasks = few_shot()
+    rows = torch.tensor([tasks.rows(tasks.rng(i)) for i in range(2000)])
     counts = rows.flatten().bincount(minlength=CLASSES * SAMPLES).double()
     expected = 2000 * 25 / (CLASSES * SAMPLES)
     assert ((counts - expected).square() / expected).sum() < 130  # chi-square, 83 degrees of freedom, p ≈ 1e-3

@@ -64,7 +64,7 @@ class MAML(MetaLearner):
         if recompute_inner_steps and self.second_order:
             require(
                 self.passes.compile is not True,
-                "compile_passes must not be combined with recompute_inner_steps, which restores random states, got both",
+                "compile_passes must not be combined with recompute_inner_steps, which sets random states, got both",
             )
             self.passes.compile = False
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm

@@ -11,7 +11,7 @@ from torch import Tensor
 from meta_lightning.checks import require_at_least
 from meta_lightning.data.module import FewShotDataModule, options
 from meta_lightning.data.streams import uniforms
-from meta_lightning.data.tasks import SPLITS, DrawnTasks, Shots, Split, TaskBatch, TaskSet
+from meta_lightning.data.tasks import DrawnTasks, Shots, Split, TaskBatch, TaskSet
 
 
 @options
@@ -73,6 +73,6 @@ class SineWaves(DrawnTasks):
 
     def waves(self, tasks: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The points of each wave.  # T K+Q 1, T K+Q 1"""
-        u = uniforms((self.seed, SPLITS.index(self.split)), tasks, 2 + self.drawn)[:, :, None]  # T 2+K+Q 1
+        u = uniforms(self.entropy, tasks, 2 + self.drawn)[:, :, None]  # T 2+K+Q 1
         amplitude, phase, x = 0.1 + 4.9 * u[:, :1], math.pi * u[:, 1:2], 10.0 * u[:, 2:] - 5.0
         return torch.from_numpy(x).float(), torch.from_numpy(amplitude * np.sin(x - phase)).float()

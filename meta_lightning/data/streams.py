@@ -1,29 +1,26 @@
-"""Uniform random numbers of many tasks at once, each from the generator of its task."""
+"""Random numbers of many tasks at once, each from the generator of its task."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from meta_lightning.checks import require
-from meta_lightning.data.tasks import Array
 
 # O'Neill, 2014, "PCG": multiplier of the 128-bit generator, in halves
 HIGH, LOW = np.uint64(0x2360ED051FC65DA4), np.uint64(0x4385DF649FCCF645)
 U32 = np.uint64(32)
+Numbers = npt.NDArray[Any]
 Pair = tuple[Any, Any]  # high and low halves of 128-bit numbers, uint64
 
 
-def uniforms(prefix: Sequence[int], tasks: Sequence[int], count: int) -> Array:
+def uniforms(prefix: Sequence[int], tasks: Sequence[int], count: int) -> Numbers:
     """The first numbers of ``np.random.default_rng((*prefix, task)).random(count)`` for every task.  # T count
 
     NumPy takes some 20 µs to make one generator; this takes less than 1 µs per task, for thousands of them.
     """
-    require(max(tasks) < 2**32, f"tasks must be below 2³², got {max(tasks)}")
-    fixed = [n >> bits & 0xFFFFFFFF for n in prefix for bits in range(0, max(1, n.bit_length()), 32)]
-    words = seed_words([*(np.full(len(tasks), n) for n in fixed), np.asarray(tasks)], 4)
-    state, increment = (words[0], words[1]), add(double(words[2], words[3]), (np.uint64(0), np.uint64(1)))
-    state = add(times_multiplier(add(increment, state)), increment)
+    state, increment = start(prefix, tasks)
     drawn = np.empty((count, len(tasks)), np.uint64)
     for n in range(count):
         state = high, low = add(times_multiplier(state), increment)
@@ -32,12 +29,31 @@ def uniforms(prefix: Sequence[int], tasks: Sequence[int], count: int) -> Array:
     return ((drawn >> np.uint64(11)) * 2.0**-53).T
 
 
-def seed_words(entropy: list[Array], count: int) -> list[Array]:
+def generators(prefix: Sequence[int], tasks: Sequence[int]) -> Iterator[np.random.Generator]:
+    """``np.random.default_rng((*prefix, task))`` of every task in turn; each is valid until the next."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    halves = [part.tolist() for pair in start(prefix, tasks) for part in pair]
+    for state_high, state_low, increment_high, increment_low in zip(*halves, strict=True):
+        state = {"state": state_high << 64 | state_low, "inc": increment_high << 64 | increment_low}
+        generator.bit_generator.state = {"bit_generator": "PCG64", "state": state, "has_uint32": 0, "uinteger": 0}
+        yield generator
+
+
+def start(prefix: Sequence[int], tasks: Sequence[int]) -> tuple[Pair, Pair]:
+    """The state and the increment of every task's new generator.  # of T"""
+    require(max(tasks) < 2**32, f"tasks must be below 2³², got {max(tasks)}")
+    fixed = [n >> bits & 0xFFFFFFFF for n in prefix for bits in range(0, max(1, n.bit_length()), 32)]
+    words = seed_words([*(np.full(len(tasks), n) for n in fixed), np.asarray(tasks)], 4)
+    state, increment = (words[0], words[1]), add(double(words[2], words[3]), (np.uint64(0), np.uint64(1)))
+    return add(times_multiplier(add(increment, state)), increment), increment
+
+
+def seed_words(entropy: list[Numbers], count: int) -> list[Numbers]:
     """``np.random.SeedSequence(entropy).generate_state(count, np.uint64)`` of every task.  # of T"""
     # O'Neill's seed_seq_fe, with the constants of numpy/random/bit_generator.pyx
 
-    def hashed(constant: int, multiplier: int) -> Callable[[Array], Array]:
-        def of(value: Array) -> Array:
+    def hashed(constant: int, multiplier: int) -> Callable[[Numbers], Numbers]:
+        def of(value: Numbers) -> Numbers:
             nonlocal constant
             value = value ^ np.uint32(constant)
             constant = constant * multiplier & 0xFFFFFFFF
@@ -46,7 +62,7 @@ def seed_words(entropy: list[Array], count: int) -> list[Array]:
 
         return of
 
-    def mix_into(target: int, value: Array) -> None:
+    def mix_into(target: int, value: Numbers) -> None:
         value = pool[target] * np.uint32(0xCA01F9DD) - mix(value) * np.uint32(0x4973F715)
         pool[target] = value ^ value >> np.uint32(16)
 
@@ -71,7 +87,7 @@ def add(a: Pair, b: Pair) -> Pair:
     return a[0] + b[0] + (low < a[1]), low
 
 
-def double(high: Array, low: Array) -> Pair:
+def double(high: Numbers, low: Numbers) -> Pair:
     """Twice a 128-bit number."""
     return high << np.uint64(1) | low >> np.uint64(63), low << np.uint64(1)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from meta_lightning.checks import InputError, require
+from meta_lightning.data.streams import generators
 
 Array = npt.NDArray[Any]
 Split = Literal["train", "val", "test"]
@@ -52,9 +53,14 @@ class TaskSet(ABC):
     def __init__(self, seed: int, split: Split) -> None:
         self.seed, self.split = seed, split
 
+    @property
+    def entropy(self) -> tuple[int, int]:
+        """What the random numbers of all tasks depend on."""
+        return self.seed, SPLITS.index(self.split)
+
     def rng(self, *task: int) -> np.random.Generator:
         """The random number generator of one task, a function of (seed, split, task) alone."""
-        return np.random.default_rng((self.seed, SPLITS.index(self.split), *task))
+        return np.random.default_rng((*self.entropy, *task))
 
     @abstractmethod
     def batch(self, tasks: Sequence[int]) -> TaskBatch:
@@ -145,10 +151,10 @@ class FewShotTasks(DrawnTasks):
         """A task's classes, its first random draw, as indices of ``classes``.  # N"""
         return rng.choice(len(self.rows_by_class), self.ways, replace=False)
 
-    def rows(self, task: int) -> list[int]:
-        """Sample numbers of one task, class by class: N * (K + Q) of them, K the maximum number of shots."""
+    def rows(self, rng: np.random.Generator) -> list[int]:
+        """Sample numbers of a new task, class by class: N * (K + Q) of them, K the maximum number of shots."""
         # learn2learn's NWays and KShots use Python's global random state, which is the same on each rank
-        rng, data = self.rng(task), import_learn2learn().data
+        data = import_learn2learn().data
 
         def draw(description: Any) -> list[Any]:
             """Task transform that draws N ways and, of each, its samples without replacement."""
@@ -173,7 +179,7 @@ class FewShotTasks(DrawnTasks):
     def batch(self, tasks: Sequence[int]) -> TaskBatch:
         """Gather the images of these tasks, unchanged and on their device."""
         T, N = len(tasks), self.ways
-        rows = torch.tensor([self.rows(task) for task in tasks]).view(T, N, -1)  # T N K+Q
+        rows = torch.tensor([*map(self.rows, generators(self.entropy, tasks))]).view(T, N, -1)  # T N K+Q
         labels = torch.arange(N, device=self.images.device).view(1, N, 1).expand(rows.shape)
 
         def part(samples: slice) -> tuple[Tensor, Tensor]:

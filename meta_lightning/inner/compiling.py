@@ -1,18 +1,15 @@
 """Compiled passes of a meta-batch."""
 
-import pickle
-import random
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from meta_lightning.inner.params import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from meta_lightning.random_states import random_states, set_random_states
 
 aten = torch.ops.aten
 Pass = Callable[..., Any]  # from containers of tensors to containers of tensors
@@ -22,11 +19,12 @@ MOST = 32  # graphs: a learning rate that changes at every step would compile on
 class CompiledPasses:
     """Compiles a pass once per signature of its inputs, and runs it; uncompiled with a warning if that fails.
 
-    On a GPU the pass is recorded as a CUDA graph, with torch's own kernels or, if ``fuse``, with those of torch.compile.
+    On a GPU the pass is recorded as a CUDA graph, of torch's own kernels or, if ``fuse``, of those of torch.compile.
     """
 
     def __init__(self, fuse: bool) -> None:
         self.fuse = fuse
+        self.refused = False
         self.passes: dict[Hashable, Pass] = {}
         self.memory: Any = None  # that all CUDA graphs share: no result outlives the next replay
 
@@ -34,31 +32,45 @@ class CompiledPasses:
         """Copy without graphs, which read the tensors of the original learner."""
         return CompiledPasses, (self.fuse,)
 
-    def run(self, function: Pass, key: Hashable, *args: Any) -> Any:
-        """Return ``function(*args)``, with ``fuse`` up to the rounding of fused kernels."""
+    def run(self, function: Pass, key: Callable[[], Hashable], *args: Any) -> Any:
+        """Return ``function(*args)``, with ``fuse`` up to the rounding of fused kernels.
+
+        ``key`` returns all that the function depends on besides the arguments.
+        """
         tensors, structure = tree_flatten(args)
         device = tensors[0].device
         casts = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        key = (key, casts, str(structure), *((t.shape, t.dtype, t.device) for t in tensors))
-        if key not in self.passes and len(self.passes) == MOST:
-            rank_zero_warn(f"Further passes run uncompiled: {MOST} graphs of other shapes or settings exist already")
-            return function(*args)
-        if key not in self.passes:
-            on_cuda = device.type == "cuda"
-            with isolate_rng(include_cuda=on_cuda):  # the draws belong to training
-                before = states_of_python()
-                function(*args)  # raise the pass's own errors, and run its one-time checks, outside the trace
-                try:
-                    if states_of_python() != before:
-                        raise RuntimeError("it draws random numbers of Python or NumPy")  # noqa: TRY301
-                    compiled = fused(function, *args) if self.fuse else function
-                    self.passes[key] = self.captured(compiled, *args) if on_cuda else compiled
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as reason:  # any kind: the compiler's, or of a missing compiler
-                    rank_zero_warn(f"A pass runs uncompiled, since compiling failed: {reason}")
-                    self.passes[key] = function
-        return self.passes[key](*args)
+        known = key()
+        signature = (known, casts, str(structure), *((t.shape, t.dtype, t.device) for t in tensors))
+        if signature not in self.passes:
+            if self.refused:
+                return function(*args)
+            if len(self.passes) == MOST:
+                return self.refuse(f"{MOST} graphs of other shapes or settings exist already", function(*args))
+            before = random_states(device)
+            result = function(*args)  # raise the pass's own errors, and run its one-time checks, outside the trace
+            after = random_states(device)
+            # what a graph would repeat
+            if any(after[generator] != before[generator] for generator in ("python", "numpy")):
+                return self.refuse("the pass draws random numbers of Python or NumPy", result)
+            if key() != known:
+                return self.refuse("the pass changes attributes of its modules", result)
+            try:
+                set_random_states(before, device)  # the draws belong to training
+                compiled = fused(function, *args) if self.fuse else function
+                self.passes[signature] = self.captured(compiled, *args) if device.type == "cuda" else compiled
+            except Exception as reason:  # any kind: the compiler's, of a missing compiler, or of the device
+                rank_zero_warn(f"A pass runs uncompiled, since compiling failed: {reason}")
+                self.passes[signature] = function
+            finally:
+                set_random_states(before, device)
+        return self.passes[signature](*args)
+
+    def refuse(self, reason: str, result: Any) -> Any:
+        """Compile no further pass, and return the result."""
+        rank_zero_warn(f"Further passes run uncompiled: {reason}")
+        self.refused = True
+        return result
 
     def captured(self, function: Pass, *args: Any) -> Pass:
         """Record the kernels of the function on these arguments as a CUDA graph, which one launch replays."""
@@ -109,8 +121,3 @@ def fused(function: Pass, *args: Any) -> Pass:
 
     run(*args)
     return run
-
-
-def states_of_python() -> bytes:
-    """The states of the generators whose draws a graph would repeat."""
-    return pickle.dumps((random.getstate(), np.random.get_state()))

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from meta_lightning.checks import require_at_least, require_choice
+from meta_lightning.checks import require, require_at_least
 from meta_lightning.inner.compiling import CompiledPasses
 from meta_lightning.inner.params import tree_leaves, tree_map
 
@@ -25,7 +25,10 @@ class Passes:
     def __init__(self, tasks_per_pass: int | None, compile_passes: Compile) -> None:
         if tasks_per_pass is not None:
             require_at_least(1, tasks_per_pass=tasks_per_pass)
-        require_choice((True, False, "auto"), compile_passes=compile_passes)
+        require(
+            compile_passes in (True, False, "auto"),
+            f"compile_passes must be true, false or 'auto', got {compile_passes!r}",
+        )
         self.tasks_per_pass = tasks_per_pass
         self.tasks_that_fit: int | None = None  # in memory; None if unknown
         self.compile: Compile = compile_passes
@@ -36,7 +39,11 @@ class Passes:
         return device.type == "cuda" if self.compile == "auto" else self.compile
 
     def run(
-        self, function: Callable[..., tuple[Any, ...]], *stacked: Any, parameters: int, key: Hashable = None
+        self,
+        function: Callable[..., tuple[Any, ...]],
+        *stacked: Any,
+        parameters: int,
+        key: Callable[[], Hashable] | None = None,
     ) -> tuple[Any, ...]:
         """Apply ``function`` to chunks of tasks; average its first result, a mean, and concatenate the others."""
         if key is not None:

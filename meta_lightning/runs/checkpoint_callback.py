@@ -17,8 +17,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from meta_lightning.checks import InputError, require, require_at_least
+from meta_lightning.random_states import random_states, set_random_states
 from meta_lightning.runs.checkpoint_file import LAST, WholeFiles
-from meta_lightning.runs.resume import random_states, set_random_states, settle_progress
+from meta_lightning.runs.resume import settle_progress
 
 
 class Checkpoints(ModelCheckpoint):

@@ -1,35 +1,15 @@
-"""Exact resume: random states, Lightning's progress counters, and logs."""
+"""Exact resume: Lightning's progress counters, and logs."""
 
 import csv
-import random
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from meta_lightning.checks import plain
 from meta_lightning.files import written_whole
-
-
-def random_states(device: torch.device) -> dict[str, Any]:
-    """States of the random generators of python, numpy and torch, in types that ``weights_only`` loads."""
-    numpy = plain(np.random.get_state(legacy=False))  # noqa: NPY002  # a custom network may draw from it
-    states = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Restore the result of ``random_states``."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def settle_progress(fit_loop: dict[str, Any], epoch_length: float) -> None:
