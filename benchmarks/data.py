@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from meta_lightning import MAML, Conv4, Glyphs, ImageTasks, Omniglot
+from meta_lightning import FOMAML, MAML, Conv4, Glyphs, ImageTasks, MetaLearner, Omniglot, Reptile, TaskDataModule
 from meta_lightning.data.cache import LabelledImages
 from meta_lightning.data.loading import MetaBatches
 from meta_lightning.data.tasks import FewShotTasks, as_task_batch, import_learn2learn
@@ -142,9 +142,8 @@ def gathers(data: ImageTasks) -> None:
         print(f"{name:56} {statistics.median(times):6.3f}   least {min(times):6.3f}")
 
 
-def share_of_waiting(steps: int) -> None:
-    """The profiler's account of a fit on the glyph configuration."""
-    data = Glyphs(train_queries=5, meta_batch_size=8)
+def share_of_waiting(name: str, learner: MetaLearner, data: TaskDataModule, steps: int) -> None:
+    """The profiler's account of a fit, without its first batch, for which the data set is made."""
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -155,11 +154,12 @@ def share_of_waiting(steps: int) -> None:
         enable_model_summary=False,
         profiler="simple",
     )
-    trainer.fit(MAML(Conv4(filters=32), inner_lr=0.2, inner_steps=2), data)
+    trainer.fit(learner, data)
     recorded = trainer.profiler.recorded_durations  # type: ignore[attr-defined]
-    waiting = sum(sum(times) for action, times in recorded.items() if action.endswith("train_dataloader_next"))
-    epoch = sum(recorded["run_training_epoch"])
-    print(f"fit on glyphs, {steps} steps: {waiting / epoch:.1%} of {epoch:.1f} s waited for data")
+    (waits,) = (times[1:] for action, times in recorded.items() if action.endswith("train_dataloader_next"))
+    (batches,) = (times[1:] for action, times in recorded.items() if action.endswith("run_training_batch"))
+    epoch = sum(waits) + sum(batches)
+    print(f"fit, {name}, {steps} steps: {sum(waits) / epoch:.2%} of {epoch:.1f} s waited for data")
 
 
 if __name__ == "__main__":
@@ -178,4 +178,8 @@ if __name__ == "__main__":
     grey: ImageTasks = Omniglot(str(root)) if root else Glyphs()
     compare(f"{type(grey).__name__} 28×28, 5-way 1-shot 15-query", grey, batches=16)
     compare("84×84 colour, 5-way 5-shot 15-query", colour, batches=24)
-    share_of_waiting(200)
+    glyphs = Glyphs(train_queries=5, meta_batch_size=8)
+    share_of_waiting("glyphs", MAML(Conv4(filters=32), inner_lr=0.2, inner_steps=2), glyphs, 200)
+    for algorithm in (MAML, FOMAML, Reptile):
+        learner = algorithm(Conv4(5, 3, 84, 32, "max_pool"), inner_lr=0.01, inner_steps=5)
+        share_of_waiting(f"84×84 colour, {algorithm.__name__}", learner, colour, 20)

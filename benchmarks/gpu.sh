@@ -5,7 +5,7 @@
 #     benchmarks/gpu.sh [--device cpu] [--wheels FOLDER] [--out FOLDER] [--root DATA] [--steps 60000] [STAGE ...]
 #
 # STAGE: gradients speed fit train; all by default. FOLDER of wheels: what the machine lacks, installed for this run only.
-# DATA holds torchvision's omniglot-py; without it, or its cache, nothing is trained. On an H100 all takes 12 minutes.
+# DATA holds torchvision's omniglot-py; without it, or its cache, nothing is trained. Each stage has a limit.
 set -u
 cd "$(dirname "$0")/.." || exit
 device=cuda wheels='' out=benchmarks/runs/gpu root=data steps=60000 stages=''

@@ -36,6 +36,8 @@ WORKLOADS = {
     "omniglot": Workload("Omniglot 1-shot, 32 tasks, 64 filters, stride 2", 32, 1, 28, 64),
     "small": Workload("84×84 1-shot, 4 tasks, 32 filters, max-pool", 4, 1, 84, 32),
     "large": Workload("84×84 5-shot, 16 tasks, 32 filters, max-pool", 16, 5, 84, 32),
+    "resnet": Workload("ResNet-18, 84×84 1-shot, 2 tasks", 2, 1, 84, 0, queries=3, steps=2),
+    "single": Workload("Omniglot 1-shot, a single task, 64 filters, stride 2", 1, 1, 28, 64),
 }
 PEERS = ("learn2learn", "torch.func", "JAX", "ours", "recomputed", "compiled")
 VARIANTS = {"graph": {}, "recomputed": {"recompute_inner_steps": True}, "compiled": {"compile_passes": True}}
@@ -86,7 +88,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", choices=WORKLOADS, nargs="*", default=[*WORKLOADS])
+    parser.add_argument("--only", choices=WORKLOADS, nargs="*", default=["omniglot", "small", "large"])
     parser.add_argument("--tasks", type=int, default=0, help="tasks a meta-batch, in place of the workload's")
     slow = ("torch.func", "JAX", "compiled")
     parser.add_argument("--without", choices=slow, nargs="*", default=[], help="these")

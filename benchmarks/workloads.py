@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn import functional as F
+from torchvision.models import resnet18
 
 from meta_lightning import FOMAML, MAML, Conv4, MetaLearner, Reptile, TaskBatch
 from meta_lightning.runs.machine import MEGABYTE, PeakMemory
@@ -24,13 +25,15 @@ class Workload(NamedTuple):
     tasks: int
     shots: int
     size: int
-    filters: int
+    filters: int  # of Conv4; 0: torchvision's ResNet-18
     queries: int = 15
     ways: int = 5
     steps: int = 5
 
-    def network(self) -> Conv4:
+    def network(self) -> nn.Module:
         torch.manual_seed(0)
+        if self.filters == 0:
+            return resnet18(num_classes=self.ways)
         if self.size == 28:
             return Conv4(self.ways, 1, 28, self.filters, "stride")
         return Conv4(self.ways, 3, self.size, self.filters, "max_pool")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meta_lightning.checks import require
-from meta_lightning.inner.params import Params, of_network, tree_flatten, tree_leaves, tree_unflatten
+from meta_lightning.inner.params import Params, of_network
 
 try:
     from meta_lightning.inner.kernels import TasksAsChannels
@@ -91,7 +91,7 @@ class TaskNetwork:
     def over_tasks(self, function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
         """Apply a function of one task to all tasks.  # -> T ..."""
         # a single task is faster without vmap, and on a CPU Passes gives a large network one task at a time
-        if not self.loops_over_tasks and len(tree_leaves(stacked)[0]) > 1:
+        if not self.loops_over_tasks and len(stacked[-1]) > 1:
             try:
                 return together(function, *stacked)
             except torch.OutOfMemoryError:
@@ -114,19 +114,20 @@ def together(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tens
 
 def one_by_one(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
     """Apply a function of one task to each task in a loop."""
-    tensors, structure = tree_flatten(stacked)
-    parts = [parts_of_tasks(tensor) for tensor in tensors]
     with differentiable_attention():
-        return torch.stack([function(*tree_unflatten([*task], structure)) for task in zip(*parts, strict=True)])
+        return torch.stack([function(*task) for task in zip(*map(parts_of_tasks, stacked), strict=True)])
 
 
-def parts_of_tasks(tensor: Tensor) -> Sequence[Tensor]:
-    """The tasks' parts of a tensor.  # T ... -> T of ..."""
-    if len(tensor) == 1:
-        return [tensor.squeeze(0)]
+def parts_of_tasks(stacked: Params | Tensor) -> Sequence[Any]:
+    """The tasks' parts of a tensor, or of parameters.  # T ... -> T of ..."""
+    if isinstance(stacked, dict):
+        parts = zip(*map(parts_of_tasks, stacked.values()), strict=True)
+        return [dict(zip(stacked, of_task, strict=True)) for of_task in parts]
+    if len(stacked) == 1:
+        return [stacked.squeeze(0)]
     # the backward of indexing allocates zeros for all tasks, once per task; that of unbind copies once. Samples are
     # copied, since a network may write into its input, which views of one tensor do not allow
-    return tensor.unbind() if tensor.requires_grad else [tensor[task].clone() for task in range(len(tensor))]
+    return stacked.unbind() if stacked.requires_grad else [stacked[task].clone() for task in range(len(stacked))]
 
 
 @contextmanager
