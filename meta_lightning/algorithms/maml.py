@@ -16,6 +16,9 @@ from meta_lightning.inner.rules import MetaSGD, chosen_by
 from meta_lightning.outer.update import OuterOptimizer
 from meta_lightning.scores import score
 
+# in the errors of operators that have a first derivative only
+ONCE_DIFFERENTIABLE = ("is not implemented", "don't support automatic differentiation", "differentiate twice")
+
 
 class MAML(MetaLearner):
     """Model-agnostic meta-learning (Finn, Abbeel and Levine, 2017, https://arxiv.org/abs/1703.03400, algorithm 2).
@@ -80,9 +83,17 @@ class MAML(MetaLearner):
     def meta_gradient(self, batch: TaskBatch) -> tuple[Params, Tensor, Tensor]:
         """``∇_θ mean_i L_query,i(θ'_i(θ))``, with the query losses and predictions of the tasks.  # ..., T, T R ..."""
         support = self.inner_batches(batch.support_x, batch.support_y, self.inner_steps)
-        meta_gradient, losses, predictions = self.in_passes(
-            self.pass_gradient, support, batch.query_x, batch.query_y, compiled=True
-        )
+        try:
+            meta_gradient, losses, predictions = self.in_passes(
+                self.pass_gradient, support, batch.query_x, batch.query_y, compiled=True
+            )
+        except RuntimeError as error:
+            require(
+                not any(words in str(error) for words in ONCE_DIFFERENTIABLE),
+                f"network and loss must have a second derivative for {type(self).__name__}, but torch says: {error}. "
+                "FOMAML and Reptile need the first only",
+            )
+            raise
         return meta_gradient, losses, predictions
 
     def pass_gradient(self, support: Support, query_x: Tensor, query_y: Tensor) -> tuple[Params, Tensor, Tensor]:

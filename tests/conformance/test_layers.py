@@ -1,0 +1,167 @@
+"""Every module class of torch.nn, in four positions: what a literal loop over tasks computes, or refused by name."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from layers import LAYERS, ONCE_DIFFERENTIABLE, REASONS, Call, Layer
+from reference import update, worst
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from meta_lightning import FOMAML, MAML, MetaLearner, Reptile, TaskBatch
+from meta_lightning.checks import InputError
+
+pytestmark = pytest.mark.usefixtures("double")
+
+CLASSES = sorted(name for name, found in vars(nn).items() if isinstance(found, type) and issubclass(found, nn.Module))
+LOSSES = [name for name in CLASSES if "Loss" in name and name != "AdaptiveLogSoftmaxWithLoss"]
+POSITIONS = ("plain", "tied", "reused", "under dropout 0")
+ALGORITHMS: dict[str, type[MetaLearner]] = {"MAML": MAML, "FOMAML": FOMAML, "Reptile": Reptile}
+WAYS: list[tuple[str, dict[str, Any]]] = [
+    ("MAML", {}),
+    ("MAML", {"recompute_inner_steps": True}),
+    ("MAML", {"tasks_per_pass": 1}),
+    ("FOMAML", {}),
+    ("FOMAML", {"tasks_per_pass": 1}),
+    ("Reptile", {}),
+    ("Reptile", {"tasks_per_pass": 1}),
+]
+T, SAMPLES, STEPS, RATE, EXACT = 2, 4, 2, 0.1, 1e-9
+
+
+class Around(nn.Module):
+    """A layer in a position, behind a scale that takes gradients of its input, and before a linear head."""
+
+    def __init__(self, layer: Layer, position: str) -> None:
+        super().__init__()
+        self.call, self.position, self.tokens = layer.call, position, layer.tokens
+        self.scale = nn.Parameter(0.5 + torch.rand(layer.sample))
+        self.layer = layer.make()
+        self.dropout = nn.Dropout(0.0)
+        x = samples(layer, 1)
+        self.call(self.layer, x)  # gives lazy layers their shape
+        if position == "tied":
+            self.other = layer.make()
+            self.call(self.other, x)
+            for name, p in list(self.layer.named_parameters()):
+                owner, _, attribute = name.rpartition(".")
+                setattr(self.other.get_submodule(owner), attribute, p)
+        self.head = nn.Linear(self.body(x).reshape(SAMPLES, -1).shape[1], 2)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = x if self.tokens else x * self.scale
+        y = self.call(self.layer, self.dropout(x) if self.position == "under dropout 0" and not self.tokens else x)
+        if self.position == "tied":
+            y = y * self.call(self.other, x).tanh()
+        if self.position == "reused":
+            y = y * self.call(self.layer, x.flip(0)).tanh()
+        return self.dropout(y) if self.position == "under dropout 0" else y
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(x).reshape(len(x), -1))
+        return logits
+
+
+class Called(nn.Module):
+    """A layer as a module of one argument."""
+
+    def __init__(self, layer: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.layer, self.call = layer, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.layer, x)
+
+
+def samples(layer: Layer, seed: int) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    shape = SAMPLES, *layer.sample
+    return torch.randint(5, shape, generator=rng) if layer.tokens else torch.randn(shape, generator=rng)
+
+
+def tasks(layer: Layer) -> TaskBatch:
+    def part(seed: int) -> tuple[Tensor, Tensor]:
+        x = torch.stack([samples(layer, seed + task) for task in range(T)])
+        return x, torch.arange(2).repeat(T, SAMPLES // 2)
+
+    return TaskBatch(*part(1), *part(10))
+
+
+def ours(algorithm: str, network: nn.Module, batch: TaskBatch, **options: Any) -> dict[str, Tensor]:
+    learner = ALGORITHMS[algorithm](network, inner_lr=RATE, inner_steps=STEPS, **options)
+    if isinstance(learner, MAML):
+        return learner.meta_gradient(batch)[0]
+    support = learner.inner_batches(batch.support_x, batch.support_y, STEPS)
+    result: dict[str, Tensor] = learner.in_passes(learner.adapt_pass, support, compiled=True)[0]
+    return result
+
+
+def test_every_class_has_a_construction_or_a_reason() -> None:
+    known = {*LAYERS, *REASONS, *LOSSES}
+    assert not known - {*CLASSES}
+    assert not {*CLASSES} - known, "add a construction to layers.py"
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, on what the classes are given
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_as_in_a_loop_over_tasks(name: str) -> None:
+    layer = LAYERS[name]
+    wrong = {}
+    for position in POSITIONS:
+        torch.manual_seed(0)
+        network = Around(layer, position)
+        if position == "tied" and not any(True for _ in network.layer.parameters()):
+            continue
+        batch = tasks(layer)
+        once = name in ONCE_DIFFERENTIABLE
+        algorithms = [a for a in ALGORITHMS if a != "MAML" or not once]
+        expected = {a: update(a, network, batch, STEPS, RATE, nn.CrossEntropyLoss()) for a in algorithms}
+        for algorithm, options in WAYS:
+            if algorithm == "MAML" and once:
+                with pytest.raises(InputError, match=r"network .*second derivative.*FOMAML"):
+                    ours(algorithm, copy.deepcopy(network), batch, **options)
+                continue
+            try:
+                got = ours(algorithm, copy.deepcopy(network), batch, **options)
+                error = worst(got, expected[algorithm])
+            except Exception as refusal:
+                error = f"{type(refusal).__name__}: {str(refusal)[:90]}"  # type: ignore[assignment]
+            if not (isinstance(error, float) and error <= EXACT):
+                wrong[position, algorithm, *options] = error
+    assert not wrong, "\n".join(f"{place}: {error}" for place, error in wrong.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if not layer.tokens])
+def test_torchs_second_derivative_is_right(name: str) -> None:
+    """Else the loop, which uses it too, could not decide; where there is none, MAML refuses the layer."""
+    layer = LAYERS[name]
+    torch.manual_seed(0)
+    module, x = layer.make(), samples(layer, 1).requires_grad_()
+    layer.call(module, x)  # gives lazy layers their shape
+    called = Called(module, layer.call)
+    params = dict(called.named_parameters())
+
+    def function(x: Tensor, *values: Tensor) -> Any:
+        return functional_call(called, dict(zip(params, values, strict=True)), (x,))
+
+    with sdpa_kernel(SDPBackend.MATH):
+        if name in ONCE_DIFFERENTIABLE:
+            with pytest.raises(RuntimeError):
+                torch.autograd.gradgradcheck(function, (x, *params.values()), fast_mode=True)
+        else:
+            assert torch.autograd.gradgradcheck(function, (x, *params.values()), fast_mode=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted({*LAYERS} - ONCE_DIFFERENTIABLE))
+def test_a_compiled_layer_is_as_in_a_loop_over_tasks(name: str) -> None:
+    layer = LAYERS[name]
+    torch.manual_seed(0)
+    network, batch = Around(layer, "plain"), tasks(layer)
+    expected = update("MAML", network, batch, STEPS, RATE, nn.CrossEntropyLoss())
+    assert worst(ours("MAML", copy.deepcopy(network), batch, compile_passes=True), expected) <= EXACT
