@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,6 +20,7 @@ from meta_lightning.adaptation.surgery import in_evaluation
 from meta_lightning.checks import (
     NamedOptions,
     from_command_line,
+    plain,
     require,
     require_at_least,
     require_matches,
@@ -104,6 +106,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         # values. init_from is not needed, as the checkpoint has the weights
         objects = [] if from_command_line() else ["network", "loss", "optimizer", "scheduler", "inner_rule"]
         self.save_hyperparameters(ignore=["init_from", *objects])
+        # NumPy's scalars, of np.logspace for example, do not load with weights_only
+        self.hparams.update({name: v.item() for name, v in self.hparams.items() if isinstance(v, np.generic)})
+        inner_lr, outer_lr = plain(inner_lr), plain(outer_lr)
         rule = as_rule(inner_rule)
         if inner_rule is not None and objects:
             self.save_hyperparameters({"inner_rule": rule.description()})
@@ -272,12 +277,6 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         data: L.LightningDataModule | None = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self.form = form_of(data.hparams, type(data))
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch; one that is there already is left alone, where Lightning would take it apart."""
-        if all(isinstance(part, Tensor) and part.device == device for part in batch):
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_train_start(self) -> None:
         """Start or resume the outer loop."""

@@ -90,6 +90,12 @@ class TaskDataModule(NamedOptions, L.LightningDataModule, ABC):
         rank_zero_info(f"The samples {sizes}. Set num_workers above 0 to gather batches while training runs.")
         return samples
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch; one that is there already is left alone, where Lightning would take it apart."""
+        if all(isinstance(part, Tensor) and part.device == device for part in batch):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def train_dataloader(self) -> TaskLoader:
         """One epoch of the stream of training tasks, from the trainer's current meta-iteration."""
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0  # repeats the first tasks

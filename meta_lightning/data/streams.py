@@ -42,7 +42,7 @@ def generators(prefix: Sequence[int], tasks: Sequence[int]) -> Iterator[np.rando
 def start(prefix: Sequence[int], tasks: Sequence[int]) -> tuple[Pair, Pair]:
     """The state and the increment of every task's new generator.  # of T"""
     require(max(tasks) < 2**32, f"tasks must be below 2³², got {max(tasks)}")
-    fixed = [n >> bits & 0xFFFFFFFF for n in prefix for bits in range(0, max(1, n.bit_length()), 32)]
+    fixed = [n >> bits & 0xFFFFFFFF for n in map(int, prefix) for bits in range(0, max(1, n.bit_length()), 32)]
     words = seed_words([*(np.full(len(tasks), n) for n in fixed), np.asarray(tasks)], 4)
     state, increment = (words[0], words[1]), add(double(words[2], words[3]), (np.uint64(0), np.uint64(1)))
     return add(times_multiplier(add(increment, state)), increment), increment
