@@ -112,9 +112,10 @@ def measure(name: str, steps: int, compiled: bool, accelerator: str) -> str:
     if device == "cpu":
         keep_freed_memory()  # as the fit does
     batch = as_task_batch(TaskBatch(*(p.to(device) for p in data.task_set("train").batch(range(data.meta_batch_size)))))
-    learner = make(**{"compile_passes": True} if compiled else {}).to(device)
+    learner = make(compile_passes=compiled or "auto")
     times: dict[str, list[float]] = {"pass": [], "fit": [], "bare": []}
     for _ in range(3):
+        learner.to(device)  # each fit ends with moving it to the CPU
         times["pass"].append(bare_pass(learner, batch, steps))
         times["fit"].append(fit(learner, data, steps, accelerator, Checkpoints(), Dashboard()))
         learner.to(device)

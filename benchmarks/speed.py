@@ -4,7 +4,7 @@
 
 The same network, initial values and tasks for all, float32 (on a GPU with torch's default of TF32 in convolutions),
 five inner steps; before timing, everyone's gradient is compared with learn2learn's. Each figure is the median of
-repeats that are taken in turn. "Ours" is as in a fit: on a GPU a CUDA graph. "Compiled" is ours with compile_passes,
+repeats that are taken in turn. "Ours" on a GPU is a CUDA graph (compile_passes auto). "Compiled" is compile_passes true,
 after compiling, whose seconds stand beside it. JAX is left out where it is not installed. The last table has the peak
 memory of one step, each in a process of its own.
 """
@@ -91,7 +91,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", choices=WORKLOADS, nargs="*", default=["omniglot", "small", "large"])
     parser.add_argument("--tasks", type=int, default=0, help="tasks a meta-batch, in place of the workload's")
     slow = ("torch.func", "JAX", "compiled")
-    parser.add_argument("--without", choices=slow, nargs="*", default=[], help="these")
+    parser.add_argument("--without", choices=slow, nargs="*", default=[], help="peers to leave out")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device == "cpu":

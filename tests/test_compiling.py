@@ -127,8 +127,16 @@ def another_layer(learner: MetaLearner) -> None:
     learner.network[3] = nn.Linear(4, 2)  # type: ignore[operator]
 
 
+def another_loss(learner: MetaLearner) -> None:
+    learner.loss = lambda predictions, targets: predictions.square().mean()
+
+
+def a_hook(learner: MetaLearner) -> None:
+    learner.network.register_forward_hook(lambda module, args, output: 2 * output)  # type: ignore[operator]
+
+
 @pytest.mark.usefixtures("unfused")
-@pytest.mark.parametrize("change", [half_the_rate, freeze, no_dropout, another_layer])
+@pytest.mark.parametrize("change", [half_the_rate, freeze, no_dropout, another_layer, another_loss, a_hook])
 def test_what_changes_after_compiling_is_seen(change: Callable[[MetaLearner], None]) -> None:
     def learner(**options: Any) -> FOMAML:
         torch.manual_seed(0)
@@ -237,9 +245,12 @@ def test_recomputed_steps_are_refused(network: nn.Module) -> None:
 class Unsteady(nn.Module):
     """Depends on what a graph would repeat: random numbers of Python, or its own count of calls."""
 
+    count: Tensor
+
     def __init__(self, network: nn.Module, kind: str) -> None:
         super().__init__()
         self.network, self.kind, self.calls = network, kind, 0
+        self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         factor = random.random() if self.kind == "random numbers" else 0.0
@@ -247,10 +258,13 @@ class Unsteady(nn.Module):
             self.calls += 1
             factor = float(self.calls)
         y: Tensor = self.network(x)
+        if self.kind == "buffers":
+            self.count.add_(1.0)
+            return self.count.clone() * y
         return factor * y
 
 
-@pytest.mark.parametrize("kind", ["random numbers", "attributes"])
+@pytest.mark.parametrize("kind", ["random numbers", "attributes", "buffers"])
 def test_what_a_graph_would_repeat_is_refused(kind: str, network: nn.Module) -> None:
     """And the step that shows it counts as one step."""
     batch = next(iter(batches(6)))
@@ -260,19 +274,20 @@ def test_what_a_graph_would_repeat_is_refused(kind: str, network: nn.Module) -> 
         random.seed(0)
         return [learner.meta_gradient(batch)[1] for _ in range(3)]
 
-    with pytest.warns(UserWarning, match=f"uncompiled: the pass .* {kind}") as caught:
+    with pytest.warns(UserWarning, match=f"uncompiled: the pass .*{kind}") as caught:
         ours = losses(compile_passes=True)
     assert len([w for w in caught if "uncompiled" in str(w.message)]) == 1
     for one, expected in zip(ours, losses(), strict=True):
         assert torch.equal(one, expected)
 
 
-def test_the_default_records_graphs_on_a_gpu_only(network: nn.Module) -> None:
+def test_auto_records_graphs_on_a_gpu_only(network: nn.Module) -> None:
     """CUDA graphs themselves are checked by benchmarks/gradients.py, where there is a GPU."""
-    learner = FOMAML(network)
+    learner = FOMAML(network, compile_passes="auto")
     assert learner.passes.compile_on(torch.device("cuda"))
     assert not learner.passes.compile_on(torch.device("cpu"))
-    assert not MAML(network, recompute_inner_steps=True).passes.compile_on(torch.device("cuda"))
-    assert not FOMAML(network, compile_passes=False).passes.compile_on(torch.device("cuda"))
+    recomputed = MAML(network, recompute_inner_steps=True, compile_passes="auto")
+    assert not recomputed.passes.compile_on(torch.device("cuda"))
+    assert not FOMAML(network).passes.compile_on(torch.device("cuda"))
     with pytest.raises(InputError, match=r"compile_passes must be .*'always'"):
         FOMAML(network, compile_passes="always")  # type: ignore[arg-type]

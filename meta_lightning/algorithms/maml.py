@@ -17,7 +17,7 @@ from meta_lightning.outer.update import OuterOptimizer
 from meta_lightning.scores import score
 
 # in the errors of operators that have a first derivative only
-ONCE_DIFFERENTIABLE = ("is not implemented", "don't support automatic differentiation", "differentiate twice")
+ONCE_DIFFERENTIABLE = ("derivative for", "don't support automatic differentiation", "differentiate twice")
 
 
 class MAML(MetaLearner):
@@ -90,8 +90,8 @@ class MAML(MetaLearner):
         except RuntimeError as error:
             require(
                 not any(words in str(error) for words in ONCE_DIFFERENTIABLE),
-                f"network and loss must have a second derivative for {type(self).__name__}, but torch says: {error}. "
-                "FOMAML and Reptile need the first only",
+                f"network and loss must have the derivatives of {type(self).__name__}, but torch says: {error}. "
+                "MAML and IMAML take the second derivative, FOMAML and Reptile the first only",
             )
             raise
         return meta_gradient, losses, predictions

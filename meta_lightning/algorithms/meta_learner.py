@@ -63,7 +63,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             ``torch.optim.lr_scheduler``. It steps once per meta-iteration.
         tasks_per_pass: Tasks of a meta-batch that are computed at once; affects time, memory and dropout masks only.
             Default: on a CPU as many as fit into its caches, elsewhere all; halved on OOM.
-        compile_passes: ``"auto"`` records the training passes on a GPU as CUDA graphs, in about a second each: the same
+        compile_passes: ``"auto"`` records the training passes on a GPU as CUDA graphs, in half a second each: the same
             numbers, many times faster for small networks. ``True`` also compiles them with ``torch.compile``, on a CPU
             too; affects time, rounding and dropout masks only. This takes seconds to minutes and needs a C++ compiler
             or, on a GPU, Triton. Branches of the network on buffer values are fixed when it is traced.
@@ -96,7 +96,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         outer_lr_decay: Decay = "constant",
         scheduler: Scheduler | None = None,
         tasks_per_pass: int | None = None,
-        compile_passes: Compile = "auto",
+        compile_passes: Compile = False,
         transductive: bool = True,
         init_from: str | None = None,
         max_skipped: int = 10,
@@ -181,16 +181,17 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         def read() -> tuple[Any, ...]:
             """What a graph takes from the learner: callbacks may change it, and moving to a device replaces it."""
             modules = [module for root in (self.network, self.inner_rule, self.loss) for module in modules_of(root)]
-            own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-            # rates, modes, and what a forward counts
-            numbers = [v for of in (own, *map(vars, modules)) for v in of.values() if isinstance(v, int | float)]
-            tensors = [t for module in modules for t in (*module.parameters(False), *module.buffers(False))]
-            places = [(id(t), t.data_ptr()) for t in tensors]  # a parameter that was moved is the same object
+            numbers = [v for n, v in vars(self).items() if isinstance(v, int | float) and not n.startswith("_")]
+            # modes, parameters, buffers, hooks, and what a forward assigns
+            attributes = [identity(value) for module in modules for value in vars(module).values()]
             frozen = frozenset(self.inner_frozen), frozenset(self.outer_frozen)
-            return function.__name__, *numbers, str(self.inner_rule.description()), *frozen, *places, *theta
+            rule = str(self.inner_rule.description())
+            return function.__name__, *numbers, rule, id(self.loss), *frozen, *attributes, *theta
 
         key = read if compiled and self.passes.compile_on(tree_leaves(stacked)[0].device) else None
-        return self.passes.run(function, *stacked, parameters=sum(p.numel() for p in theta.values()), key=key)
+        return self.passes.run(
+            function, *stacked, parameters=sum(p.numel() for p in theta.values()), key=key, buffers=self.network.buffers
+        )
 
     def inner_update(self, support_x: Tensor, support_y: Tensor) -> Params:
         """Adapt to one task and return θ'.
@@ -404,6 +405,15 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             self.passes.tasks_that_fit = checkpoint.get("tasks_that_fit")
         for counter, count in zip(self.outer_update.counters(), checkpoint.get("skipped", ()), strict=False):
             counter.copy_(count)
+
+
+def identity(value: Any) -> Any:
+    """A value for comparisons that changes whenever an attribute or its memory is replaced."""
+    if isinstance(value, int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        return id(value), value.data_ptr()  # a parameter that was moved is the same object
+    return tuple(map(identity, value.values())) if isinstance(value, dict) else id(value)
 
 
 def modules_of(root: Any) -> Iterator[nn.Module]:

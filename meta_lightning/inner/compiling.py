@@ -1,6 +1,6 @@
 """Compiled passes of a meta-batch."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -32,10 +32,13 @@ class CompiledPasses:
         """Copy without graphs, which read the tensors of the original learner."""
         return CompiledPasses, (self.fuse,)
 
-    def run(self, function: Pass, key: Callable[[], Hashable], *args: Any) -> Any:
+    def run(
+        self, function: Pass, key: Callable[[], Hashable], buffers: Callable[[], Iterable[Tensor]], *args: Any
+    ) -> Any:
         """Return ``function(*args)``, with ``fuse`` up to the rounding of fused kernels.
 
-        ``key`` returns all that the function depends on besides the arguments.
+        ``key`` returns all that the function depends on besides the arguments, ``buffers`` the tensors that it must not
+        change.
         """
         tensors, structure = tree_flatten(args)
         device = tensors[0].device
@@ -47,14 +50,18 @@ class CompiledPasses:
                 return function(*args)
             if len(self.passes) == MOST:
                 return self.refuse(f"{MOST} graphs of other shapes or settings exist already", function(*args))
-            before = random_states(device)
+            before, kept = random_states(device), [buffer.clone() for buffer in buffers()]
             result = function(*args)  # raise the pass's own errors, and run its one-time checks, outside the trace
             after = random_states(device)
-            # what a graph would repeat
+            # what a graph would repeat, or recording do several times
             if any(after[generator] != before[generator] for generator in ("python", "numpy")):
                 return self.refuse("the pass draws random numbers of Python or NumPy", result)
+            if device.type == "cuda" and not torch.equal(after["torch"], before["torch"]):
+                return self.refuse("the pass draws random numbers on the CPU", result)
             if key() != known:
                 return self.refuse("the pass changes attributes of its modules", result)
+            if not all(map(torch.equal, buffers(), kept)):
+                return self.refuse("the pass changes buffers", result)
             try:
                 set_random_states(before, device)  # the draws belong to training
                 compiled = fused(function, *args) if self.fuse else function
@@ -82,7 +89,8 @@ class CompiledPasses:
         stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
         # casts that autocast keeps would stay in the graph's memory
         casts = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
-        with torch.cuda.device(device), torch.autocast(device.type, *casts, cache_enabled=False):
+        restored = torch.cuda.stream(torch.cuda.current_stream(device))  # a recording that fails leaves its own behind
+        with restored, torch.autocast(device.type, *casts, cache_enabled=False):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 function(*arguments)  # libraries allocate their workspaces

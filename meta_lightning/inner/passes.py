@@ -1,7 +1,7 @@
 """Passes: chunks of the tasks of a meta-batch that fit into memory or caches."""
 
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -44,10 +44,11 @@ class Passes:
         *stacked: Any,
         parameters: int,
         key: Callable[[], Hashable] | None = None,
+        buffers: Callable[[], Iterable[Tensor]] = list,
     ) -> tuple[Any, ...]:
         """Apply ``function`` to chunks of tasks; average its first result, a mean, and concatenate the others."""
         if key is not None:
-            function = partial(self.compiled.run, function, key)
+            function = partial(self.compiled.run, function, key, buffers)
         tensors = tree_leaves(stacked)
         tasks, values = len(tensors[0]), max(tensor[0].numel() for tensor in tensors)
         # θ', its gradient and its update take cache too: a quarter of θ's size, measured with Reptile

@@ -85,7 +85,9 @@ class OuterUpdate(nn.Module):
         certain = known_to_hold(finite)
         guard: AbstractContextManager[None] = nullcontext()
         if not certain:
-            skips = optimizer.state and all(group.get("fused") for group in optimizer.param_groups)
+            # optimizers of other packages may have the option and not know found_inf
+            fused = optimizer.state and all(group.get("fused") for group in optimizer.param_groups)
+            skips = fused and type(optimizer).__module__.startswith("torch.optim.")
             guard = skipped_unless(finite, optimizer) if skips else undone_unless(finite, moved(), optimizer)
         with torch.no_grad(), guard:
             yield
