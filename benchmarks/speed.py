@@ -4,9 +4,9 @@
 
 The same network, initial values and tasks for all, float32 (on a GPU with torch's default of TF32 in convolutions),
 five inner steps; before timing, everyone's gradient is compared with learn2learn's. Each figure is the median of
-repeats that are taken in turn. "Ours" on a GPU is a CUDA graph (compile_passes auto). "Compiled" is compile_passes true,
-after compiling, whose seconds stand beside it. JAX is left out where it is not installed. The last table has the peak
-memory of one step, each in a process of its own.
+repeats that are taken in turn. "Ours" on a GPU is a CUDA graph (compile_passes auto). "Compiled" is that of
+compile_passes true, after compiling, whose seconds stand beside it. JAX is left out where it is not installed. The last
+table has the peak memory of one step, each in a process of its own.
 """
 
 import argparse
