@@ -5,7 +5,7 @@ import csv
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,23 @@ def spoilt(batch: TaskBatch, value: float) -> TaskBatch:
     return batch._replace(support_y=y)
 
 
+class Foreign(Optimizer):
+    """Of another package: it has the option fused, and does not look at found_inf."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float) -> None:
+        super().__init__(params, {"lr": lr, "fused": None})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["mean"] = 0.9 * state.get("mean", torch.zeros_like(p)) + p.grad
+                p -= group["lr"] * state["mean"]
+
+
 OPTIMIZERS = {
+    "foreign": Foreign,
     "adam": Adam,
     "sgd": SGD,
     "momentum": partial(SGD, momentum=0.9, dampening=0.5),
