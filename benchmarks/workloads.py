@@ -52,8 +52,6 @@ class Workload(NamedTuple):
 def ours(algorithm: str, workload: Workload, device: str = "cpu", **options: Any) -> Step:
     """The algorithm's own training step, less the outer step."""
     options = {"inner_lr": INNER_LR, "inner_steps": workload.steps, "compile_passes": "auto"} | options
-    if options.get("recompute_inner_steps"):
-        options["compile_passes"] = False
     learner = ALGORITHMS[algorithm](workload.network().to(device), **options)
     batch = workload.batch(device)
     if isinstance(learner, MAML):
