@@ -51,7 +51,7 @@ class Workload(NamedTuple):
 
 def ours(algorithm: str, workload: Workload, device: str = "cpu", **options: Any) -> Step:
     """The algorithm's own training step, less the outer step."""
-    options = {"inner_lr": INNER_LR, "inner_steps": workload.steps, "compile_passes": "auto"} | options
+    options = {"inner_lr": INNER_LR, "inner_steps": workload.steps} | options
     learner = ALGORITHMS[algorithm](workload.network().to(device), **options)
     batch = workload.batch(device)
     if isinstance(learner, MAML):

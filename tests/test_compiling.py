@@ -12,9 +12,10 @@ from conftest import trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from meta_lightning import FOMAML, MAML, Adam, MetaLearner, Reptile, TaskBatch
+from meta_lightning import FOMAML, IMAML, MAML, Adam, MetaLearner, Reptile, TaskBatch
 from meta_lightning.checks import InputError
 from meta_lightning.inner import compiling
+from meta_lightning.inner.passes import Compile
 
 ALGORITHMS: list[tuple[type[MetaLearner], dict[str, Any]]] = [
     (MAML, {"learn_inner_lr": True}),
@@ -71,6 +72,21 @@ def test_training_is_the_same(algorithm: type[MetaLearner], options: dict[str, A
     assert compiled(ours) == 1
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("algorithm", "options"), [*ALGORITHMS, (IMAML, {})])
+def test_recorded_training_is_the_same_to_the_bit(
+    algorithm: type[MetaLearner], options: dict[str, Any], network: nn.Module
+) -> None:
+    """And dropout draws the same masks."""
+    network = nn.Sequential(network, nn.Dropout(0.5))
+    torch.manual_seed(3)
+    expected = train(algorithm, network, batches(6), **options)
+    torch.manual_seed(3)
+    ours = train(algorithm, network, batches(6), **options, compile_passes="auto")
+    assert compiled(ours) == 1
+    for name, value in expected.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
 
 
 @pytest.mark.usefixtures("unfused")
@@ -214,26 +230,36 @@ def test_dropout_draws_anew_in_every_step(network: nn.Module) -> None:
 
 
 class Branching(nn.Module):
-    """Asks for a value in the middle, which no graph can hold."""
+    """Asks for the value of an activation, or of a buffer, which no graph can hold."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, by: str) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.by = network, by
+        self.register_buffer("factor", torch.ones(2))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.network(x)
-        return y if y.sum().item() > 0 else 2 * y
+        factor = self.get_buffer("factor")
+        if self.by == "an activation":
+            return y if y.sum().item() > 0 else 2 * y
+        if self.by == "a buffer":
+            return y if factor[0] > 0 else 2 * y
+        return y * factor[factor > 0].sum()
 
 
-def test_what_cannot_be_compiled_runs_as_it_is(network: nn.Module) -> None:
-    network = Branching(network)
+@pytest.mark.parametrize("by", ["an activation", "a buffer", "the shape of a selection"])
+@pytest.mark.parametrize("compile_passes", [True, "auto"])
+def test_what_reads_values_runs_as_it_is(by: str, compile_passes: Compile, network: nn.Module) -> None:
+    network = Branching(network, by)
     batch = next(iter(batches(6)))
-    learner = FOMAML(network, inner_lr=0.1, inner_steps=1, compile_passes=True)
+    learner = FOMAML(network, inner_lr=0.1, inner_steps=1, compile_passes=compile_passes)
     with pytest.warns(UserWarning, match=REFUSAL):
-        ours = learner.meta_gradient(batch)[0]
+        learner.meta_gradient(batch)
+    for own in (network, learner.network):
+        own.get_buffer("factor").neg_()
     expected = FOMAML(network, inner_lr=0.1, inner_steps=1).meta_gradient(batch)[0]
-    for name, value in expected.items():
-        torch.testing.assert_close(ours[name], value)
+    for name, value in learner.meta_gradient(batch)[0].items():
+        assert torch.equal(value, expected[name])
 
 
 def test_recomputed_steps_are_refused(network: nn.Module) -> None:
@@ -265,7 +291,8 @@ class Unsteady(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["random numbers", "attributes", "buffers"])
-def test_what_a_graph_would_repeat_is_refused(kind: str, network: nn.Module) -> None:
+@pytest.mark.parametrize("compile_passes", [True, "auto"])
+def test_what_a_graph_would_repeat_is_refused(kind: str, compile_passes: Compile, network: nn.Module) -> None:
     """And the step that shows it counts as one step."""
     batch = next(iter(batches(6)))
 
@@ -275,19 +302,18 @@ def test_what_a_graph_would_repeat_is_refused(kind: str, network: nn.Module) -> 
         return [learner.meta_gradient(batch)[1] for _ in range(3)]
 
     with pytest.warns(UserWarning, match=f"uncompiled: the pass .*{kind}") as caught:
-        ours = losses(compile_passes=True)
+        ours = losses(compile_passes=compile_passes)
     assert len([w for w in caught if "uncompiled" in str(w.message)]) == 1
     for one, expected in zip(ours, losses(), strict=True):
         assert torch.equal(one, expected)
 
 
-def test_auto_records_graphs_on_a_gpu_only(network: nn.Module) -> None:
-    """CUDA graphs themselves are checked by benchmarks/gradients.py, where there is a GPU."""
-    learner = FOMAML(network, compile_passes="auto")
-    assert learner.passes.compile_on(torch.device("cuda"))
-    assert not learner.passes.compile_on(torch.device("cpu"))
-    recomputed = MAML(network, recompute_inner_steps=True, compile_passes="auto")
-    assert not recomputed.passes.compile_on(torch.device("cuda"))
-    assert not FOMAML(network).passes.compile_on(torch.device("cuda"))
+def test_recomputed_steps_are_not_recorded(network: nn.Module) -> None:
+    learner = MAML(network, recompute_inner_steps=True, compile_passes="auto")
+    learner.meta_gradient(next(iter(batches(6))))
+    assert compiled(learner) == 0
+
+
+def test_another_word_is_refused(network: nn.Module) -> None:
     with pytest.raises(InputError, match=r"compile_passes must be .*'always'"):
         FOMAML(network, compile_passes="always")  # type: ignore[arg-type]

@@ -63,10 +63,11 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             ``torch.optim.lr_scheduler``. It steps once per meta-iteration.
         tasks_per_pass: Tasks of a meta-batch that are computed at once; affects time, memory and dropout masks only.
             Default: on a CPU as many as fit into its caches, elsewhere all; halved on OOM.
-        compile_passes: ``"auto"`` records the training passes on a GPU as CUDA graphs, in half a second each: the same
-            numbers, many times faster for small networks. ``True`` also compiles them with ``torch.compile``, on a CPU
-            too; affects time, rounding and dropout masks only. This takes seconds to minutes and needs a C++ compiler
-            or, on a GPU, Triton. Branches of the network on buffer values are fixed when it is traced.
+        compile_passes: ``"auto"`` records the kernels of a training pass once and replays them: on a GPU as a CUDA
+            graph, many times faster for small networks; on a CPU without the cost of autograd and ``vmap``. The numbers
+            stay the same. ``True`` also compiles them with ``torch.compile``: affects time, rounding and dropout masks
+            only, takes seconds to minutes, and needs a C++ compiler or, on a GPU, Triton. The network and loss must be
+            functions of their inputs, parameters and buffers: what else their Python code does is done once.
         transductive: Whether evaluation predicts all queries of a task in one batch, which share batch-norm statistics
             (Finn et al., 2017), or each query with the support set only (Nichol et al., 2018, section 6.1).
         init_from: Checkpoint, of any algorithm, to load the network's weights from.
@@ -183,12 +184,13 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             modules = [module for root in (self.network, self.inner_rule, self.loss) for module in modules_of(root)]
             numbers = [v for n, v in vars(self).items() if isinstance(v, int | float) and not n.startswith("_")]
             # modes, parameters, buffers, hooks, and what a forward assigns
-            attributes = [identity(value) for module in modules for value in vars(module).values()]
+            values = [value for module in modules for value in vars(module).values()]
+            attributes = [identity(value) for value in values if value or not isinstance(value, dict)]
             frozen = frozenset(self.inner_frozen), frozenset(self.outer_frozen)
             rule = str(self.inner_rule.description())
             return function.__name__, *numbers, rule, id(self.loss), *frozen, *attributes, *theta
 
-        key = read if compiled and self.passes.compile_on(tree_leaves(stacked)[0].device) else None
+        key = read if compiled and self.passes.compile else None
         return self.passes.run(
             function, *stacked, parameters=sum(p.numel() for p in theta.values()), key=key, buffers=self.network.buffers
         )

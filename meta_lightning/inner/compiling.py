@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meta_lightning.inner.params import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from meta_lightning.random_states import random_states, set_random_states
@@ -17,9 +19,9 @@ MOST = 32  # graphs: a learning rate that changes at every step would compile on
 
 
 class CompiledPasses:
-    """Compiles a pass once per signature of its inputs, and runs it; uncompiled with a warning if that fails.
+    """Records a pass once per signature of its inputs, and replays it; uncompiled with a warning if that fails.
 
-    On a GPU the pass is recorded as a CUDA graph, of torch's own kernels or, if ``fuse``, of those of torch.compile.
+    The record is a list of torch's own kernels or, if ``fuse``, of those of torch.compile; on a GPU a CUDA graph.
     """
 
     def __init__(self, fuse: bool) -> None:
@@ -64,8 +66,9 @@ class CompiledPasses:
                 return self.refuse("the pass changes buffers", result)
             try:
                 set_random_states(before, device)  # the draws belong to training
-                compiled = fused(function, *args) if self.fuse else function
-                self.passes[signature] = self.captured(compiled, *args) if device.type == "cuda" else compiled
+                on_gpu = device.type == "cuda"
+                compiled = function if on_gpu and not self.fuse else traced(function, self.fuse, *args)
+                self.passes[signature] = self.captured(compiled, *args) if on_gpu else compiled
             except Exception as reason:  # any kind: the compiler's, of a missing compiler, or of the device
                 rank_zero_warn(f"A pass runs uncompiled, since compiling failed: {reason}")
                 self.passes[signature] = function
@@ -92,7 +95,7 @@ class CompiledPasses:
         restored = torch.cuda.stream(torch.cuda.current_stream(device))  # a recording that fails leaves its own behind
         with restored, torch.autocast(device.type, *casts, cache_enabled=False):
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), ReadingNoValues():
                 function(*arguments)  # libraries allocate their workspaces
             torch.cuda.current_stream().wait_stream(stream)
             # thread_local: another thread, NCCL's or a loader's, may call CUDA meanwhile
@@ -110,22 +113,40 @@ class CompiledPasses:
         return run
 
 
-def fused(function: Pass, *args: Any) -> Pass:
-    """Trace the function on these arguments, compile the graph and run it once."""
+class ReadingNoValues(TorchDispatchMode):
+    """Raise where Python reads values of a tensor, on which it may branch: a record would keep the branch."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function unless its result, or its result's shape, depends on values."""
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags}:
+            raise RuntimeError(f"the network or loss reads values of a tensor ({func})")
+        return func(*args, **(kwargs or {}))
+
+
+def traced(function: Pass, fuse: bool, *args: Any) -> Pass:
+    """Record torch's kernels in the function, and run them without autograd and vmap, or fused by torch.compile."""
+    device = tree_leaves(args)[0].device
     # torch.compile has no double backward: make_fx traces the pass, i.e. forward, inner loop and meta-gradient, into a
     # graph that needs no further differentiation. Its Python numbers are constants; tensors are read at each call
-    rank_zero_info("Compiling a pass, which takes seconds to minutes …")
-    device = tree_leaves(args)[0].device
-    graph = make_fx(lambda *args: function(*args))(*args)  # make_fx counts a method's self as an argument
-    for node in graph.graph.nodes:
-        if node.target is aten.view.default:  # compiled kernels return other strides than traced
-            node.target = aten.reshape.default
-    graph.recompile()
-    compiled = torch.compile(graph, fullgraph=True, dynamic=False)
+    with ReadingNoValues():
+        graph: GraphModule = make_fx(lambda *args: function(*args))(*args)  # it counts a method's self as an argument
+    compiled: Pass = compiled_by_torch(graph) if fuse else graph
 
     def run(*args: Any) -> Any:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):  # the casts are in the graph
             return compiled(*args)
 
-    run(*args)
+    if fuse:
+        run(*args)  # compiles
     return run
+
+
+def compiled_by_torch(graph: GraphModule) -> Pass:
+    """The graph as torch.compile compiles it at the first call."""
+    rank_zero_info("Compiling a pass, which takes seconds to minutes …")
+    for node in graph.graph.nodes:
+        if node.target is aten.view.default:  # compiled kernels return other strides than traced
+            node.target = aten.reshape.default
+    graph.recompile()
+    compiled: Pass = torch.compile(graph, fullgraph=True, dynamic=False)
+    return compiled

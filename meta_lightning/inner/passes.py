@@ -34,10 +34,6 @@ class Passes:
         self.compile: Compile = compile_passes
         self.compiled = CompiledPasses(fuse=compile_passes is True)
 
-    def compile_on(self, device: torch.device) -> bool:
-        """Whether passes on the device are compiled."""
-        return device.type == "cuda" if self.compile == "auto" else self.compile
-
     def run(
         self,
         function: Callable[..., tuple[Any, ...]],
