@@ -1,6 +1,6 @@
 """What a whole `fit` - data, logging, checkpoints, dashboard - adds to its passes.
 
-    python benchmarks/fit.py [glyphs] [sinusoid] [--steps 300] [--compiled] [--accelerator gpu]
+    python benchmarks/fit.py [glyphs] [sinusoid] [--steps 300] [--compile_passes auto] [--accelerator gpu]
 
 glyphs: MAML, Conv4 with 32 filters, 2 inner steps and 8 tasks, as in maml.yaml. sinusoid: MAML, MLP 40-40, 1 inner step
 and 25 tasks, as in the paper. Each row has the milliseconds per meta-iteration of the pass alone (the meta-gradient of
@@ -38,6 +38,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
         Sinusoid(meta_batch_size=25, epoch_length=10**6),
     ),
 }
+COMPILE: dict[str, Any] = {"false": False, "auto": "auto", "true": True}
 
 
 class Bare(L.LightningModule):
@@ -105,14 +106,14 @@ def bare_pass(learner: MAML, batch: TaskBatch, steps: int) -> float:
     return (time.perf_counter() - start) / steps
 
 
-def measure(name: str, steps: int, compiled: bool, accelerator: str) -> str:
+def measure(name: str, steps: int, compile_passes: str, accelerator: str) -> str:
     make, data = WORKLOADS[name]()
     data.prepare_data()
     device = "cuda" if accelerator == "gpu" else "cpu"
     if device == "cpu":
         keep_freed_memory()  # as the fit does
     batch = as_task_batch(TaskBatch(*(p.to(device) for p in data.task_set("train").batch(range(data.meta_batch_size)))))
-    learner = make(compile_passes=compiled or "auto")
+    learner = make(compile_passes=COMPILE[compile_passes])
     times: dict[str, list[float]] = {"pass": [], "fit": [], "bare": []}
     for _ in range(3):
         learner.to(device)  # each fit ends with moving it to the CPU
@@ -123,7 +124,7 @@ def measure(name: str, steps: int, compiled: bool, accelerator: str) -> str:
         times["bare"].append(fit(Bare(learner, batch), loader, steps, accelerator))
     of_pass, of_fit, of_bare = (1e3 * min(of_runs) for of_runs in times.values())
     return (
-        f"{name}{', compiled' if compiled else ''}: pass {of_pass:.2f} ms, bare loop around it {of_bare:.2f} ms, "
+        f"{name}, compile_passes {compile_passes}: pass {of_pass:.2f} ms, bare loop around it {of_bare:.2f} ms, "
         f"fit {of_fit:.2f} ms: {of_pass / of_fit:.0%} pass, {of_fit - of_bare:+.2f} ms above the bare loop"
     )
 
@@ -132,11 +133,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", default=list(WORKLOADS), help=", ".join(WORKLOADS))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--compile_passes", choices=COMPILE, default="auto")
     parser.add_argument("--accelerator", default="gpu" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     print(f"{torch.get_num_threads()} threads, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}")
     for name in arguments.workloads:
-        print(measure(name, arguments.steps, arguments.compiled, arguments.accelerator), flush=True)
+        print(measure(name, arguments.steps, arguments.compile_passes, arguments.accelerator), flush=True)
