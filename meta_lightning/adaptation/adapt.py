@@ -1,6 +1,5 @@
 """Adapt a network and its initialisation to the support set of one task."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from meta_lightning.data.tasks import Array
 from meta_lightning.data.tensors import samples
 from meta_lightning.inner.params import Params
 from meta_lightning.networks.batch_statistics import freeze_statistics
+from meta_lightning.networks.copies import copied
 
 
 def adapt_to(
@@ -37,9 +37,9 @@ def adapt_to(
         # autograd rejects tensors made in inference mode, but not their clones
         inputs = form.network_input(x.to(p.device).clone(), p.dtype)
         if names is not None and (outputs := outputs_of(network, inputs, len(names))) < len(names):
-            theta = theta | widened_head(network, theta, grown_with, len(names), outputs)
+            theta = theta | widened_head(network, inputs, theta, grown_with, len(names), outputs)
         params = inner_loop(theta, inputs, targets.to(p.device).clone())
-        network = copy.deepcopy(network)
+        network = copied(network)
         set_parameters(network, params)
         freeze_statistics(network, inputs)
     return Predictor(network, names, x.shape[1:], form, description)

@@ -47,14 +47,15 @@ def require_target(path: Path, overwrite: bool, argument: str) -> None:
     require_writable(path, overwrite, argument)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a predictor that was saved as safetensors."""
+def read_description(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """Metadata, and shapes of the parameters, of a predictor that was saved as safetensors."""
     expected = f"path must name a saved predictor, got {path}"
     require(path.is_file(), f"{expected}, which is not a file")
     try:
         with safe_open(path, "pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
+            shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
     except SafetensorError as error:
         raise InputError(f"{expected}, which is no safetensors file: {error}") from None
     require("sample_shape" in metadata, f"{expected}, whose metadata do not describe one")
-    return metadata
+    return metadata, shapes

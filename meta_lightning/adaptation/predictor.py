@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
-from meta_lightning.adaptation.export import WRITERS, read_metadata, require_target
-from meta_lightning.adaptation.surgery import build_network, last_linear, set_parameters
+from meta_lightning.adaptation.export import WRITERS, read_description, require_target
+from meta_lightning.adaptation.surgery import build_network, set_parameters
 from meta_lightning.checks import InputError, require
 from meta_lightning.data.form import SampleForm
 from meta_lightning.data.tasks import Array
 from meta_lightning.data.tensors import samples
 from meta_lightning.files import written_whole
 from meta_lightning.networks.batch_statistics import batch_norms, hold_statistics, with_batch_statistics
+from meta_lightning.networks.copies import copied
 
 AT_ONCE = 256  # samples per forward pass, which bounds memory
 
@@ -117,20 +118,21 @@ class Predictor(nn.Module):
         Raises:
             InputError: If the file is not a saved predictor, or the network is missing or does not match.
         """
-        metadata = read_metadata(Path(path))
+        metadata, shapes = read_description(Path(path))
         names = ("class_names", "sample_shape", "form", "network")
         class_names, sample_shape, form, description = (json.loads(metadata[name]) for name in names)
         if network is None:
             missing = f"network must be given: it was built in Python, and {path} does not describe it"
             require(description is not None, missing)
             network = build_network(description)
-        network = with_batch_statistics(copy.deepcopy(network))
+        network = with_batch_statistics(copied(network))
         for norm in batch_norms(network):
             hold_statistics(norm, torch.zeros(norm.num_features), torch.ones(norm.num_features))
-        if class_names and (head := last_linear(network)) and head[1].out_features < len(class_names):
-            name, layer = head
-            wide = {n: p.new_empty(len(class_names), *p.shape[1:]) for n, p in layer.named_parameters(name)}
-            set_parameters(network, wide)
+        for name, layer in network.named_modules():
+            rows = shapes.get(f"network.{name}.weight", [0])[0]
+            if isinstance(layer, nn.Linear) and rows > layer.out_features:  # widened for more classes
+                wide = {n: p.new_empty(rows, *p.shape[1:]) for n, p in layer.named_parameters(name)}
+                set_parameters(network, wide)
         predictor = cls(network, class_names, sample_shape, SampleForm(**form), description)
         try:
             load_model(predictor, path)

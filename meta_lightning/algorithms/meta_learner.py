@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import lightning as L
@@ -34,7 +35,9 @@ from meta_lightning.inner.params import RULE, Params, for_rule, leaves, of_netwo
 from meta_lightning.inner.passes import Compile, Passes
 from meta_lightning.inner.rules import FORMER_KEYS, InnerRule, as_rule
 from meta_lightning.inner.task_network import Loss, TaskNetwork, default_loss
+from meta_lightning.inner.traits import identity, release
 from meta_lightning.networks.batch_statistics import with_batch_statistics
+from meta_lightning.networks.copies import Original, copied
 from meta_lightning.outer.update import Decay, OuterOptimizer, OuterUpdate, Scheduler, is_finite
 from meta_lightning.runs.checkpoint_file import load_network, network_description, renamed, verify_checkpoint
 from meta_lightning.runs.machine import keep_freed_memory
@@ -124,7 +127,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         self.inner_lr, self.inner_steps, self.test_inner_steps = inner_lr, inner_steps, test_inner_steps
         self.outer_lr, self.optimizer = outer_lr, optimizer
         self.transductive = transductive
-        self.network = with_batch_statistics(network)
+        self.network, self.original = with_batch_statistics(network), Original(network)
         self.loss = loss or default_loss
         if init_from is not None:
             load_network(self.network, init_from)
@@ -185,15 +188,26 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             numbers = [v for n, v in vars(self).items() if isinstance(v, int | float) and not n.startswith("_")]
             # modes, parameters, buffers, hooks, and what a forward assigns
             values = [value for module in modules for value in vars(module).values()]
-            attributes = [identity(value) for value in values if value or not isinstance(value, dict)]
+            attributes = [identity(value) for value in values if not isinstance(value, dict) or value]
             frozen = frozenset(self.inner_frozen), frozenset(self.outer_frozen)
             rule = str(self.inner_rule.description())
             return function.__name__, *numbers, rule, id(self.loss), *frozen, *attributes, *theta
 
-        key = read if compiled and self.passes.compile else None
-        return self.passes.run(
-            function, *stacked, parameters=sum(p.numel() for p in theta.values()), key=key, buffers=self.network.buffers
+        x, y, *_ = tree_leaves(stacked)
+        in_turn = self.task_network.examine(x, y).in_turn
+        repeats = getattr(self, "recompute_inner_steps", False) and self.second_order
+        require(not (in_turn and repeats), f"recompute_inner_steps must be off, since {in_turn}, got on")
+        results = self.passes.run(
+            function,
+            *stacked,
+            parameters=sum(p.numel() for p in theta.values()),
+            most=1 if in_turn else None,
+            key=read if compiled and self.passes.compile else None,
+            buffers=self.network.buffers,
         )
+        if in_turn:
+            release(self.network)
+        return results
 
     def inner_update(self, support_x: Tensor, support_y: Tensor) -> Params:
         """Adapt to one task and return θ'.
@@ -210,6 +224,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         theta = stack(self.meta_parameters(), tasks=1)
         with torch.enable_grad():
             support = self.inner_batches(scale_pixels(support_x)[None], support_y[None], steps)
+            self.task_network.examine(*support[0])
             adapted = self.inner_loop(theta, support, second_order=self.second_order and self.training)
         params = unstack(of_network(adapted.params), 0)
         return params if self.training else {name: p.detach() for name, p in params.items()}
@@ -249,7 +264,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         require_at_least(1, steps=steps)
 
         def inner_loop(theta: Params, x: Tensor, y: Tensor) -> Params:
-            adapted = self.inner_loop(leaves(stack(theta, 1)), self.inner_batches(x[None], y[None], steps))
+            support = self.inner_batches(x[None], y[None], steps)
+            self.task_network.examine(*support[0])
+            adapted = self.inner_loop(leaves(stack(theta, 1)), support)
             params = unstack(of_network(adapted.params), 0)
             if not is_finite(params):
                 raise FloatingPointError(f"the adaptation diverged in {steps} steps of inner_lr {self.inner_lr}")
@@ -297,10 +314,21 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def without_gradient(self, batch: TaskBatch) -> list[str]:
         """Names of parameters that the support loss of the first task does not depend on."""
         theta, devices = leaves(stack(self.network_parameters(), 1)), [self.device] * (self.device.type == "cuda")
-        with torch.random.fork_rng(devices):  # leaves the random numbers of training
-            losses = self.task_network.losses_of(theta, batch.support_x[:1], batch.support_y[:1])
+        x, y, loss = batch.support_x[:1], batch.support_y[:1], self.loss
+        # copies and a fork, which leave the state of network and loss and the random numbers to training
+        copies = SimpleNamespace(
+            network=copied(self.network), loss=copied(loss) if isinstance(loss, nn.Module) else loss
+        )
+        probe = TaskNetwork(copies)
+        probe.traits = self.task_network.examine(x, y)
+        with torch.random.fork_rng(devices):
+            losses = probe.losses_of(theta, x, y)
         grads = torch.autograd.grad(losses.sum(), list(theta.values()), allow_unused=True)
         return [name for name, g in zip(theta, grads, strict=True) if g is None]
+
+    def on_fit_end(self) -> None:
+        """Give the buffers of the trained network, which shares only its parameters, to the one that was passed."""
+        self.original.take_buffers(self.network)
 
     def outer_optimizer(self) -> LightningOptimizer:
         """The outer optimizer; for Reptile Lightning's stand-in."""
@@ -407,15 +435,6 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             self.passes.tasks_that_fit = checkpoint.get("tasks_that_fit")
         for counter, count in zip(self.outer_update.counters(), checkpoint.get("skipped", ()), strict=False):
             counter.copy_(count)
-
-
-def identity(value: Any) -> Any:
-    """A value for comparisons that changes whenever an attribute or its memory is replaced."""
-    if isinstance(value, int | float | str):
-        return value
-    if isinstance(value, Tensor):
-        return id(value), value.data_ptr()  # a parameter that was moved is the same object
-    return tuple(map(identity, value.values())) if isinstance(value, dict) else id(value)
 
 
 def modules_of(root: Any) -> Iterator[nn.Module]:

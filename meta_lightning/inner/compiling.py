@@ -116,6 +116,9 @@ class CompiledPasses:
 class ReadingNoValues(TorchDispatchMode):
     """Raise where Python reads values of a tensor, on which it may branch: a record would keep the branch."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function unless its result, or its result's shape, depends on values."""
         if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags}:

@@ -11,22 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import _add_batch_dim, _unwrap_batched, is_batchedtensor, peek_interpreter_stack
+from torch._C._functorch import _add_batch_dim, _unwrap_batched, get_unwrapped, is_batchedtensor, peek_interpreter_stack
 from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 from torch.autograd import Function
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+
+from meta_lightning.inner.exact import EXACT, Exact
 
 aten = torch.ops.aten
 
 
-class TasksAsChannels(TorchFunctionMode):
-    """Calls ``REPLACEMENTS`` in place of torch's functions, directly under the vmap over tasks."""
+class TasksAsChannels(Exact):
+    """Calls ``EXACT`` and, directly under the vmap over tasks, ``REPLACEMENTS`` in place of torch's functions."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the replacement, or the function itself."""
         around = peek_interpreter_stack() if func in REPLACEMENTS else None
-        replacement = func if around is None or around.level() > 1 else REPLACEMENTS[func]
+        replacement = EXACT.get(func, func) if around is None or around.level() > 1 else REPLACEMENTS[func]
         return replacement(*args, **(kwargs or {}))
 
 
@@ -94,7 +95,21 @@ def pooling(pool: Callable[..., Any]) -> Callable[..., Any]:
     return of_tasks
 
 
+def requires_grad(x: Tensor) -> Any:
+    """``Tensor.requires_grad``, which is False of every tensor under vmap."""
+    while is_batchedtensor(x):
+        x = get_unwrapped(x)
+    return x.requires_grad
+
+
+def refused_hook(tensor: Tensor, hook: Any) -> Any:
+    """``Tensor.register_hook``: under vmap backward would not call it."""
+    raise RuntimeError("a hook on a tensor is not called under vmap")
+
+
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    Tensor.register_hook: refused_hook,
+    Tensor.requires_grad.__get__: requires_grad,  # type: ignore[attr-defined]
     torch.conv1d: convolution,
     torch.conv2d: convolution,
     torch.conv3d: convolution,

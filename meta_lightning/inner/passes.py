@@ -39,6 +39,7 @@ class Passes:
         function: Callable[..., tuple[Any, ...]],
         *stacked: Any,
         parameters: int,
+        most: int | None = None,
         key: Callable[[], Hashable] | None = None,
         buffers: Callable[[], Iterable[Tensor]] = list,
     ) -> tuple[Any, ...]:
@@ -50,7 +51,7 @@ class Passes:
         # θ', its gradient and its update take cache too: a quarter of θ's size, measured with Reptile
         cached = max(1, CACHED_VALUES // max(parameters // 4, values)) if tensors[0].device.type == "cpu" else tasks
         while True:
-            size = min(tasks, self.tasks_per_pass or cached, self.tasks_that_fit or tasks)
+            size = min(tasks, most or self.tasks_per_pass or cached, self.tasks_that_fit or tasks)
             parts = [tree_map(operator.itemgetter(slice(i, i + size)), stacked) for i in range(0, tasks, size)]
             try:
                 means, *results = zip(*(function(*part) for part in parts), strict=True)

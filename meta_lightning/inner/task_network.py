@@ -1,18 +1,20 @@
 """Predictions and losses of all tasks at once, each with its own parameters."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meta_lightning.checks import require
+from meta_lightning.inner.exact import Exact
 from meta_lightning.inner.params import Params, of_network
+from meta_lightning.inner.traits import Traits, setting
 
 try:
     from meta_lightning.inner.kernels import TasksAsChannels
@@ -20,7 +22,7 @@ except ImportError as error:  # private names of torch, which may go with any ve
     rank_zero_warn(
         f"torch's own rules for vmap are used, which are slower: this version of torch lacks a name ({error})"
     )
-    TasksAsChannels = nullcontext  # type: ignore[assignment,misc]
+    TasksAsChannels = Exact  # type: ignore[assignment,misc]
 
 MANY_VALUES = 2**16  # in the inputs of a task: five 84×84 colour images have more, 75 28×28 ones less (speed.md)
 
@@ -38,27 +40,35 @@ class TaskNetwork:
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner  # its network and loss may be replaced
-        network: nn.Module = owner.network
-        # cuDNN's kernels have no second derivative, and no first one in evaluation mode
-        self.recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
-        # vmap ignores an embedding's padding_idx; a sparse one fails in backward, too late for the loop
-        embeddings = [module for module in network.modules() if isinstance(module, nn.Embedding)]
-        self.loops_over_tasks = any(module.padding_idx is not None or module.sparse for module in embeddings)
-        self.aliases = other_names(network)
+        self.traits: Traits | None = None
+        self.setting: Any = None  # of the network when the traits were found
+        self.loops_over_tasks = False
+        self.said: set[str] = set()
         self.outputs_checked = False
+
+    def examine(self, x: Tensor, y: Tensor | None = None) -> Traits:
+        """Find the traits of network and loss in their present setting from the first task.  # T S ..., T S ..."""
+        network, loss = self.owner.network, None if y is None else self.owner.loss
+        present = setting(network, loss)
+        if self.traits is None or self.setting != present:
+            self.setting, self.traits = present, Traits.of(network, loss, x[0], None if y is None else y[0])
+            self.loops_over_tasks = bool(self.traits.alone or self.traits.in_turn)
+            for how, reason in (("in a loop", self.traits.alone), ("one after another", self.traits.in_turn)):
+                if reason and reason not in self.said:
+                    self.said.add(reason)
+                    rank_zero_warn(f"Tasks run {how}, since {reason}")
+        return self.traits
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
         """Predictions of every task with its own parameters.  # T S ... -> T S ..."""
+        if self.traits is None:
+            self.examine(x)
         return self.over_tasks(self.predict_task, params, x)
 
     def predict_task(self, params: Params, x: Tensor) -> Tensor:
         """Predictions of one task.  # S ... -> S ..."""
-        weights = of_network(params)
-        weights |= {alias: weights[name] for alias, name in self.aliases.items() if name in weights}
-        with torch.backends.cudnn.flags(enabled=False) if self.recurrent else nullcontext():
-            # torch's own tying restores parameters of a module with two names in the wrong order
-            predictions: Tensor = functional_call(self.owner.network, weights, (x,), tie_weights=False)
-        return predictions
+        assert self.traits is not None
+        return self.traits.forward(self.owner.network, of_network(params), x)
 
     def predict_queries(self, params: Params, support_x: Tensor, query_x: Tensor, transductive: bool) -> Tensor:
         """Predictions of every task's queries with its own parameters.  # T R ..."""
@@ -123,7 +133,7 @@ def together(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tens
 
 def one_by_one(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
     """Apply a function of one task to each task in a loop."""
-    with differentiable_attention():
+    with differentiable_attention(), Exact():
         return torch.stack([function(*task) for task in zip(*map(parts_of_tasks, stacked), strict=True)])
 
 
@@ -149,21 +159,6 @@ def differentiable_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def other_names(network: nn.Module) -> dict[str, str]:
-    """Map further names of tied parameters, those in other modules, to the first name."""
-    first: dict[int, str] = {}
-    places: set[tuple[int, str]] = set()
-    others = {}
-    for name, p in network.named_parameters(remove_duplicate=False):
-        owner, _, attribute = name.rpartition(".")
-        place = (id(network.get_submodule(owner)), attribute)
-        if id(p) in first and place not in places:
-            others[name] = first[id(p)]
-        first.setdefault(id(p), name)
-        places.add(place)
-    return others
 
 
 def check_outputs(predictions: Tensor, targets: Tensor) -> None:

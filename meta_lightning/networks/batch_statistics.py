@@ -1,6 +1,5 @@
 """Batch norm with the statistics of the batch or of a support set."""
 
-import copy
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch.func import replace_all_batch_norm_modules_
 from torch.nn.parameter import is_lazy
 
 from meta_lightning.checks import require
+from meta_lightning.networks.copies import copied
 
 BATCH_NORM: Any = nn.BatchNorm1d.__base__  # base class of all batch norm layers, which custom layers may extend as well
 
@@ -17,9 +17,10 @@ def with_batch_statistics(network: nn.Module) -> nn.Module:
     """A copy of a network that normalises with batch statistics and shares the parameters with the original."""
     lazy = [name for name, p in network.named_parameters() if is_lazy(p)]
     require(not lazy, f"network must have been called once to initialise its lazy parameters, got {lazy}")
-    shared = {id(p): p for p in network.parameters()}
+    unreal = [name for name, p in network.named_parameters() if p.is_complex()]
+    require(not unreal, f"network must have real parameters, got complex {unreal}")
     # running statistics raise under vmap in training, and mix the tasks' statistics in evaluation
-    return replace_all_batch_norm_modules_(copy.deepcopy(network, memo=dict(shared)))
+    return replace_all_batch_norm_modules_(copied(network, shared=network.parameters()))
 
 
 def hold_statistics(layer: Any, mean: Tensor, variance: Tensor) -> None:

@@ -141,7 +141,7 @@ def mean_over_ranks(params: Params, strategy: Strategy) -> Params:
     together = torch.cat([p.detach().flatten() for p in params.values()])
     mean: Tensor = strategy.reduce(together, reduce_op="mean")
     parts = mean.split([p.numel() for p in params.values()])
-    return {name: part.view_as(p) for (name, p), part in zip(params.items(), parts, strict=True)}
+    return {name: part.view_as(p).to(p.dtype) for (name, p), part in zip(params.items(), parts, strict=True)}
 
 
 @contextmanager

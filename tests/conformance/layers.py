@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+CLASSES = sorted(name for name, found in vars(nn).items() if isinstance(found, type) and issubclass(found, nn.Module))
+LOSSES = [name for name in CLASSES if "Loss" in name and name != "AdaptiveLogSoftmaxWithLoss"]
 Call = Callable[[Any, Tensor], Tensor]  # of a module on a batch of samples
 
 

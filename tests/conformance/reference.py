@@ -1,15 +1,30 @@
-"""Literal loops over tasks, each step on a fresh network: no functional_call, no vmap, no graph over several steps."""
+"""Literal loops over tasks, each step on a fresh network: no functional_call, no vmap, no graph over several steps.
+
+And what the package computes in their place.
+"""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from meta_lightning import TaskBatch
+from meta_lightning import FOMAML, MAML, MetaLearner, Reptile, TaskBatch
 
 Params = dict[str, Tensor]
 Task = tuple[Tensor, Tensor]
+ALGORITHMS: dict[str, type[MetaLearner]] = {"MAML": MAML, "FOMAML": FOMAML, "Reptile": Reptile}
+WAYS: list[tuple[str, dict[str, Any]]] = [
+    ("MAML", {}),
+    ("MAML", {"recompute_inner_steps": True}),
+    ("MAML", {"tasks_per_pass": 1}),
+    ("FOMAML", {}),
+    ("FOMAML", {"tasks_per_pass": 1}),
+    ("Reptile", {}),
+    ("Reptile", {"tasks_per_pass": 1}),
+]
+T, SAMPLES, STEPS, RATE, EXACT = 2, 4, 2, 0.1, 1e-9
 
 
 def values(network: nn.Module) -> Params:
@@ -78,3 +93,13 @@ def worst(ours: Params, expected: Params) -> float:
     assert ours.keys() == expected.keys()
     differences = torch.cat([(ours[name] - p).abs().flatten() for name, p in expected.items()])
     return float(differences.max() / torch.cat([p.abs().flatten() for p in expected.values()]).max())
+
+
+def ours(algorithm: str, network: nn.Module, batch: TaskBatch, **options: Any) -> Params:
+    """What an algorithm of the package computes of a batch: the meta-gradient, or Reptile's mean θ'."""
+    learner = ALGORITHMS[algorithm](network, inner_lr=RATE, inner_steps=STEPS, **options)
+    if isinstance(learner, MAML):
+        return learner.meta_gradient(batch)[0]
+    support = learner.inner_batches(batch.support_x, batch.support_y, STEPS)
+    result: dict[str, Tensor] = learner.in_passes(learner.adapt_pass, support, compiled=True)[0]
+    return result

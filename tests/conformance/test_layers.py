@@ -5,31 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from layers import LAYERS, ONCE_DIFFERENTIABLE, REASONS, Call, Layer
-from reference import update, worst
+from layers import CLASSES, LAYERS, LOSSES, ONCE_DIFFERENTIABLE, REASONS, Call, Layer
+from reference import ALGORITHMS, EXACT, RATE, SAMPLES, STEPS, WAYS, T, ours, update, worst
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from meta_lightning import FOMAML, MAML, MetaLearner, Reptile, TaskBatch
+from meta_lightning import TaskBatch
 from meta_lightning.checks import InputError
 
 pytestmark = pytest.mark.usefixtures("double")
 
-CLASSES = sorted(name for name, found in vars(nn).items() if isinstance(found, type) and issubclass(found, nn.Module))
-LOSSES = [name for name in CLASSES if "Loss" in name and name != "AdaptiveLogSoftmaxWithLoss"]
 POSITIONS = ("plain", "tied", "reused", "under dropout 0")
-ALGORITHMS: dict[str, type[MetaLearner]] = {"MAML": MAML, "FOMAML": FOMAML, "Reptile": Reptile}
-WAYS: list[tuple[str, dict[str, Any]]] = [
-    ("MAML", {}),
-    ("MAML", {"recompute_inner_steps": True}),
-    ("MAML", {"tasks_per_pass": 1}),
-    ("FOMAML", {}),
-    ("FOMAML", {"tasks_per_pass": 1}),
-    ("Reptile", {}),
-    ("Reptile", {"tasks_per_pass": 1}),
-]
-T, SAMPLES, STEPS, RATE, EXACT = 2, 4, 2, 0.1, 1e-9
 
 
 class Around(nn.Module):
@@ -88,15 +75,6 @@ def tasks(layer: Layer) -> TaskBatch:
         return x, torch.arange(2).repeat(T, SAMPLES // 2)
 
     return TaskBatch(*part(1), *part(10))
-
-
-def ours(algorithm: str, network: nn.Module, batch: TaskBatch, **options: Any) -> dict[str, Tensor]:
-    learner = ALGORITHMS[algorithm](network, inner_lr=RATE, inner_steps=STEPS, **options)
-    if isinstance(learner, MAML):
-        return learner.meta_gradient(batch)[0]
-    support = learner.inner_batches(batch.support_x, batch.support_y, STEPS)
-    result: dict[str, Tensor] = learner.in_passes(learner.adapt_pass, support, compiled=True)[0]
-    return result
 
 
 def test_every_class_has_a_construction_or_a_reason() -> None:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from reference import update, worst
-from test_layers import ALGORITHMS, EXACT, LOSSES, RATE, SAMPLES, STEPS, WAYS, T, ours
+from layers import LOSSES
+from reference import ALGORITHMS, EXACT, RATE, SAMPLES, STEPS, WAYS, T, ours, update, worst
 from torch import Tensor, nn
 
 from meta_lightning import FOMAML, TaskBatch

@@ -1,0 +1,248 @@
+"""What decides how a network runs for several tasks, found by running it once."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.func import functional_call
+from torch.nn.modules import module as global_hooks
+from torch.overrides import TorchFunctionMode
+
+from meta_lightning.checks import InputError
+from meta_lightning.inner.params import Params, tree_leaves, tree_map
+from meta_lightning.networks.copies import copied, with_parameters
+from meta_lightning.random_states import random_states, set_random_states
+
+MISSING = object()
+# replaced by functional_call, or looked at one by one
+OF_TORCH = {"_buffers", "_parameters", "_modules", "_flat_weights", "_flat_weight_refs"}
+
+
+class Calls(TorchFunctionMode):
+    """Notes whether functions of torch are called from Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the call."""
+        self.seen = True
+        return func(*args, **(kwargs or {}))
+
+
+class Traits(NamedTuple):
+    """What decides how a network runs for several tasks."""
+
+    aliases: dict[str, str]  # further names of tied parameters
+    recurrent: bool
+    alone: str = ""  # why vmap would be wrong; empty if it is right
+    in_turn: str = ""  # why a task must take all its steps before the next one starts
+    left: tuple[tuple[str, str], ...] = ()  # modules and attributes: activations that a forward leaves there
+    recomputes: bool = False  # backward runs parts of the forward again
+
+    @classmethod
+    def of(cls, network: nn.Module, loss: Any, x: Tensor, y: Tensor | None) -> "Traits":
+        """Those of a network and, if targets are given, a loss, on the samples of one task.  # S ..., S ...
+
+        Raises:
+            InputError: If the network does not take the samples, or does not compute with its own parameters.
+        """
+        recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
+        alone = "the network has backward hooks, which vmap does not call" if has_backward_hooks(network) else ""
+        traits = cls(other_names(network), recurrent, alone)
+        states = random_states(x.device)
+
+        def run(function: Callable[[], Any]) -> Any:
+            set_random_states(states, x.device)
+            return function()
+
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                x, y = x.detach().clone(), None if y is None else y.detach().clone()
+                return traits.probed(network, loss, x, y, run)
+        finally:
+            set_random_states(states, x.device)
+
+    def probed(self, network: nn.Module, loss: Any, x: Tensor, y: Tensor | None, run: Callable[..., Any]) -> "Traits":
+        """Complete them by running copies of the network and of the loss."""
+        one, other = copied(network), copied(network)
+        moved = {name: 1.1 * p.detach() for name, p in network.named_parameters() if p.requires_grad}
+        before = contents(one)
+        try:
+            first = run(lambda: self.forward(one, moved, x))
+        except (RuntimeError, TypeError, ValueError) as error:
+            if isinstance(x, Tensor) and not x.is_floating_point():
+                expected = "x must be floating-point unless the network embeds it"
+                raise InputError(f"{expected}, got {x.dtype}, of which it says: {error}") from None
+            return self  # an error of the network itself, which training shows as well
+        after = contents(one)
+        changed = {place for place in before.keys() | after.keys() if before.get(place) != after.get(place)}
+        traits = self
+        if changed:
+            activations = all(is_replaced_activation(one, before.get(place), *place) for place in changed)
+            again = run(lambda: self.forward(one, moved, x))
+            if activations and same(first, again):
+                traits = self._replace(left=tuple((module, name) for _, module, name in sorted(changed)))
+            else:
+                names = sorted(".".join(filter(None, place)) for _, *place in changed)
+                traits = self._replace(in_turn=f"the network's forward changes {', '.join(names)}")
+        if y is not None and isinstance(loss, nn.Module) and not traits.in_turn and first.ndim:
+            loss = copied(loss)
+            before = contents(loss)
+            run(lambda: loss(first, y))
+            if changed := {place for place, value in contents(loss).items() if before.get(place) != value}:
+                names = sorted(".".join(filter(None, place)) for _, *place in changed)
+                traits = traits._replace(in_turn=f"the loss changes {', '.join(names)}")
+        return traits.compared(network, other, moved, x, run)
+
+    def compared(
+        self, network: nn.Module, other: nn.Module, moved: Params, x: Tensor, run: Callable[..., Any]
+    ) -> "Traits":
+        """Compare gradients with those of a copy that holds the parameters, which backward must see too."""
+        with torch.no_grad():
+            for name, p in other.named_parameters():
+                p.copy_(moved.get(name, p))
+        value = run(lambda: other(x)).abs().square().sum()
+        if not value.requires_grad:
+            return self
+        one = torch.ones_like(value)
+        with (
+            Calls() as calls
+        ):  # by the engine itself: the mode would see the call of value.backward(), and be off in it
+            Variable._execution_engine.run_backward((value,), (one,), False, False, (), True, accumulate_grad=True)
+        grads = {name: p.grad for name, p in other.named_parameters()}
+        expected = {name: torch.zeros_like(p) if (g := grads[name]) is None else g for name, p in moved.items()}
+        traits = self
+        if calls.seen:  # of checkpointing, of a custom Function, or of hooks: a copy of the modules serves all
+            traits = self._replace(recomputes=True, alone=self.alone or "its backward calls functions of torch again")
+        leaves = {name: p.requires_grad_() for name, p in moved.items()}
+        value = run(lambda: traits.forward(copied(network), leaves, x)).abs().square().sum()
+        by_name = torch.autograd.grad(value, [*leaves.values()], materialize_grads=True)
+        pairs = zip(leaves, by_name, expected.values(), strict=True)
+        wrong = [name for name, g, e in pairs if not same(g.to_dense(), e.to_dense())]
+        if wrong:
+            raise InputError(
+                f"network must compute with its own parameters, by torch.autograd.grad too, got other gradients of "
+                f"{', '.join(wrong)}: activation checkpointing must have use_reentrant=False, and functions must refer "
+                "to the network's own modules"
+            )
+        return traits
+
+    def forward(self, network: nn.Module, params: Params, x: Tensor) -> Tensor:
+        """Predictions of a network with given parameters.  # S ... -> S ..."""
+        weights = self.named(params)
+        with self.kernels(), self.without_leaving(network):
+            if self.recomputes:
+                predictions: Tensor = with_parameters(network, weights)(x)
+            else:
+                # torch's own tying restores parameters of a module with two names in the wrong order
+                predictions = functional_call(network, weights, (x,), tie_weights=False)
+        return predictions
+
+    def kernels(self) -> Any:
+        """Disable kernels that have not all derivatives: cuDNN's of recurrent layers, also the first in evaluation."""
+        return torch.backends.cudnn.flags(enabled=False) if self.recurrent else nullcontext()
+
+    def named(self, params: Params) -> Params:
+        """Parameters, those with several names under each of them."""
+        return params | {alias: params[name] for alias, name in self.aliases.items() if name in params}
+
+    @contextmanager
+    def without_leaving(self, network: nn.Module) -> Iterator[None]:
+        """Remove what a forward leaves on the network's modules."""
+        places = [(vars(network.get_submodule(module)), name) for module, name in self.left]
+        before = [attributes.get(name, MISSING) for attributes, name in places]
+        try:
+            yield
+        finally:
+            for (attributes, name), value in zip(places, before, strict=True):
+                if value is MISSING:
+                    attributes.pop(name, None)
+                else:
+                    attributes[name] = value
+
+
+def other_names(network: nn.Module) -> dict[str, str]:
+    """Map further names of tied parameters, those in other modules, to the first name."""
+    first: dict[int, str] = {}
+    places: set[tuple[int, str]] = set()
+    others = {}
+    for name, p in network.named_parameters(remove_duplicate=False):
+        owner, _, attribute = name.rpartition(".")
+        place = (id(network.get_submodule(owner)), attribute)
+        if id(p) in first and place not in places:
+            others[name] = first[id(p)]
+        first.setdefault(id(p), name)
+        places.add(place)
+    return others
+
+
+def has_backward_hooks(network: nn.Module) -> bool:
+    """Whether a module has hooks that backward calls, or all modules have."""
+    everywhere = global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks
+    return bool(everywhere) or any(module._backward_hooks or module._backward_pre_hooks for module in network.modules())
+
+
+def setting(network: nn.Module, loss: Any) -> tuple[Any, ...]:
+    """What the traits depend on besides the samples."""
+    modules = [*network.modules()]
+    return has_backward_hooks(network), id(loss), *map(id, modules), *[module.training for module in modules]
+
+
+def release(network: nn.Module) -> None:
+    """Detach activations that forwards left on a network from their graphs."""
+
+    def detached(value: Any) -> Any:
+        return value.detach() if isinstance(value, Tensor) and value.grad_fn is not None else value
+
+    for module in network.modules():
+        for name, value in vars(module).items():
+            if any(detached(leaf) is not leaf for leaf in tree_leaves(value)):
+                vars(module)[name] = tree_map(detached, value)
+
+
+def contents(network: nn.Module) -> dict[tuple[str, ...], Any]:
+    """What a forward may change: attributes, and the values of tensors among them, by module and name."""
+    found: dict[tuple[str, ...], Any] = {}
+    for path, module in network.named_modules():
+        for name, value in vars(module).items():
+            if name not in OF_TORCH:
+                found["attribute", path, name] = identity(value), version(value)
+        for name, buffer in module._buffers.items():
+            found["buffer", path, name] = identity(buffer), version(buffer)
+    return found
+
+
+def version(value: Any) -> int:
+    """The number of changes of a tensor in place."""
+    return value._version if isinstance(value, Tensor) else 0
+
+
+def identity(value: Any) -> Any:
+    """A value for comparisons that changes whenever an attribute, its memory or the members of a container do."""
+    if isinstance(value, int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        return id(value), value.data_ptr()  # a parameter that was moved is the same object
+    if isinstance(value, dict):
+        return id(value), *map(identity, value.values())
+    return (id(value), *map(id, value)) if isinstance(value, list | tuple | set | deque) else id(value)
+
+
+def is_replaced_activation(network: nn.Module, before: Any, kind: str, module: str, name: str) -> bool:
+    """Whether an attribute, other than before, is another tensor or a new container of tensors."""
+    value = vars(network.get_submodule(module)).get(name) if kind == "attribute" else None
+    leaves = tree_leaves(value)
+    new = before is None or not isinstance(before[0], tuple) or before[0][0] != id(value)
+    return new and bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding, relative to the greatest; true of values that are not finite."""
+    difference, scale = (a.detach() - b.detach()).abs().max(), b.detach().abs().max()
+    return not bool(difference > 1e-3 * scale)
