@@ -1,7 +1,7 @@
 """Predictions and losses of all tasks at once, each with its own parameters."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -109,11 +109,15 @@ class TaskNetwork:
                 raise
             except RuntimeError as refusal:
                 # an error of the function itself is raised by the loop as well
-                result = one_by_one(function, *stacked)
+                result = one_by_one(function, self.functions(), *stacked)
                 self.loops_over_tasks = True
                 rank_zero_warn(f"Tasks run in a loop, since vmap does not support the network or loss: {refusal}")
                 return result
-        return one_by_one(function, *stacked)
+        return one_by_one(function, self.functions(), *stacked)
+
+    def functions(self) -> Any:
+        """What replaces functions of torch in a loop; nothing where none is called, since it costs time."""
+        return Exact() if self.traits is None or self.traits.replaced else nullcontext()
 
 
 def faster_stacked(*stacked: Params | Tensor) -> bool:
@@ -131,9 +135,9 @@ def together(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tens
     return result
 
 
-def one_by_one(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
+def one_by_one(function: Callable[..., Tensor], functions: Any, *stacked: Params | Tensor) -> Tensor:
     """Apply a function of one task to each task in a loop."""
-    with differentiable_attention(), Exact():
+    with differentiable_attention(), functions:
         return torch.stack([function(*task) for task in zip(*map(parts_of_tasks, stacked), strict=True)])
 
 

@@ -1,7 +1,7 @@
 """What decides how a network runs for several tasks, found by running it once."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch.nn.modules import module as global_hooks
 from torch.overrides import TorchFunctionMode
 
 from meta_lightning.checks import InputError
+from meta_lightning.inner.exact import EXACT
 from meta_lightning.inner.params import Params, tree_leaves, tree_map
 from meta_lightning.networks.copies import copied, with_parameters
 from meta_lightning.random_states import random_states, set_random_states
@@ -23,15 +24,15 @@ OF_TORCH = {"_buffers", "_parameters", "_modules", "_flat_weights", "_flat_weigh
 
 
 class Calls(TorchFunctionMode):
-    """Notes whether functions of torch are called from Python."""
+    """Notes the functions of torch that are called from Python."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = False
+        self.seen: set[Any] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note the call."""
-        self.seen = True
+        self.seen.add(func)
         return func(*args, **(kwargs or {}))
 
 
@@ -44,6 +45,7 @@ class Traits(NamedTuple):
     in_turn: str = ""  # why a task must take all its steps before the next one starts
     left: tuple[tuple[str, str], ...] = ()  # modules and attributes: activations that a forward leaves there
     recomputes: bool = False  # backward runs parts of the forward again
+    replaced: bool = False  # forward calls functions that EXACT replaces
 
     @classmethod
     def of(cls, network: nn.Module, loss: Any, x: Tensor, y: Tensor | None) -> "Traits":
@@ -53,7 +55,8 @@ class Traits(NamedTuple):
             InputError: If the network does not take the samples, or does not compute with its own parameters.
         """
         recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
-        alone = "the network has backward hooks, which vmap does not call" if has_backward_hooks(network) else ""
+        hooks = has_backward_hooks(network.modules())
+        alone = "the network has backward hooks, which vmap does not call" if hooks else ""
         traits = cls(other_names(network), recurrent, alone)
         states = random_states(x.device)
 
@@ -74,7 +77,8 @@ class Traits(NamedTuple):
         moved = {name: 1.1 * p.detach() for name, p in network.named_parameters() if p.requires_grad}
         before = contents(one)
         try:
-            first = run(lambda: self.forward(one, moved, x))
+            with Calls() as calls:
+                first = run(lambda: self.forward(one, moved, x))
         except (RuntimeError, TypeError, ValueError) as error:
             if isinstance(x, Tensor) and not x.is_floating_point():
                 expected = "x must be floating-point unless the network embeds it"
@@ -82,15 +86,15 @@ class Traits(NamedTuple):
             return self  # an error of the network itself, which training shows as well
         after = contents(one)
         changed = {place for place in before.keys() | after.keys() if before.get(place) != after.get(place)}
-        traits = self
+        traits = self._replace(replaced=bool(calls.seen & EXACT.keys()))
         if changed:
             activations = all(is_replaced_activation(one, before.get(place), *place) for place in changed)
             again = run(lambda: self.forward(one, moved, x))
-            if activations and same(first, again):
-                traits = self._replace(left=tuple((module, name) for _, module, name in sorted(changed)))
+            if activations and torch.allclose(first, again, rtol=1e-5, equal_nan=True):
+                traits = traits._replace(left=tuple((module, name) for _, module, name in sorted(changed)))
             else:
                 names = sorted(".".join(filter(None, place)) for _, *place in changed)
-                traits = self._replace(in_turn=f"the network's forward changes {', '.join(names)}")
+                traits = traits._replace(in_turn=f"the network's forward changes {', '.join(names)}")
         if y is not None and isinstance(loss, nn.Module) and not traits.in_turn and first.ndim:
             loss = copied(loss)
             before = contents(loss)
@@ -111,9 +115,7 @@ class Traits(NamedTuple):
         if not value.requires_grad:
             return self
         one = torch.ones_like(value)
-        with (
-            Calls() as calls
-        ):  # by the engine itself: the mode would see the call of value.backward(), and be off in it
+        with Calls() as calls:  # value.backward() would switch the mode off
             Variable._execution_engine.run_backward((value,), (one,), False, False, (), True, accumulate_grad=True)
         grads = {name: p.grad for name, p in other.named_parameters()}
         expected = {name: torch.zeros_like(p) if (g := grads[name]) is None else g for name, p in moved.items()}
@@ -123,9 +125,9 @@ class Traits(NamedTuple):
         leaves = {name: p.requires_grad_() for name, p in moved.items()}
         value = run(lambda: traits.forward(copied(network), leaves, x)).abs().square().sum()
         by_name = torch.autograd.grad(value, [*leaves.values()], materialize_grads=True)
-        pairs = zip(leaves, by_name, expected.values(), strict=True)
-        wrong = [name for name, g, e in pairs if not same(g.to_dense(), e.to_dense())]
-        if wrong:
+        pairs = {n: (g.to_dense(), expected[n].to_dense()) for n, g in zip(leaves, by_name, strict=True)}
+        scale = max(float(e.abs().max()) for _, e in pairs.values())  # of all: some are nothing but rounding
+        if wrong := [name for name, (g, e) in pairs.items() if float((g - e).abs().max()) > 1e-3 * scale]:
             raise InputError(
                 f"network must compute with its own parameters, by torch.autograd.grad too, got other gradients of "
                 f"{', '.join(wrong)}: activation checkpointing must have use_reentrant=False, and functions must refer "
@@ -136,7 +138,7 @@ class Traits(NamedTuple):
     def forward(self, network: nn.Module, params: Params, x: Tensor) -> Tensor:
         """Predictions of a network with given parameters.  # S ... -> S ..."""
         weights = self.named(params)
-        with self.kernels(), self.without_leaving(network):
+        with self.kernels(), self.without_leaving(network) if self.left else nullcontext():
             if self.recomputes:
                 predictions: Tensor = with_parameters(network, weights)(x)
             else:
@@ -182,16 +184,16 @@ def other_names(network: nn.Module) -> dict[str, str]:
     return others
 
 
-def has_backward_hooks(network: nn.Module) -> bool:
-    """Whether a module has hooks that backward calls, or all modules have."""
+def has_backward_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of the modules has hooks that backward calls, or all modules have."""
     everywhere = global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks
-    return bool(everywhere) or any(module._backward_hooks or module._backward_pre_hooks for module in network.modules())
+    return bool(everywhere) or any(module._backward_hooks or module._backward_pre_hooks for module in modules)
 
 
-def setting(network: nn.Module, loss: Any) -> tuple[Any, ...]:
+def setting(network: nn.Module, loss: Any) -> list[Any]:
     """What the traits depend on besides the samples."""
     modules = [*network.modules()]
-    return has_backward_hooks(network), id(loss), *map(id, modules), *[module.training for module in modules]
+    return [has_backward_hooks(modules), id(loss), *map(id, modules), *[module.training for module in modules]]
 
 
 def release(network: nn.Module) -> None:
@@ -240,9 +242,3 @@ def is_replaced_activation(network: nn.Module, before: Any, kind: str, module: s
     leaves = tree_leaves(value)
     new = before is None or not isinstance(before[0], tuple) or before[0][0] != id(value)
     return new and bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equal but for rounding, relative to the greatest; true of values that are not finite."""
-    difference, scale = (a.detach() - b.detach()).abs().max(), b.detach().abs().max()
-    return not bool(difference > 1e-3 * scale)
