@@ -1,6 +1,9 @@
 """Every module class of torch.nn, in four positions: what a literal loop over tasks computes, or refused by name."""
 
 import copy
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -134,11 +137,39 @@ def test_torchs_second_derivative_is_right(name: str) -> None:
             assert torch.autograd.gradgradcheck(function, (x, *params.values()), fast_mode=True)
 
 
+def batched(names: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
+    """itertools.batched, which Python 3.12 has."""
+    rest = iter(names)
+    while batch := tuple(islice(rest, size)):
+        yield batch
+
+
+def side_by_side(names: Sequence[str]) -> Layer:
+    """Layers of the same samples as one: compiling takes as long for several."""
+    layers = [LAYERS[name] for name in names]
+
+    def call(modules: Any, x: Tensor) -> Tensor:
+        pairs = zip(layers, modules, strict=True)
+        return torch.cat([layer.call(module, x).flatten(1) for layer, module in pairs], 1)
+
+    return Layer(lambda: nn.ModuleList([layer.make() for layer in layers]), layers[0].sample, call)
+
+
+def groups() -> list[tuple[str, ...]]:
+    """All compilable classes: one by one if they have parameters, else up to eight of the same samples."""
+    alone, free = [], defaultdict(list)
+    for name in sorted({*LAYERS} - ONCE_DIFFERENTIABLE):
+        layer = LAYERS[name]
+        has_parameters = layer.tokens or any(True for _ in layer.make().parameters())
+        (alone if has_parameters else free[layer.sample]).append(name)
+    return [(name,) for name in alone] + [names for of_shape in free.values() for names in batched(of_shape, 8)]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", sorted({*LAYERS} - ONCE_DIFFERENTIABLE))
-def test_a_compiled_layer_is_as_in_a_loop_over_tasks(name: str) -> None:
-    layer = LAYERS[name]
+@pytest.mark.parametrize("names", groups(), ids="+".join)
+def test_compiled_layers_are_as_in_a_loop_over_tasks(names: tuple[str, ...]) -> None:
+    layer = LAYERS[names[0]] if len(names) == 1 else side_by_side(names)
     torch.manual_seed(0)
     network, batch = Around(layer, "plain"), tasks(layer)
     expected = update("MAML", network, batch, STEPS, RATE, nn.CrossEntropyLoss())
