@@ -97,7 +97,7 @@ def worst(ours: Params, expected: Params) -> float:
 
 def ours(algorithm: str, network: nn.Module, batch: TaskBatch, **options: Any) -> Params:
     """What an algorithm of the package computes of a batch: the meta-gradient, or Reptile's mean θ'."""
-    learner = ALGORITHMS[algorithm](network, inner_lr=RATE, inner_steps=STEPS, **options)
+    learner = ALGORITHMS[algorithm](network, **{"inner_lr": RATE, "inner_steps": STEPS} | options)
     if isinstance(learner, MAML):
         return learner.meta_gradient(batch)[0]
     support = learner.inner_batches(batch.support_x, batch.support_y, STEPS)
