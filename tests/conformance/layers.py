@@ -4,7 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from reference import SAMPLES, T
 from torch import Tensor, nn
+
+from meta_lightning import TaskBatch
 
 CLASSES = sorted(name for name, found in vars(nn).items() if isinstance(found, type) and issubclass(found, nn.Module))
 LOSSES = [name for name in CLASSES if "Loss" in name and name != "AdaptiveLogSoftmaxWithLoss"]
@@ -135,6 +138,9 @@ for dims, shape in DIMS:
 # torch has no second derivative of these: MAML refuses them
 ONCE_DIFFERENTIABLE = {"Hardsigmoid", "CrossMapLRN2d", "EmbeddingBag"}
 
+# updates running statistics in forward: MAML refuses to recompute it
+KEEPS_STATISTICS = {f"LazyInstanceNorm{dims}d" for dims, _ in DIMS}
+
 # why a class has no construction
 REASONS = {
     "Module": "abstract",
@@ -145,3 +151,61 @@ REASONS = {
     "FractionalMaxPool2d": "draws its regions anew at every call, so there is nothing to compare with",
     "FractionalMaxPool3d": "draws its regions anew at every call, so there is nothing to compare with",
 }
+
+
+class Around(nn.Module):
+    """A layer in a position, behind a scale that takes gradients of its input, and before a linear head."""
+
+    def __init__(self, layer: Layer, position: str) -> None:
+        super().__init__()
+        self.call, self.position, self.tokens = layer.call, position, layer.tokens
+        self.scale = nn.Parameter(0.5 + torch.rand(layer.sample))
+        self.layer = layer.make()
+        self.dropout = nn.Dropout(0.0)
+        x = samples(layer, 1)
+        self.call(self.layer, x)  # gives lazy layers their shape
+        if position == "tied":
+            self.other = layer.make()
+            self.call(self.other, x)
+            for name, p in list(self.layer.named_parameters()):
+                owner, _, attribute = name.rpartition(".")
+                setattr(self.other.get_submodule(owner), attribute, p)
+        self.head = nn.Linear(self.body(x).reshape(SAMPLES, -1).shape[1], 2)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = x if self.tokens else x * self.scale
+        y = self.call(self.layer, self.dropout(x) if self.position == "under dropout 0" and not self.tokens else x)
+        if self.position == "tied":
+            y = y * self.call(self.other, x).tanh()
+        if self.position == "reused":
+            y = y * self.call(self.layer, x.flip(0)).tanh()
+        return self.dropout(y) if self.position == "under dropout 0" else y
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(x).reshape(len(x), -1))
+        return logits
+
+
+class Called(nn.Module):
+    """A layer as a module of one argument."""
+
+    def __init__(self, layer: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.layer, self.call = layer, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.layer, x)
+
+
+def samples(layer: Layer, seed: int) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    shape = SAMPLES, *layer.sample
+    return torch.randint(5, shape, generator=rng) if layer.tokens else torch.randn(shape, generator=rng)
+
+
+def tasks(layer: Layer) -> TaskBatch:
+    def part(seed: int) -> tuple[Tensor, Tensor]:
+        x = torch.stack([samples(layer, seed + task) for task in range(T)])
+        return x, torch.arange(2).repeat(T, SAMPLES // 2)
+
+    return TaskBatch(*part(1), *part(10))
