@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import _add_batch_dim, _unwrap_batched, get_unwrapped, is_batchedtensor, peek_interpreter_stack
+from torch._C._functorch import _add_batch_dim, _unwrap_batched, is_batchedtensor, peek_interpreter_stack
 from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 from torch.autograd import Function
 from torch.nn import functional as F
@@ -97,9 +97,7 @@ def pooling(pool: Callable[..., Any]) -> Callable[..., Any]:
 
 def requires_grad(x: Tensor) -> Any:
     """``Tensor.requires_grad``, which is False of every tensor under vmap."""
-    while is_batchedtensor(x):
-        x = get_unwrapped(x)
-    return x.requires_grad
+    return _unwrap_batched(x, 1)[0].requires_grad
 
 
 def refused_hook(tensor: Tensor, hook: Any) -> Any:

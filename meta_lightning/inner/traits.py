@@ -3,11 +3,11 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.func import functional_call
 from torch.nn.modules import module as global_hooks
 from torch.overrides import TorchFunctionMode
@@ -85,7 +85,7 @@ class Traits(NamedTuple):
                 raise InputError(f"{expected}, got {x.dtype}, of which it says: {error}") from None
             return self  # an error of the network itself, which training shows as well
         after = contents(one)
-        changed = {place for place in before.keys() | after.keys() if before.get(place) != after.get(place)}
+        changed = {place for place in before.keys() | after.keys() if differ(before.get(place), after.get(place))}
         traits = self._replace(replaced=bool(calls.seen & EXACT.keys()))
         if changed:
             activations = all(is_replaced_activation(one, before.get(place), *place) for place in changed)
@@ -99,7 +99,7 @@ class Traits(NamedTuple):
             loss = copied(loss)
             before = contents(loss)
             run(lambda: loss(first, y))
-            if changed := {place for place, value in contents(loss).items() if before.get(place) != value}:
+            if changed := {place for place, value in contents(loss).items() if differ(before.get(place), value)}:
                 names = sorted(".".join(filter(None, place)) for _, *place in changed)
                 traits = traits._replace(in_turn=f"the loss changes {', '.join(names)}")
         return traits.compared(network, other, moved, x, run)
@@ -114,26 +114,30 @@ class Traits(NamedTuple):
         value = run(lambda: other(x)).abs().square().sum()
         if not value.requires_grad:
             return self
-        one = torch.ones_like(value)
-        with Calls() as calls:  # value.backward() would switch the mode off
-            Variable._execution_engine.run_backward((value,), (one,), False, False, (), True, accumulate_grad=True)
+        again: list[nn.Module] = []
+        for module in other.modules():
+            module.register_forward_pre_hook(lambda module, args: again.append(module))
+        value.backward()
         grads = {name: p.grad for name, p in other.named_parameters()}
         expected = {name: torch.zeros_like(p) if (g := grads[name]) is None else g for name, p in moved.items()}
-        traits = self
-        if calls.seen:  # of checkpointing, of a custom Function, or of hooks: a copy of the modules serves all
-            traits = self._replace(recomputes=True, alone=self.alone or "its backward calls functions of torch again")
-        leaves = {name: p.requires_grad_() for name, p in moved.items()}
-        value = run(lambda: traits.forward(copied(network), leaves, x)).abs().square().sum()
-        by_name = torch.autograd.grad(value, [*leaves.values()], materialize_grads=True)
-        pairs = {n: (g.to_dense(), expected[n].to_dense()) for n, g in zip(leaves, by_name, strict=True) if g.numel()}
-        scale = max(float(e.abs().max()) for _, e in pairs.values())  # of all: some are nothing but rounding
-        if wrong := [name for name, (g, e) in pairs.items() if float((g - e).abs().max()) > 1e-3 * scale]:
-            raise InputError(
-                f"network must compute with its own parameters, by torch.autograd.grad too, got other gradients of "
-                f"{', '.join(wrong)}: activation checkpointing must have use_reentrant=False, and functions must refer "
-                "to the network's own modules"
-            )
-        return traits
+        wrong: list[str] = []
+        recomputing = self._replace(recomputes=True, alone=self.alone or "its backward runs parts of its forward again")
+        for traits in [recomputing] if again else [self, recomputing]:
+            leaves = {name: p.detach().requires_grad_() for name, p in moved.items()}
+            value = run(partial(traits.forward, copied(network), leaves, x)).abs().square().sum()
+            by_name = torch.autograd.grad(value, [*leaves.values()], materialize_grads=True)
+            pairs = {
+                n: (g.to_dense(), expected[n].to_dense()) for n, g in zip(leaves, by_name, strict=True) if g.numel()
+            }
+            scale = max(float(e.abs().max()) for _, e in pairs.values())  # of all: some are nothing but rounding
+            wrong = [name for name, (g, e) in pairs.items() if float((g - e).abs().max()) > 1e-3 * scale]
+            if not wrong:
+                return traits
+        raise InputError(
+            f"network must compute with its own parameters, by torch.autograd.grad too, got other gradients of "
+            f"{', '.join(wrong)}: activation checkpointing must have use_reentrant=False, and functions must refer "
+            "to the network's own modules"
+        )
 
     def forward(self, network: nn.Module, params: Params, x: Tensor) -> Tensor:
         """Predictions of a network with given parameters.  # S ... -> S ..."""
@@ -209,20 +213,22 @@ def release(network: nn.Module) -> None:
 
 
 def contents(network: nn.Module) -> dict[tuple[str, ...], Any]:
-    """What a forward may change: attributes, and the values of tensors among them, by module and name."""
+    """What a forward may change, by kind, module and name: attributes, and copies of the tensors among them."""
     found: dict[tuple[str, ...], Any] = {}
     for path, module in network.named_modules():
-        for name, value in vars(module).items():
-            if name not in OF_TORCH:
-                found["attribute", path, name] = identity(value), version(value)
-        for name, buffer in module._buffers.items():
-            found["buffer", path, name] = identity(buffer), version(buffer)
+        buffers = dict(module.named_buffers(recurse=False))
+        attributes = {name: value for name, value in vars(module).items() if name not in OF_TORCH}
+        for kind, values in (("attribute", attributes), ("buffer", buffers)):
+            for name, value in values.items():
+                found[kind, path, name] = identity(value), value.clone() if isinstance(value, Tensor) else None
     return found
 
 
-def version(value: Any) -> int:
-    """The number of changes of a tensor in place."""
-    return value._version if isinstance(value, Tensor) else 0
+def differ(before: Any, after: Any) -> bool:
+    """Whether an attribute has another value than before; None where it was or is missing."""
+    if before is None or after is None or before[0] != after[0]:
+        return True
+    return before[1] is not None and not torch.equal(before[1], after[1])
 
 
 def identity(value: Any) -> Any:

@@ -44,9 +44,9 @@ class Original:
             return
         for name, buffer in network.named_buffers():
             path, _, leaf = name.rpartition(".")
-            buffers = original.get_submodule(path)._buffers
-            device = buffer.device if (old := buffers.get(leaf)) is None else old.device
-            buffers[leaf] = buffer.detach().to(device, copy=True)
+            module = original.get_submodule(path)
+            old = getattr(module, leaf)
+            setattr(module, leaf, buffer.detach().to(buffer.device if old is None else old.device, copy=True))
 
 
 def rebind(container: Any, memo: dict[int, Any]) -> None:
@@ -91,10 +91,10 @@ def with_parameters(network: nn.Module, params: dict[str, Tensor]) -> nn.Module:
         if id(module) not in copies:
             new = copies[id(module)] = module.__new__(type(module))
             new.__dict__ = dict(vars(module))
-            own = {name: params.get(prefix + name, p) for name, p in module._parameters.items()}
-            new.__dict__["_parameters"] = own
-            new.__dict__["_modules"] = {
-                name: child and copy_of(child, f"{prefix}{name}.") for name, child in module._modules.items()
+            parameters, children = vars(module)["_parameters"], vars(module)["_modules"]
+            new.__dict__ |= {
+                "_parameters": {name: params.get(prefix + name, p) for name, p in parameters.items()},
+                "_modules": {name: child and copy_of(child, f"{prefix}{name}.") for name, child in children.items()},
             }
         return copies[id(module)]
 
