@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import trainer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from meta_lightning import FOMAML, IMAML, MAML, Adam, MetaLearner, Reptile, TaskBatch
@@ -244,10 +245,14 @@ class Branching(nn.Module):
             return y if y.sum().item() > 0 else 2 * y
         if self.by == "a buffer":
             return y if factor[0] > 0 else 2 * y
+        if self.by == "a list":
+            return sum(factor.tolist()) * y
+        if self.by == "an array":
+            return float(factor.numpy().sum()) * y
         return y * factor[factor > 0].sum()
 
 
-@pytest.mark.parametrize("by", ["an activation", "a buffer", "the shape of a selection"])
+@pytest.mark.parametrize("by", ["an activation", "a buffer", "the shape of a selection", "a list", "an array"])
 @pytest.mark.parametrize("compile_passes", [True, "auto"])
 def test_what_reads_values_runs_as_it_is(by: str, compile_passes: Compile, network: nn.Module) -> None:
     network = Branching(network, by)
@@ -306,6 +311,50 @@ def test_what_a_graph_would_repeat_is_refused(kind: str, compile_passes: Compile
     assert len([w for w in caught if "uncompiled" in str(w.message)]) == 1
     for one, expected in zip(ours, losses(), strict=True):
         assert torch.equal(one, expected)
+
+
+class DropsAgain(nn.Module):
+    """Checkpointing sets the random state back, and some draw from a generator of their own."""
+
+    def __init__(self, network: nn.Module, how: str) -> None:
+        super().__init__()
+        self.network, self.how, self.generator = network, how, torch.Generator()
+
+    def forward(self, x: Tensor) -> Any:
+        if self.how == "checkpoint":
+            return checkpoint(lambda x: self.network(nn.functional.dropout(x, 0.5)), x, use_reentrant=False)
+        if self.how == "a seed":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(7)
+                return self.network(x * torch.rand(6))
+        return self.network(x * torch.rand(6, generator=self.generator))
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "a seed", "a generator"])
+def test_what_sets_random_states_is_not_recorded(how: str, network: nn.Module) -> None:
+    batch = next(iter(batches(6)))
+
+    def losses(compile_passes: Compile) -> list[Tensor]:
+        learner = FOMAML(DropsAgain(network, how), inner_lr=0.1, inner_steps=1, compile_passes=compile_passes)
+        torch.manual_seed(0)
+        return [learner.meta_gradient(batch)[1] for _ in range(3)]
+
+    with pytest.warns(UserWarning, match="uncompiled"):
+        ours = losses("auto")
+    if how != "a generator":  # which examining and recording have moved
+        assert all(map(torch.equal, ours, losses(False)))
+
+
+def test_a_loss_that_is_annealed_is_seen(network: nn.Module) -> None:
+    weight, batch = [1.0], next(iter(batches(6)))
+    loss = lambda predictions, targets: weight[0] * nn.functional.cross_entropy(predictions, targets)  # noqa: E731
+    learner = FOMAML(network, loss=loss, inner_lr=0.1, inner_steps=1, compile_passes="auto")
+    before = learner.meta_gradient(batch)[1]
+    weight[0] = 2.0
+    expected = FOMAML(network, loss=loss, inner_lr=0.1, inner_steps=1).meta_gradient(batch)[1]
+    after = learner.meta_gradient(batch)[1]
+    assert torch.equal(after, expected)
+    assert not torch.equal(after, before)
 
 
 def test_recomputed_steps_are_not_recorded(network: nn.Module) -> None:

@@ -35,7 +35,7 @@ from meta_lightning.inner.params import RULE, Params, for_rule, leaves, of_netwo
 from meta_lightning.inner.passes import Compile, Passes
 from meta_lightning.inner.rules import FORMER_KEYS, InnerRule, as_rule
 from meta_lightning.inner.task_network import Loss, TaskNetwork, default_loss
-from meta_lightning.inner.traits import identity, release
+from meta_lightning.inner.traits import release, setting, unchanged
 from meta_lightning.networks.batch_statistics import with_batch_statistics
 from meta_lightning.networks.copies import Original, copied
 from meta_lightning.outer.update import Decay, OuterOptimizer, OuterUpdate, Scheduler, is_finite
@@ -184,14 +184,10 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
         def read() -> tuple[Any, ...]:
             """What a graph takes from the learner: callbacks may change it, and moving to a device replaces it."""
-            modules = [module for root in (self.network, self.inner_rule, self.loss) for module in modules_of(root)]
             numbers = [v for n, v in vars(self).items() if isinstance(v, int | float) and not n.startswith("_")]
-            # modes, parameters, buffers, hooks, and what a forward assigns
-            values = [value for module in modules for value in vars(module).values()]
-            attributes = [identity(value) for value in values if not isinstance(value, dict) or value]
             frozen = frozenset(self.inner_frozen), frozenset(self.outer_frozen)
-            rule = str(self.inner_rule.description())
-            return function.__name__, *numbers, rule, id(self.loss), *frozen, *attributes, *theta
+            rule = setting(self.inner_rule, None)
+            return function.__name__, *numbers, *frozen, *rule, *setting(self.network, self.loss), *theta
 
         x, y, *_ = tree_leaves(stacked)
         in_turn = self.task_network.examine(x, y).in_turn
@@ -277,7 +273,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         grown_with = {name: [RULE + own for own in self.inner_rule.shaped_like(name)] for name in self.adapted(theta)}
         if tree_leaves(self.inner_rule.start()):
             grown_with = {}
-        with in_evaluation(self):
+        with in_evaluation(self), unchanged(self.network):
             return adapt_to(self.network, theta, inner_loop, x, y, class_names, self.form, grown_with, self.description)
 
     @abstractmethod
@@ -435,8 +431,3 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             self.passes.tasks_that_fit = checkpoint.get("tasks_that_fit")
         for counter, count in zip(self.outer_update.counters(), checkpoint.get("skipped", ()), strict=False):
             counter.copy_(count)
-
-
-def modules_of(root: Any) -> Iterator[nn.Module]:
-    """A module and its submodules; nothing for a function."""
-    return root.modules() if isinstance(root, nn.Module) else iter(())

@@ -1,6 +1,7 @@
 """Compiled passes of a meta-batch."""
 
 from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meta_lightning.inner.params import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -67,7 +69,7 @@ class CompiledPasses:
             try:
                 set_random_states(before, device)  # the draws belong to training
                 on_gpu = device.type == "cuda"
-                compiled = function if on_gpu and not self.fuse else traced(function, self.fuse, *args)
+                compiled = function if on_gpu and not self.fuse else traced(function, self.fuse, result, before, *args)
                 self.passes[signature] = self.captured(compiled, *args) if on_gpu else compiled
             except Exception as reason:  # any kind: the compiler's, of a missing compiler, or of the device
                 rank_zero_warn(f"A pass runs uncompiled, since compiling failed: {reason}")
@@ -113,6 +115,16 @@ class CompiledPasses:
         return run
 
 
+class ReadingNoMemory(TorchFunctionMode):
+    """Raise where Python reads the memory of a tensor, of which torch sees no operation."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function unless it gives its tensor away."""
+        if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__):
+            raise RuntimeError(f"the network or loss reads values of a tensor ({func.__name__})")
+        return func(*args, **(kwargs or {}))
+
+
 class ReadingNoValues(TorchDispatchMode):
     """Raise where Python reads values of a tensor, on which it may branch: a record would keep the branch."""
 
@@ -126,21 +138,30 @@ class ReadingNoValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def traced(function: Pass, fuse: bool, *args: Any) -> Pass:
-    """Record torch's kernels in the function, and run them without autograd and vmap, or fused by torch.compile."""
+def traced(function: Pass, fuse: bool, result: Any, states: dict[str, Any], *args: Any) -> Pass:
+    """Record torch's kernels in the function, and run them without autograd and vmap, or fused by torch.compile.
+
+    Raise RuntimeError unless they have its result in the same random states.
+    """
     device = tree_leaves(args)[0].device
     # torch.compile has no double backward: make_fx traces the pass, i.e. forward, inner loop and meta-gradient, into a
     # graph that needs no further differentiation. Its Python numbers are constants; tensors are read at each call
-    with ReadingNoValues():
+    with ReadingNoValues(), ReadingNoMemory():
         graph: GraphModule = make_fx(lambda *args: function(*args))(*args)  # it counts a method's self as an argument
-    compiled: Pass = compiled_by_torch(graph) if fuse else graph
 
-    def run(*args: Any) -> Any:
+    def without_autograd(compiled: Pass, *args: Any) -> Any:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):  # the casts are in the graph
             return compiled(*args)
 
-    if fuse:
-        run(*args)  # compiles
+    # a pass that sets random states, as checkpointing with dropout does, or draws from generators of its own
+    set_random_states(states, device)
+    pairs = zip(tree_leaves(without_autograd(graph, *args)), tree_leaves(result), strict=True)
+    if not all(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True) for ours, theirs in pairs):
+        raise RuntimeError("the network or loss has another result when its kernels are replayed")
+    if not fuse:
+        return partial(without_autograd, graph)
+    run = partial(without_autograd, compiled_by_torch(graph))
+    run(*args)  # compiles
     return run
 
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from meta_lightning.checks import require
 from meta_lightning.inner.exact import Exact
 from meta_lightning.inner.params import Params, of_network
-from meta_lightning.inner.traits import Traits, setting
+from meta_lightning.inner.traits import Traits, setting, without_numbers
 
 try:
     from meta_lightning.inner.kernels import TasksAsChannels
@@ -41,7 +41,8 @@ class TaskNetwork:
     def __init__(self, owner: Any) -> None:
         self.owner = owner  # its network and loss may be replaced
         self.traits: Traits | None = None
-        self.setting: Any = None  # of the network when the traits were found
+        self.setting: tuple[Any, ...] = ()  # of network and loss
+        self.examined: list[Any] = []  # that of the traits
         self.loops_over_tasks = False
         self.said: set[str] = set()
         self.outputs_checked = False
@@ -49,11 +50,13 @@ class TaskNetwork:
     def examine(self, x: Tensor, y: Tensor | None = None) -> Traits:
         """Find the traits of network and loss in their present setting from the first task.  # T S ..., T S ..."""
         network, loss = self.owner.network, None if y is None else self.owner.loss
-        present = setting(network, loss)
-        if self.traits is None or self.setting != present:
-            self.setting, self.traits = present, Traits.of(network, loss, x[0], None if y is None else y[0])
-            self.loops_over_tasks = bool(self.traits.alone or self.traits.in_turn)
-            for how, reason in (("in a loop", self.traits.alone), ("one after another", self.traits.in_turn)):
+        self.setting = setting(network, loss)
+        lasting = without_numbers(self.setting)
+        state_moves = self.traits is not None and bool(self.traits.in_turn) and len(lasting) == len(self.examined)
+        if self.traits is None or (lasting != self.examined and not state_moves):
+            self.examined, self.traits = lasting, Traits.of(network, loss, x[0], None if y is None else y[0])
+            self.loops_over_tasks = bool(self.traits.looped or self.traits.in_turn)
+            for how, reason in (("in a loop", self.traits.looped), ("one after another", self.traits.in_turn)):
                 if reason and reason not in self.said:
                     self.said.add(reason)
                     rank_zero_warn(f"Tasks run {how}, since {reason}")

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +13,37 @@ from torch.func import functional_call
 from torch.nn.modules import module as global_hooks
 from torch.overrides import TorchFunctionMode
 
-from meta_lightning.checks import InputError
+from meta_lightning.checks import InputError, require
 from meta_lightning.inner.exact import EXACT
 from meta_lightning.inner.params import Params, tree_leaves, tree_map
-from meta_lightning.networks.copies import copied, with_parameters
+from meta_lightning.networks.copies import closure_of, copied, with_parameters
 from meta_lightning.random_states import random_states, set_random_states
 
 MISSING = object()
 # replaced by functional_call, or looked at one by one
 OF_TORCH = {"_buffers", "_parameters", "_modules", "_flat_weights", "_flat_weight_refs"}
+RTOL = 1e-3  # of differences that are none, relative to the greatest value; kernels of a GPU are not deterministic
+
+
+Place = tuple[str, ...]  # kind, module and name
+
+
+class Content(NamedTuple):
+    """The value of an attribute or a buffer, for comparisons."""
+
+    object: int
+    identity: Any
+    tensor: Tensor | None  # a copy
+
+
+Contents = dict[Place, Content]
+
+
+class Parts(NamedTuple):
+    """The identity of an object and of what it holds."""
+
+    object: int
+    parts: list[Any]
 
 
 class Calls(TorchFunctionMode):
@@ -41,102 +64,106 @@ class Traits(NamedTuple):
 
     aliases: dict[str, str]  # further names of tied parameters
     recurrent: bool
-    alone: str = ""  # why vmap would be wrong; empty if it is right
-    in_turn: str = ""  # why a task must take all its steps before the next one starts
+    looped: str = ""  # why vmap would be wrong; empty if it is right
+    in_turn: str = ""  # why a task must take all its steps before the next one starts; empty if it need not
     left: tuple[tuple[str, str], ...] = ()  # modules and attributes: activations that a forward leaves there
     recomputes: bool = False  # backward runs parts of the forward again
     replaced: bool = False  # forward calls functions that EXACT replaces
 
     @classmethod
     def of(cls, network: nn.Module, loss: Any, x: Tensor, y: Tensor | None) -> "Traits":
-        """Those of a network and, if targets are given, a loss, on the samples of one task.  # S ..., S ...
+        """Those of a network and, if targets are given, a loss, from copies that run on one task.  # S ..., S ...
 
         Raises:
             InputError: If the network does not take the samples, or does not compute with its own parameters.
         """
-        recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
-        hooks = has_backward_hooks(network.modules())
-        alone = "the network has backward hooks, which vmap does not call" if hooks else ""
-        traits = cls(other_names(network), recurrent, alone)
+        traits = cls(other_names(network), any(isinstance(module, nn.RNNBase) for module in network.modules()))
         states = random_states(x.device)
-
-        def run(function: Callable[[], Any]) -> Any:
-            set_random_states(states, x.device)
-            return function()
-
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 x, y = x.detach().clone(), None if y is None else y.detach().clone()
-                return traits.probed(network, loss, x, y, run)
+                # other than θ, so that what still computes with θ is seen
+                params = {name: 1.1 * p.detach() for name, p in network.named_parameters() if p.requires_grad}
+                one = copied(network)
+                before = contents(one)
+                with Calls() as calls:
+                    try:
+                        output = traits.forward(one, params, x)
+                    except (RuntimeError, TypeError, ValueError) as error:
+                        require_floating_point(x, error)
+                        return traits  # an error of the network itself, which training shows as well
+                drawn = random_states(x.device)
+                traits = traits._replace(
+                    looped=reason_to_loop(network, states, drawn), replaced=bool(calls.seen & EXACT.keys())
+                )
+                traits = traits.with_state(network, one, before, params, x, drawn)
+                if y is not None and isinstance(loss, nn.Module) and not traits.in_turn:
+                    loss = copied(loss)
+                    before = contents(loss)
+                    loss(output, y)
+                    if names := changes(before, contents(loss)):
+                        traits = traits._replace(in_turn=f"the loss changes {listed(names)}")
+                return traits.compared(network, params, x, drawn)
         finally:
             set_random_states(states, x.device)
 
-    def probed(self, network: nn.Module, loss: Any, x: Tensor, y: Tensor | None, run: Callable[..., Any]) -> "Traits":
-        """Complete them by running copies of the network and of the loss."""
-        one, other = copied(network), copied(network)
-        moved = {name: 1.1 * p.detach() for name, p in network.named_parameters() if p.requires_grad}
-        before = contents(one)
-        try:
-            with Calls() as calls:
-                first = run(lambda: self.forward(one, moved, x))
-        except (RuntimeError, TypeError, ValueError) as error:
-            if isinstance(x, Tensor) and not x.is_floating_point():
-                expected = "x must be floating-point unless the network embeds it"
-                raise InputError(f"{expected}, got {x.dtype}, of which it says: {error}") from None
-            return self  # an error of the network itself, which training shows as well
-        after = contents(one)
-        changed = {place for place in before.keys() | after.keys() if differ(before.get(place), after.get(place))}
-        traits = self._replace(replaced=bool(calls.seen & EXACT.keys()))
-        if changed:
-            activations = all(is_replaced_activation(one, before.get(place), *place) for place in changed)
-            again = run(lambda: self.forward(one, moved, x))
-            if activations and torch.allclose(first, again, rtol=1e-5, equal_nan=True):
-                traits = traits._replace(left=tuple((module, name) for _, module, name in sorted(changed)))
-            else:
-                names = sorted(".".join(filter(None, place)) for _, *place in changed)
-                traits = traits._replace(in_turn=f"the network's forward changes {', '.join(names)}")
-        if y is not None and isinstance(loss, nn.Module) and not traits.in_turn and first.ndim:
-            loss = copied(loss)
-            before = contents(loss)
-            run(lambda: loss(first, y))
-            if changed := {place for place, value in contents(loss).items() if differ(before.get(place), value)}:
-                names = sorted(".".join(filter(None, place)) for _, *place in changed)
-                traits = traits._replace(in_turn=f"the loss changes {', '.join(names)}")
-        return traits.compared(network, other, moved, x, run)
-
-    def compared(
-        self, network: nn.Module, other: nn.Module, moved: Params, x: Tensor, run: Callable[..., Any]
+    def with_state(
+        self, network: nn.Module, one: nn.Module, before: Contents, params: Params, x: Tensor, drawn: Any
     ) -> "Traits":
-        """Compare gradients with those of a copy that holds the parameters, which backward must see too."""
-        with torch.no_grad():
-            for name, p in other.named_parameters():
-                p.copy_(moved.get(name, p))
-        value = run(lambda: other(x)).abs().square().sum()
+        """Complete them by what a first forward has changed in a copy, and whether the next one depends on it."""
+        changed = changes(before, contents(one))
+        activations = all(is_new_activation(one, before.get(place), *place) for place in changed)
+        other = 1.1 * x.flip(0) + 0.1 if x.is_floating_point() else x.flip(0)
+        outputs = []
+        for copy in (one, copied(network)):
+            set_random_states(drawn, x.device)
+            outputs.append(self.forward(copy, params, other).detach())
+        depends = greatest(outputs[0] - outputs[1]) > RTOL * greatest(outputs[1])
+        if changed and activations and not depends:
+            return self._replace(left=tuple((module, name) for _, module, name in sorted(changed)))
+        if changed:
+            return self._replace(in_turn=f"the network's forward changes {listed(changed)}")
+        return self._replace(in_turn="the network's forward depends on earlier ones" if depends else "")
+
+    def compared(self, network: nn.Module, params: Params, x: Tensor, drawn: Any) -> "Traits":
+        """Complete them by comparing gradients with those of a copy that holds the parameters."""
+
+        def run(function: Callable[[Tensor], Tensor]) -> Tensor:
+            set_random_states(drawn, x.device)
+            return function(x).abs().square().sum()
+
+        other = copied(network)
+        set_values(other, params)
+        value = run(other)
         if not value.requires_grad:
             return self
+        theta = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        reached = torch.autograd.grad(value, [*theta.values()], allow_unused=True, retain_graph=True)
+        names = [name for name, g in zip(theta, reached, strict=True) if g is not None]
+        advice = "functions must refer to its own modules, and activation checkpointing must have use_reentrant=False"
+        require(not names, f"network must be copyable, got a copy that computes with its {', '.join(names)}: {advice}")
         again: list[nn.Module] = []
         for module in other.modules():
             module.register_forward_pre_hook(lambda module, args: again.append(module))
         value.backward()
         grads = {name: p.grad for name, p in other.named_parameters()}
-        expected = {name: torch.zeros_like(p) if (g := grads[name]) is None else g for name, p in moved.items()}
+        expected = {name: torch.zeros_like(p) if (g := grads[name]) is None else g for name, p in params.items()}
+        recomputing = self._replace(
+            recomputes=True, looped=self.looped or "backward runs parts of the network's forward again"
+        )
         wrong: list[str] = []
-        recomputing = self._replace(recomputes=True, alone=self.alone or "its backward runs parts of its forward again")
         for traits in [recomputing] if again else [self, recomputing]:
-            leaves = {name: p.detach().requires_grad_() for name, p in moved.items()}
-            value = run(partial(traits.forward, copied(network), leaves, x)).abs().square().sum()
+            leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+            value = run(partial(traits.forward, copied(network), leaves))
             by_name = torch.autograd.grad(value, [*leaves.values()], materialize_grads=True)
-            pairs = {
-                n: (g.to_dense(), expected[n].to_dense()) for n, g in zip(leaves, by_name, strict=True) if g.numel()
-            }
-            scale = max(float(e.abs().max()) for _, e in pairs.values())  # of all: some are nothing but rounding
-            wrong = [name for name, (g, e) in pairs.items() if float((g - e).abs().max()) > 1e-3 * scale]
+            pairs = {n: (g.to_dense(), expected[n].to_dense()) for n, g in zip(leaves, by_name, strict=True)}
+            scale = max(greatest(e) for _, e in pairs.values())  # of all: some are nothing but rounding
+            wrong = [name for name, (g, e) in pairs.items() if greatest(g - e) > RTOL * scale]
             if not wrong:
                 return traits
         raise InputError(
-            f"network must compute with its own parameters, by torch.autograd.grad too, got other gradients of "
-            f"{', '.join(wrong)}: activation checkpointing must have use_reentrant=False, and functions must refer "
-            "to the network's own modules"
+            "network must compute with the parameters that it is given, by torch.autograd.grad too, got other "
+            f"gradients of {', '.join(wrong)}: {advice}, and its forward must not depend on what is outside of it"
         )
 
     def forward(self, network: nn.Module, params: Params, x: Tensor) -> Tensor:
@@ -188,16 +215,55 @@ def other_names(network: nn.Module) -> dict[str, str]:
     return others
 
 
+def require_floating_point(x: Tensor, error: Exception) -> None:
+    """Raise InputError for integers that a network does not take."""
+    expected = "x must be floating-point unless the network embeds it"
+    require(x.is_floating_point(), f"{expected}, got {x.dtype}, of which it says: {error}")
+
+
 def has_backward_hooks(modules: Iterable[nn.Module]) -> bool:
     """Whether one of the modules has hooks that backward calls, or all modules have."""
     everywhere = global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks
     return bool(everywhere) or any(module._backward_hooks or module._backward_pre_hooks for module in modules)
 
 
-def setting(network: nn.Module, loss: Any) -> list[Any]:
-    """What the traits depend on besides the samples."""
-    modules = [*network.modules()]
-    return [has_backward_hooks(modules), id(loss), *map(id, modules), *[module.training for module in modules]]
+def reason_to_loop(network: nn.Module, before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Why vmap would be wrong, from the hooks of a network and the random states before and after its forward."""
+    if has_backward_hooks(network.modules()):
+        return "the network has backward hooks, which vmap does not call"
+    if any(after[generator] != before[generator] for generator in ("python", "numpy")):
+        return "the network draws random numbers of Python or NumPy, which would be the same for all tasks"
+    return ""
+
+
+def setting(network: nn.Module, loss: Any) -> tuple[Any, ...]:
+    """What a network and a loss compute with besides their inputs and the values of tensors."""
+    modules = [module for root in (network, loss) if isinstance(root, nn.Module) for module in root.modules()]
+    # modes, parameters, buffers, hooks, and what a forward assigns
+    values = [value for module in modules for value in vars(module).values()]
+    attributes = [identity(value) for value in values if not isinstance(value, dict) or value]
+    return has_backward_hooks(modules), identity(loss), *map(id, modules), *attributes
+
+
+def without_numbers(setting: tuple[Any, ...]) -> list[Any]:
+    """A setting without numbers and parts of objects, such as an annealed temperature: traits do not depend on them."""
+    lasting = [value for value in setting if type(value) is not float and type(value) is not int]
+    return [value.object if isinstance(value, Parts) else value for value in lasting]
+
+
+@contextmanager
+def unchanged(network: nn.Module) -> Iterator[None]:
+    """Restore the attributes and buffers of a network on exit."""
+    kept = [(module, dict(vars(module))) for module in network.modules()]
+    buffers = [(module, name, b, b.clone()) for module, _ in kept for name, b in module.named_buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for module, attributes in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for module, name, buffer, value in buffers:
+            setattr(module, name, buffer.copy_(value))
 
 
 def release(network: nn.Module) -> None:
@@ -212,39 +278,71 @@ def release(network: nn.Module) -> None:
                 vars(module)[name] = tree_map(detached, value)
 
 
-def contents(network: nn.Module) -> dict[tuple[str, ...], Any]:
+def contents(network: nn.Module) -> Contents:
     """What a forward may change, by kind, module and name: attributes, and copies of the tensors among them."""
-    found: dict[tuple[str, ...], Any] = {}
+    found: Contents = {}
     for path, module in network.named_modules():
         buffers = dict(module.named_buffers(recurse=False))
         attributes = {name: value for name, value in vars(module).items() if name not in OF_TORCH}
         for kind, values in (("attribute", attributes), ("buffer", buffers)):
             for name, value in values.items():
-                found[kind, path, name] = identity(value), value.clone() if isinstance(value, Tensor) else None
+                copy = value.clone() if isinstance(value, Tensor) else None
+                found[kind, path, name] = Content(id(value), identity(value), copy)
     return found
 
 
-def differ(before: Any, after: Any) -> bool:
-    """Whether an attribute has another value than before; None where it was or is missing."""
-    if before is None or after is None or before[0] != after[0]:
+def changes(before: Contents, after: Contents) -> set[Place]:
+    """Places whose value is not what it was."""
+    return {place for place in before.keys() | after.keys() if differ(before.get(place), after.get(place))}
+
+
+def differ(before: Content | None, after: Content | None) -> bool:
+    """Whether a value is not what it was."""
+    if before is None or after is None or before.identity != after.identity:
         return True
-    return before[1] is not None and not torch.equal(before[1], after[1])
+    return before.tensor is not None and after.tensor is not None and not torch.equal(before.tensor, after.tensor)
+
+
+def listed(places: Iterable[Place]) -> str:
+    """Names of places, in order."""
+    return ", ".join(sorted(".".join(filter(None, place)) for _, *place in places))
 
 
 def identity(value: Any) -> Any:
     """A value for comparisons that changes whenever an attribute, its memory or the members of a container do."""
-    if isinstance(value, int | float | str):
+    if value is None or isinstance(value, int | float | str):
         return value
     if isinstance(value, Tensor):
         return id(value), value.data_ptr()  # a parameter that was moved is the same object
     if isinstance(value, dict):
         return id(value), *map(identity, value.values())
-    return (id(value), *map(id, value)) if isinstance(value, list | tuple | set | deque) else id(value)
+    held = closure_of(value) if isinstance(value, FunctionType) else [value]
+    parts = [part for owner in held for part in (owner, *parts_of(owner))]
+    return Parts(id(value), [part if isinstance(part, int | float | str) else id(part) for part in parts])
 
 
-def is_replaced_activation(network: nn.Module, before: Any, kind: str, module: str, name: str) -> bool:
-    """Whether an attribute, other than before, is another tensor or a new container of tensors."""
+def parts_of(value: Any) -> list[Any]:
+    """Members of a container, or attributes of an object that is no module."""
+    if isinstance(value, list | tuple | set | deque):
+        return [*value]
+    return [] if isinstance(value, nn.Module | type | Tensor) else [*getattr(value, "__dict__", {}).values()]
+
+
+def is_new_activation(network: nn.Module, before: Content | None, kind: str, module: str, name: str) -> bool:
+    """Whether an attribute is another tensor than before, or a new container of tensors."""
     value = vars(network.get_submodule(module)).get(name) if kind == "attribute" else None
     leaves = tree_leaves(value)
-    new = before is None or not isinstance(before[0], tuple) or before[0][0] != id(value)
+    new = before is None or before.object != id(value)
     return new and bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)
+
+
+def greatest(x: Tensor) -> float:
+    """Max |x|."""
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def set_values(network: nn.Module, params: Params) -> None:
+    """Copy values into a network's parameters."""
+    with torch.no_grad():
+        for name, value in params.items():
+            network.get_parameter(name).copy_(value)

@@ -2,8 +2,10 @@
 
 import copy
 import weakref
-from collections.abc import Iterable, MutableMapping, MutableSequence
-from types import CellType, FunctionType
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ def copied(network: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
             memo[id(value)] = value.detach().clone()
     new: nn.Module = copy.deepcopy(network, memo)
     for module in new.modules():
-        rebind(vars(module), memo)
+        rebind(module, memo)
     return new
 
 
@@ -49,34 +51,65 @@ class Original:
             setattr(module, leaf, buffer.detach().to(buffer.device if old is None else old.device, copy=True))
 
 
-def rebind(container: Any, memo: dict[int, Any]) -> None:
-    """Replace functions in a container that refer to copied objects by functions that refer to the copies."""
-    if isinstance(container, MutableMapping | MutableSequence):
-        pairs = container.items() if isinstance(container, MutableMapping) else enumerate(container)
-        for key, value in [*pairs]:
-            if isinstance(value, FunctionType):
-                container[key] = rebound(value, memo)
-            else:
-                rebind(value, memo)
+def rebind(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Let functions among a module's attributes and hooks refer to copies."""
+    for name, value in vars(module).items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            vars(module)[name] = rebound(value, memo)
 
 
-def rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
-    """The function itself, or, if its closure or defaults hold copied objects, the same function of the copies."""
+def rebound(value: Any, memo: dict[int, Any]) -> Any:
+    """A value whose functions refer to copies, ``memo`` maps ids to them; the value itself if there are none."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, FunctionType):
+        return of_copies(value, memo) if refers(value, memo, set()) else value
+    if isinstance(value, MethodType):
+        owner = memo.get(id(value.__self__))
+        return value if owner is None else MethodType(value.__func__, owner)
+    if type(value) is partial:
+        arguments, options = rebound(value.args, memo), rebound(value.keywords, memo)
+        return partial(rebound(value.func, memo), *arguments, **options)
+    if isinstance(value, dict):
+        new = [rebound(part, memo) for part in value.values()]
+        same = all(a is b for a, b in zip(new, value.values(), strict=True))
+        return value if same else type(value)(zip(value, new, strict=True))
+    if type(value) in (list, tuple):
+        new = [rebound(part, memo) for part in value]
+        return value if all(a is b for a, b in zip(new, value, strict=True)) else type(value)(new)
+    return value
 
-    def new(value: Any) -> Any:
-        return rebound(value, memo) if isinstance(value, FunctionType) else memo.get(id(value), value)
 
-    cells = [cell for cell in function.__closure__ or () if cell is not None]
-    contents = [new(cell.cell_contents) for cell in cells]
-    defaults = tuple(map(new, function.__defaults__ or ()))
-    unchanged = all(cell.cell_contents is value for cell, value in zip(cells, contents, strict=True))
-    if unchanged and all(a is b for a, b in zip(defaults, function.__defaults__ or (), strict=True)):
-        return function
-    closure = tuple(map(CellType, contents)) or None
-    result = FunctionType(function.__code__, function.__globals__, function.__name__, defaults or None, closure)
-    result.__kwdefaults__ = function.__kwdefaults__
+def refers(function: FunctionType, memo: dict[int, Any], seen: set[int]) -> bool:
+    """Whether a function's closure or defaults hold objects that have copies."""
+    seen.add(id(function))
+    held = [*closure_of(function), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    if any(isinstance(part, FunctionType) and id(part) not in seen and refers(part, memo, seen) for part in held):
+        return True
+    return any(not isinstance(part, FunctionType) and rebound(part, memo) is not part for part in held)
+
+
+def of_copies(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """The same function of the copies."""
+    cells = [CellType() for _ in function.__closure__ or ()]
+    result = FunctionType(function.__code__, function.__globals__, function.__name__, None, tuple(cells) or None)
+    memo = memo | {id(function): result}  # a function may refer to itself
+    result.__defaults__ = rebound(function.__defaults__, memo)
+    result.__kwdefaults__ = rebound(function.__kwdefaults__, memo)
     result.__dict__.update(vars(function))
+    for new, old in zip(cells, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # an empty cell
+            new.cell_contents = rebound(old.cell_contents, memo)
     return result
+
+
+def closure_of(function: FunctionType) -> list[Any]:
+    """The values that a function's closure holds."""
+    values = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty cell
+            values.append(cell.cell_contents)
+    return values
 
 
 def with_parameters(network: nn.Module, params: dict[str, Tensor]) -> nn.Module:
@@ -98,4 +131,7 @@ def with_parameters(network: nn.Module, params: dict[str, Tensor]) -> nn.Module:
             }
         return copies[id(module)]
 
-    return copy_of(network, "")
+    new = copy_of(network, "")
+    for shell in copies.values():
+        rebind(shell, {**copies})
+    return new

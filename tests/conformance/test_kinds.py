@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import random
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,6 +127,8 @@ class Average(Net):
         self.register_buffer("mean", torch.zeros(6))
         self.count = 0
         self.seen: list[int] = []
+        self.holder = SimpleNamespace(count=0.0)
+        self.first: Tensor | None = None
 
     def forward(self, x: Tensor) -> Any:
         z = self.body(x)
@@ -134,9 +138,14 @@ class Average(Net):
             self.get_buffer("mean").add_(0.1)
         elif self.kind == "a number":
             self.count += 1
-        else:
+        elif self.kind == "a list":
             self.seen.append(1)
-        return self.head((z - self.get_buffer("mean") - 0.1 * self.count - 0.1 * len(self.seen)).tanh())
+        elif self.kind == "an object":
+            self.holder.count += 0.1
+        elif self.kind == "none at first":
+            self.first = z.detach().mean(0) if self.first is None else self.first
+        count = self.count + len(self.seen) + self.holder.count + (0.0 if self.first is None else self.first)
+        return self.head((z - self.get_buffer("mean") - 0.1 * count).tanh())
 
 
 def in_turn(network: nn.Module, tasks: TaskBatch, second_order: bool) -> Params:
@@ -154,7 +163,7 @@ def in_turn(network: nn.Module, tasks: TaskBatch, second_order: bool) -> Params:
     return dict(zip(theta, grads, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["assigned", "in place", "a number", "a list"])
+@pytest.mark.parametrize("kind", ["assigned", "in place", "a number", "a list", "an object", "none at first"])
 def test_state_goes_from_forward_to_forward_as_with_one_network_for_all_tasks(kind: str) -> None:
     network = made(lambda: Average(kind))
     for algorithm in ("MAML", "FOMAML"):
@@ -166,7 +175,8 @@ def test_state_goes_from_forward_to_forward_as_with_one_network_for_all_tasks(ki
             assert worst(got, in_turn(theirs, batch(), algorithm == "MAML")) <= EXACT
             said = [str(w.message) for w in caught if "one after another" in str(w.message)]
             assert len(said) == 1
-            assert {"assigned": "mean", "in place": "mean", "a number": "count", "a list": "seen"}[kind] in said[0]
+            places = {"a number": "count", "a list": "seen", "an object": "holder", "none at first": "first"}
+            assert places.get(kind, "mean") in said[0]
 
 
 def test_the_users_network_gets_the_state() -> None:
@@ -203,6 +213,44 @@ T_TASKS = 3
 def test_recomputing_would_change_state_twice() -> None:
     with pytest.raises(InputError, match=r"recompute_inner_steps .*changes mean"):
         ours("MAML", made(Average), batch(), recompute_inner_steps=True)
+
+
+def test_adapting_leaves_the_state_of_the_learner() -> None:
+    learner = FOMAML(made(Average), inner_lr=RATE, inner_steps=STEPS)
+    x, y = batch().support_x[0], batch().support_y[0]
+    first, second = (learner.adapt(x.numpy(), y.numpy())(x) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not learner.network.get_buffer("mean").any()  # type: ignore[union-attr,operator]
+
+
+class Switched(Net):
+    """Changes what it does when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts, self.count = False, 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.count += self.counts
+        return self.head(self.body(x).tanh() * (1 + self.count))
+
+
+def test_a_network_that_changes_is_examined_again() -> None:
+    learner = FOMAML(made(Switched), inner_lr=RATE, inner_steps=STEPS)
+    learner.meta_gradient(batch())
+    theirs = copy.deepcopy(learner.network)
+    theirs.counts = learner.network.counts = True  # type: ignore[union-attr,assignment]
+    assert worst(learner.meta_gradient(batch())[0], in_turn(theirs, batch(), False)) <= EXACT  # type: ignore[arg-type]
+
+
+class Random(Net):
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.body(x).tanh() * random.random())
+
+
+def test_random_numbers_of_python_are_drawn_for_each_task() -> None:
+    with pytest.warns(UserWarning, match="in a loop, since the network draws random numbers of Python or NumPy"):
+        ours("FOMAML", made(Random), batch())
 
 
 # ---------------------------------------------------------------------------------------------- what vmap hides
@@ -484,7 +532,64 @@ class ByMethod(Net):
         return self.head(self.function(x))
 
 
-@pytest.mark.parametrize("network", [ByLambda, ByDefault, ByNestedFunction, ByMethod])
+class ByAWrappedForward(Net):
+    """The usual way to wrap a layer's forward, which holds a bound method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        before = self.body.forward
+        self.body.forward = lambda x: before(x)  # type: ignore[method-assign]
+
+
+class ByAKeyword(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions = (lambda x, *, bodies=[self.body]: bodies[0](x).tanh(),)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.functions[0](x))
+
+
+class ByAPartial(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.function = functools.partial(lambda scale, x: scale * self.body(x).tanh(), 1.0)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.function(x))
+
+
+class Recursive(Net):
+    def __init__(self) -> None:
+        super().__init__()
+
+        def deeper(x: Tensor, depth: int) -> Any:
+            return deeper(x, depth - 1) if depth else self.body(x).tanh()
+
+        self.function = deeper
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.function(x, 2))
+
+
+class Holder:
+    pass
+
+
+class ByAnObject(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.holder = Holder()
+        self.holder.function = lambda x: self.body(x).tanh()  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.holder.function(x))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "network",
+    [ByLambda, ByDefault, ByNestedFunction, ByMethod, ByAWrappedForward, ByAKeyword, ByAPartial, Recursive],
+)
 def test_functions_that_refer_to_the_network_refer_to_the_copy(network: Network) -> None:
     require_as_in_a_loop(made(network), like=made(Net))
 
@@ -503,10 +608,12 @@ class Outside(Net):
         return self.head(OUTSIDE[0](x).tanh())
 
 
-def test_a_module_outside_of_the_network_is_not_trained_and_that_is_said() -> None:
-    loader = DataLoader([batch()], batch_size=None)  # type: ignore[arg-type]
-    with pytest.warns(UserWarning, match=r"does not depend on these parameters: body.weight, body.bias"):
-        train_maml(made(Outside), loader)
+@pytest.mark.parametrize("network", [Outside, ByAnObject])
+def test_parameters_that_a_copy_does_not_own_are_refused(network: Network) -> None:
+    net = made(network)
+    with pytest.raises(InputError, match=r"network must be copyable, .*body.weight, body.bias: functions"):
+        ours("FOMAML", net, batch())
+    assert all(p.grad is None for p in net.parameters())
 
 
 # ------------------------------------------------------------------------------------------------------- numbers
