@@ -43,7 +43,7 @@ class Parts(NamedTuple):
     """The identity of an object and of what it holds."""
 
     object: int
-    parts: list[Any]
+    parts: tuple[Any, ...]
 
 
 class Calls(TorchFunctionMode):
@@ -318,7 +318,7 @@ def identity(value: Any) -> Any:
         return id(value), *map(identity, value.values())
     held = closure_of(value) if isinstance(value, FunctionType) else [value]
     parts = [part for owner in held for part in (owner, *parts_of(owner))]
-    return Parts(id(value), [part if isinstance(part, int | float | str) else id(part) for part in parts])
+    return Parts(id(value), tuple(part if isinstance(part, int | float | str) else id(part) for part in parts))
 
 
 def parts_of(value: Any) -> list[Any]:
