@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from meta_lightning.checks import require
 from meta_lightning.inner.exact import Exact
 from meta_lightning.inner.params import Params, of_network
-from meta_lightning.inner.traits import Traits, setting, without_numbers
+from meta_lightning.inner.traits import Traits, hooked_parameters, setting, without_numbers
 
 try:
     from meta_lightning.inner.kernels import TasksAsChannels
@@ -56,11 +56,16 @@ class TaskNetwork:
         if self.traits is None or (lasting != self.examined and not state_moves):
             self.examined, self.traits = lasting, Traits.of(network, loss, x[0], None if y is None else y[0])
             self.loops_over_tasks = bool(self.traits.looped or self.traits.in_turn)
-            for how, reason in (("in a loop", self.traits.looped), ("one after another", self.traits.in_turn)):
-                if reason and reason not in self.said:
-                    self.said.add(reason)
-                    rank_zero_warn(f"Tasks run {how}, since {reason}")
+            self.say("Tasks run in a loop, since ", self.traits.looped)
+            self.say("Tasks run one after another, since ", self.traits.in_turn)
+            self.say("Hooks on parameters see the meta-gradient only: ", ", ".join(hooked_parameters(network)))
         return self.traits
+
+    def say(self, message: str, reason: str) -> None:
+        """Warn once, if there is a reason."""
+        if reason and reason not in self.said:
+            self.said.add(reason)
+            rank_zero_warn(message + reason)
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
         """Predictions of every task with its own parameters.  # T S ... -> T S ..."""

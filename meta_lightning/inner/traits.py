@@ -227,6 +227,11 @@ def has_backward_hooks(modules: Iterable[nn.Module]) -> bool:
     return bool(everywhere) or any(module._backward_hooks or module._backward_pre_hooks for module in modules)
 
 
+def hooked_parameters(network: nn.Module) -> list[str]:
+    """Names of parameters that have hooks."""
+    return [name for name, p in network.named_parameters() if p._backward_hooks]
+
+
 def reason_to_loop(network: nn.Module, before: dict[str, Any], after: dict[str, Any]) -> str:
     """Why vmap would be wrong, from the hooks of a network and the random states before and after its forward."""
     if has_backward_hooks(network.modules()):

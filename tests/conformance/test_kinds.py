@@ -303,6 +303,13 @@ def test_a_backward_hook_that_comes_later_is_called() -> None:
     assert worst(learner.meta_gradient(batch())[0], before) <= EXACT
 
 
+def test_hooks_on_parameters_are_told_what_they_see() -> None:
+    network = made(Net)
+    network.get_parameter("body.weight").register_hook(lambda g: 0.5 * g)
+    with pytest.warns(UserWarning, match="Hooks on parameters see the meta-gradient only: body.weight"):
+        ours("FOMAML", network, batch())
+
+
 class Checkpointed(Net):
     def forward(self, x: Tensor) -> Any:
         def body(x: Tensor) -> Any:
