@@ -82,6 +82,8 @@ class TaskNetwork:
         """Predictions of every task's queries with its own parameters.  # T R ..."""
         if transductive:
             return self.predict(params, query_x)
+        if self.traits is None:
+            self.examine(support_x)
 
         def predict_alone(params: Params, support_x: Tensor, query_x: Tensor) -> Tensor:
             def predict_query(query: Tensor) -> Tensor:
