@@ -41,8 +41,8 @@ class TaskNetwork:
     def __init__(self, owner: Any) -> None:
         self.owner = owner  # its network and loss may be replaced
         self.traits: Traits | None = None
-        self.setting: tuple[Any, ...] = ()  # of network and loss
-        self.examined: list[Any] = []  # that of the traits
+        self.examined: tuple[Any, ...] = ()  # the setting of network and loss that has these traits
+        self.known: dict[tuple[Any, ...], Traits] = {}  # of training and evaluation
         self.loops_over_tasks = False
         self.said: set[str] = set()
         self.outputs_checked = False
@@ -50,15 +50,17 @@ class TaskNetwork:
     def examine(self, x: Tensor, y: Tensor | None = None) -> Traits:
         """Find the traits of network and loss in their present setting from the first task.  # T S ..., T S ..."""
         network, loss = self.owner.network, None if y is None else self.owner.loss
-        self.setting = setting(network, loss)
-        lasting = without_numbers(self.setting)
-        state_moves = self.traits is not None and bool(self.traits.in_turn) and len(lasting) == len(self.examined)
-        if self.traits is None or (lasting != self.examined and not state_moves):
-            self.examined, self.traits = lasting, Traits.of(network, loss, x[0], None if y is None else y[0])
-            self.loops_over_tasks = bool(self.traits.looped or self.traits.in_turn)
-            self.say("Tasks run in a loop, since ", self.traits.looped)
-            self.say("Tasks run one after another, since ", self.traits.in_turn)
-            self.say("Hooks on parameters see the meta-gradient only: ", ", ".join(hooked_parameters(network)))
+        present, traits = without_numbers(setting(network, loss)), self.traits
+        # the forward of a network whose tasks go in turn changes its attributes itself
+        if traits is not None and (present == self.examined or (traits.in_turn and len(present) == len(self.examined))):
+            return traits
+        if present not in self.known:
+            self.known[present] = Traits.of(network, loss, x[0], None if y is None else y[0])
+        self.examined, self.traits = present, self.known[present]
+        self.loops_over_tasks = bool(self.traits.looped or self.traits.in_turn)
+        self.say("Tasks run in a loop, since ", self.traits.looped)
+        self.say("Tasks run one after another, since ", self.traits.in_turn)
+        self.say("Hooks on parameters see the meta-gradient only: ", ", ".join(hooked_parameters(network)))
         return self.traits
 
     def say(self, message: str, reason: str) -> None:
@@ -121,7 +123,10 @@ class TaskNetwork:
                 # an error of the function itself is raised by the loop as well
                 result = one_by_one(function, self.functions(), *stacked)
                 self.loops_over_tasks = True
-                rank_zero_warn(f"Tasks run in a loop, since vmap does not support the network or loss: {refusal}")
+                reason = f"vmap does not support the network or loss: {refusal}"
+                self.say("Tasks run in a loop, since ", reason)
+                if self.traits is not None:
+                    self.traits = self.known[self.examined] = self.traits._replace(looped=reason)
                 return result
         return one_by_one(function, self.functions(), *stacked)
 

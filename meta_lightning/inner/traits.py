@@ -251,10 +251,10 @@ def setting(network: nn.Module, loss: Any) -> tuple[Any, ...]:
     return has_backward_hooks(modules), identity(loss), *map(id, modules), *attributes
 
 
-def without_numbers(setting: tuple[Any, ...]) -> list[Any]:
+def without_numbers(setting: tuple[Any, ...]) -> tuple[Any, ...]:
     """A setting without numbers and parts of objects, such as an annealed temperature: traits do not depend on them."""
     lasting = [value for value in setting if type(value) is not float and type(value) is not int]
-    return [value.object if isinstance(value, Parts) else value for value in lasting]
+    return tuple(value.object if isinstance(value, Parts) else value for value in lasting)
 
 
 @contextmanager
