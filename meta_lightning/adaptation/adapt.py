@@ -13,9 +13,9 @@ from meta_lightning.checks import InputError, require
 from meta_lightning.data.form import SampleForm
 from meta_lightning.data.tasks import Array
 from meta_lightning.data.tensors import samples
+from meta_lightning.inner.copies import copied
 from meta_lightning.inner.params import Params
 from meta_lightning.networks.batch_statistics import freeze_statistics
-from meta_lightning.networks.copies import copied
 
 
 def adapt_to(

@@ -18,8 +18,8 @@ from meta_lightning.data.form import SampleForm
 from meta_lightning.data.tasks import Array
 from meta_lightning.data.tensors import samples
 from meta_lightning.files import written_whole
+from meta_lightning.inner.copies import copied
 from meta_lightning.networks.batch_statistics import batch_norms, hold_statistics, with_batch_statistics
-from meta_lightning.networks.copies import copied
 
 AT_ONCE = 256  # samples per forward pass, which bounds memory
 

@@ -9,8 +9,8 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from meta_lightning.checks import require
+from meta_lightning.inner.copies import copied
 from meta_lightning.inner.params import Params
-from meta_lightning.networks.copies import copied
 
 
 @contextmanager

@@ -30,14 +30,14 @@ from meta_lightning.checks import (
 )
 from meta_lightning.data.form import SampleForm, form_of
 from meta_lightning.data.tasks import Array, TaskBatch, as_task_batch, scale_pixels
+from meta_lightning.inner.copies import Original, copied
 from meta_lightning.inner.loop import Adapted, InnerStep, Support, trajectory
 from meta_lightning.inner.params import RULE, Params, for_rule, leaves, of_network, stack, tree_leaves, unstack
 from meta_lightning.inner.passes import Compile, Passes
 from meta_lightning.inner.rules import FORMER_KEYS, InnerRule, as_rule
+from meta_lightning.inner.state import release, setting, unchanged
 from meta_lightning.inner.task_network import Loss, TaskNetwork, default_loss
-from meta_lightning.inner.traits import release, setting, unchanged
 from meta_lightning.networks.batch_statistics import with_batch_statistics
-from meta_lightning.networks.copies import Original, copied
 from meta_lightning.outer.update import Decay, OuterOptimizer, OuterUpdate, Scheduler, is_finite
 from meta_lightning.runs.checkpoint_file import load_network, network_description, renamed, verify_checkpoint
 from meta_lightning.runs.machine import keep_freed_memory

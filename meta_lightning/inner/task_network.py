@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from meta_lightning.checks import require
 from meta_lightning.inner.exact import Exact
 from meta_lightning.inner.params import Params, of_network
-from meta_lightning.inner.traits import Traits, hooked_parameters, setting, without_numbers
+from meta_lightning.inner.state import hooked_parameters, setting, without_numbers
+from meta_lightning.inner.traits import Traits
 
 try:
     from meta_lightning.inner.kernels import TasksAsChannels

@@ -8,7 +8,7 @@ from torch.func import replace_all_batch_norm_modules_
 from torch.nn.parameter import is_lazy
 
 from meta_lightning.checks import require
-from meta_lightning.networks.copies import copied
+from meta_lightning.inner.copies import copied
 
 BATCH_NORM: Any = nn.BatchNorm1d.__base__  # base class of all batch norm layers, which custom layers may extend as well
 
