@@ -44,6 +44,7 @@ class TaskNetwork:
         self.traits: Traits | None = None
         self.examined: tuple[Any, ...] = ()  # the setting of network and loss that has these traits
         self.known: dict[tuple[Any, ...], Traits] = {}  # of training and evaluation
+        self.modules: list[nn.Module] = []  # of the network; kept, since settings hold their ids
         self.loops_over_tasks = False
         self.said: set[str] = set()
         self.outputs_checked = False
@@ -55,6 +56,8 @@ class TaskNetwork:
         # the forward of a network whose tasks go in turn changes its attributes itself
         if traits is not None and (present == self.examined or (traits.in_turn and len(present) == len(self.examined))):
             return traits
+        if self.modules != (modules := [*network.modules()]):
+            self.modules, self.known = modules, {}
         if present not in self.known:
             self.known[present] = Traits.of(network, loss, x[0], None if y is None else y[0])
         self.examined, self.traits = present, self.known[present]
