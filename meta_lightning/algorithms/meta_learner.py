@@ -193,14 +193,15 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         in_turn = self.task_network.examine(x, y).in_turn
         repeats = getattr(self, "recompute_inner_steps", False) and self.second_order
         require(not (in_turn and repeats), f"recompute_inner_steps must be off, since {in_turn}, got on")
-        results = self.passes.run(
-            function,
-            *stacked,
-            parameters=sum(p.numel() for p in theta.values()),
-            most=1 if in_turn else None,
-            key=read if compiled and self.passes.compile else None,
-            buffers=self.network.buffers,
-        )
+        with self.task_network.around():
+            results = self.passes.run(
+                function,
+                *stacked,
+                parameters=sum(p.numel() for p in theta.values()),
+                most=1 if in_turn else None,
+                key=read if compiled and self.passes.compile else None,
+                buffers=self.network.buffers,
+            )
         if in_turn:
             release(self.network)
         return results
@@ -221,7 +222,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         with torch.enable_grad():
             support = self.inner_batches(scale_pixels(support_x)[None], support_y[None], steps)
             self.task_network.examine(*support[0])
-            adapted = self.inner_loop(theta, support, second_order=self.second_order and self.training)
+            with self.task_network.around():
+                adapted = self.inner_loop(theta, support, second_order=self.second_order and self.training)
         params = unstack(of_network(adapted.params), 0)
         return params if self.training else {name: p.detach() for name, p in params.items()}
 
@@ -262,7 +264,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         def inner_loop(theta: Params, x: Tensor, y: Tensor) -> Params:
             support = self.inner_batches(x[None], y[None], steps)
             self.task_network.examine(*support[0])
-            adapted = self.inner_loop(leaves(stack(theta, 1)), support)
+            with self.task_network.around():
+                adapted = self.inner_loop(leaves(stack(theta, 1)), support)
             params = unstack(of_network(adapted.params), 0)
             if not is_finite(params):
                 raise FloatingPointError(f"the adaptation diverged in {steps} steps of inner_lr {self.inner_lr}")

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meta_lightning.inner.params import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from meta_lightning.inner.state import equal
 from meta_lightning.random_states import random_states, set_random_states
 
 aten = torch.ops.aten
@@ -21,7 +22,7 @@ MOST = 32  # graphs: a learning rate that changes at every step would compile on
 
 
 class CompiledPasses:
-    """Records a pass once per signature of its inputs, and replays it; uncompiled with a warning if that fails.
+    """Records a pass once per signature of its inputs, and replays it; runs it, with a warning, if that fails.
 
     The record is a list of torch's own kernels or, if ``fuse``, of those of torch.compile; on a GPU a CUDA graph.
     """
@@ -64,7 +65,7 @@ class CompiledPasses:
                 return self.refuse("the pass draws random numbers on the CPU", result)
             if key() != known:
                 return self.refuse("the pass changes attributes of its modules", result)
-            if not all(map(torch.equal, buffers(), kept)):
+            if not all(map(equal, buffers(), kept)):
                 return self.refuse("the pass changes buffers", result)
             try:
                 set_random_states(before, device)  # the draws belong to training
@@ -147,7 +148,7 @@ def traced(function: Pass, fuse: bool, result: Any, states: dict[str, Any], *arg
     # torch.compile has no double backward: make_fx traces the pass, i.e. forward, inner loop and meta-gradient, into a
     # graph that needs no further differentiation. Its Python numbers are constants; tensors are read at each call
     with ReadingNoValues(), ReadingNoMemory():
-        graph: GraphModule = make_fx(lambda *args: function(*args))(*args)  # it counts a method's self as an argument
+        graph: GraphModule = make_fx(lambda *args: function(*args))(*args)  # a method's self would count
 
     def without_autograd(compiled: Pass, *args: Any) -> Any:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):  # the casts are in the graph

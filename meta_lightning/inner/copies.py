@@ -2,15 +2,13 @@
 
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
-
-from meta_lightning.inner.params import tree_leaves
 
 
 def copied(network: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
@@ -20,13 +18,24 @@ def copied(network: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     ``torch.nn.utils.weight_norm`` do), and functions among its attributes and hooks refer to the copy.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
-    for value in tree_leaves([vars(module) for module in network.modules()]):
-        if isinstance(value, Tensor) and value.grad_fn is not None:
-            memo[id(value)] = value.detach().clone()
+    for module in network.modules():
+        for value in tensors_in(vars(module), set()):
+            if value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
     new: nn.Module = copy.deepcopy(network, memo)
     for module in new.modules():
         rebind(module, memo)
     return new
+
+
+def tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Tensors in nested containers, which may hold themselves."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+        seen.add(id(value))
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part, seen)
 
 
 class Original:
@@ -58,35 +67,36 @@ def rebind(module: nn.Module, memo: dict[int, Any]) -> None:
             vars(module)[name] = rebound(value, memo)
 
 
-def rebound(value: Any, memo: dict[int, Any]) -> Any:
+def rebound(value: Any, memo: dict[int, Any], seen: frozenset[int] = frozenset()) -> Any:
     """A value whose functions refer to copies, ``memo`` maps ids to them; the value itself if there are none."""
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, FunctionType):
-        return of_copies(value, memo) if refers(value, memo, set()) else value
+        return of_copies(value, memo) if refers(value, memo, seen) else value
     if isinstance(value, MethodType):
         owner = memo.get(id(value.__self__))
         return value if owner is None else MethodType(value.__func__, owner)
     if type(value) is partial:
-        arguments, options = rebound(value.args, memo), rebound(value.keywords, memo)
-        return partial(rebound(value.func, memo), *arguments, **options)
-    if isinstance(value, dict):
-        new = [rebound(part, memo) for part in value.values()]
-        same = all(a is b for a, b in zip(new, value.values(), strict=True))
-        return value if same else type(value)(zip(value, new, strict=True))
-    if type(value) in (list, tuple):
-        new = [rebound(part, memo) for part in value]
-        return value if all(a is b for a, b in zip(new, value, strict=True)) else type(value)(new)
+        function, arguments, options = (rebound(part, memo, seen) for part in (value.func, value.args, value.keywords))
+        return partial(function, *arguments, **options)
+    if isinstance(value, dict | list | tuple | set | frozenset) and id(value) not in seen:
+        seen = seen | {id(value)}
+        parts = [*(value.values() if isinstance(value, dict) else value)]
+        new = [rebound(part, memo, seen) for part in parts]
+        if any(a is not b for a, b in zip(new, parts, strict=True)):
+            if isinstance(value, dict):
+                return type(value)(zip(value, new, strict=True))
+            return value._make(new) if hasattr(value, "_make") else type(value)(new)
     return value
 
 
-def refers(function: FunctionType, memo: dict[int, Any], seen: set[int]) -> bool:
+def refers(function: FunctionType, memo: dict[int, Any], seen: frozenset[int]) -> bool:
     """Whether a function's closure or defaults hold objects that have copies."""
-    seen.add(id(function))
+    if id(function) in seen:
+        return False
+    seen = seen | {id(function)}
     held = [*closure_of(function), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    if any(isinstance(part, FunctionType) and id(part) not in seen and refers(part, memo, seen) for part in held):
-        return True
-    return any(not isinstance(part, FunctionType) and rebound(part, memo) is not part for part in held)
+    return any(rebound(part, memo, seen) is not part for part in held)
 
 
 def of_copies(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
@@ -118,9 +128,9 @@ def with_parameters(network: nn.Module, params: dict[str, Tensor]) -> nn.Module:
     A function that backward calls again, as activation checkpointing does, then finds them; with ``functional_call``
     it would find the network's own parameters.
     """
-    copies: dict[int, nn.Module] = {}
+    copies: dict[int, Any] = {}
 
-    def copy_of(module: nn.Module, prefix: str) -> nn.Module:
+    def copy_of(module: nn.Module, prefix: str) -> Any:
         if id(module) not in copies:
             new = copies[id(module)] = module.__new__(type(module))
             new.__dict__ = dict(vars(module))
@@ -131,7 +141,7 @@ def with_parameters(network: nn.Module, params: dict[str, Tensor]) -> nn.Module:
             }
         return copies[id(module)]
 
-    new = copy_of(network, "")
-    for shell in copies.values():
-        rebind(shell, {**copies})
+    new: nn.Module = copy_of(network, "")
+    for shell in [*copies.values()]:
+        rebind(shell, copies)
     return new

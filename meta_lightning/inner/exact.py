@@ -1,10 +1,13 @@
 """Functions of torch with a wrong second derivative or a wrong rule for ``vmap``, and right ones in their place."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 
@@ -38,3 +41,15 @@ def embedding(
 
 
 EXACT: dict[Any, Any] = {torch._weight_norm: weight_norm, F.embedding: embedding}
+
+
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Use attention kernels with a second derivative, also in evaluation mode, where torch has a fast path."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -1,7 +1,8 @@
 """State of a network besides parameters: what is compared to see whether a forward, or anybody else, changed it."""
 
+import copy
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -11,17 +12,18 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from meta_lightning.inner.copies import closure_of
-from meta_lightning.inner.params import tree_leaves, tree_map
+from meta_lightning.inner.params import Params, tree_leaves, tree_map
 
 # replaced by functional_call, or looked at one by one
 OF_TORCH = {"_buffers", "_parameters", "_modules", "_flat_weights", "_flat_weight_refs"}
+PLAIN = int | float | str | torch.device | torch.dtype
+MOST = 1000  # members of a container that are looked at
 Place = tuple[str, ...]  # kind, module and name
 
 
 class Content(NamedTuple):
     """The value of an attribute or a buffer, for comparisons."""
 
-    object: int
     identity: Any
     tensor: Tensor | None  # a copy
 
@@ -29,26 +31,38 @@ class Content(NamedTuple):
 Contents = dict[Place, Content]
 
 
-class Parts(NamedTuple):
-    """The identity of an object and of what it holds."""
-
-    object: int
-    parts: tuple[Any, ...]
-
-
 def setting(network: nn.Module, loss: Any) -> tuple[Any, ...]:
     """What a network and a loss compute with besides their inputs and the values of tensors."""
-    modules = [module for root in (network, loss) if isinstance(root, nn.Module) for module in root.modules()]
+    modules = modules_of(network, loss)
     # modes, parameters, buffers, hooks, and what a forward assigns
     values = [value for module in modules for value in vars(module).values()]
     attributes = [identity(value) for value in values if not isinstance(value, dict) or value]
     return has_backward_hooks(modules), identity(loss), *map(id, modules), *attributes
 
 
-def without_numbers(setting: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A setting without numbers and parts of objects, such as an annealed temperature: traits do not depend on them."""
-    lasting = [value for value in setting if type(value) is not float and type(value) is not int]
-    return tuple(value.object if isinstance(value, Parts) else value for value in lasting)
+def form(network: nn.Module, loss: Any) -> tuple[Any, ...]:
+    """The part of a setting that decides how tasks are computed: without numbers, which callbacks may anneal."""
+    modules = modules_of(network, loss)
+    values = [kind(value) for module in modules for value in vars(module).values()]
+    return has_backward_hooks(modules), id(loss), *map(id, modules), *values
+
+
+def kind(value: Any, depth: int = 0) -> Any:
+    """What is compared of an attribute in a form."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, nn.Parameter) or callable(value):
+        return id(value)
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.requires_grad
+    if isinstance(value, dict) and len(value) <= MOST and depth < 2:
+        return tuple(kind(part, depth + 1) for part in value.values())
+    return type(value), len(value) if isinstance(value, Sized) else 0
+
+
+def modules_of(*roots: Any) -> list[nn.Module]:
+    """All modules of networks, losses and rules; none of a function."""
+    return [module for root in roots if isinstance(root, nn.Module) for module in root.modules()]
 
 
 def has_backward_hooks(modules: Iterable[nn.Module]) -> bool:
@@ -70,8 +84,8 @@ def contents(network: nn.Module) -> Contents:
         attributes = {name: value for name, value in vars(module).items() if name not in OF_TORCH}
         for kind, values in (("attribute", attributes), ("buffer", buffers)):
             for name, value in values.items():
-                copy = value.clone() if isinstance(value, Tensor) else None
-                found[kind, path, name] = Content(id(value), identity(value), copy)
+                copied = value.clone() if isinstance(value, Tensor) else None
+                found[kind, path, name] = Content(identity(value), copied)
     return found
 
 
@@ -84,7 +98,12 @@ def differ(before: Content | None, after: Content | None) -> bool:
     """Whether a value is not what it was."""
     if before is None or after is None or before.identity != after.identity:
         return True
-    return before.tensor is not None and after.tensor is not None and not torch.equal(before.tensor, after.tensor)
+    return before.tensor is not None and after.tensor is not None and not equal(before.tensor, after.tensor)
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same values, NaN included."""
+    return torch.equal(a, b) or (a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
 def listed(places: Iterable[Place]) -> str:
@@ -92,17 +111,22 @@ def listed(places: Iterable[Place]) -> str:
     return ", ".join(sorted(".".join(filter(None, place)) for _, *place in places))
 
 
-def identity(value: Any) -> Any:
+def identity(value: Any, depth: int = 0) -> Any:
     """A value for comparisons that changes whenever an attribute, its memory or the members of a container do."""
-    if value is None or isinstance(value, int | float | str):
-        return value
+    if value is None or isinstance(value, PLAIN):
+        return value if value == value else "nan"
     if isinstance(value, Tensor):
         return id(value), value.data_ptr()  # a parameter that was moved is the same object
-    if isinstance(value, dict):
-        return id(value), *map(identity, value.values())
+    if isinstance(value, Sized) and len(value) > MOST:
+        return id(value), len(value)
+    if isinstance(value, dict) and depth < 2:
+        return id(value), *(identity(part, depth + 1) for part in value.values())
     held = closure_of(value) if isinstance(value, FunctionType) else [value]
     parts = [part for owner in held for part in (owner, *parts_of(owner))]
-    return Parts(id(value), tuple(part if isinstance(part, int | float | str) else id(part) for part in parts))
+    return (
+        0 if isinstance(value, tuple) else id(value),
+        *(part if isinstance(part, PLAIN) else id(part) for part in parts if part is not value),
+    )
 
 
 def parts_of(value: Any) -> list[Any]:
@@ -112,12 +136,46 @@ def parts_of(value: Any) -> list[Any]:
     return [] if isinstance(value, nn.Module | type | Tensor) else [*getattr(value, "__dict__", {}).values()]
 
 
-def is_new_activation(network: nn.Module, before: Content | None, kind: str, module: str, name: str) -> bool:
-    """Whether an attribute is another tensor than before, or a new container of tensors."""
-    value = vars(network.get_submodule(module)).get(name) if kind == "attribute" else None
+def taken_back(network: nn.Module, place: Place, moves: bool) -> bool:
+    """Whether a change by forward on which no output depends can be taken back, or is made once only."""
+    what, module, name = place
+    value = vars(network.get_submodule(module)).get(name)
+    if what == "buffer" or value is None or isinstance(value, PLAIN):
+        return not moves
     leaves = tree_leaves(value)
-    new = before is None or before.object != id(value)
-    return new and bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)
+    return not moves or any(isinstance(leaf, Tensor) for leaf in leaves)
+
+
+def adopt(one: nn.Module, network: nn.Module, places: Iterable[Place]) -> None:
+    """Give a network the buffers that its first forward makes."""
+    for what, module, name in places:
+        if what == "buffer":
+            setattr(network.get_submodule(module), name, one.get_submodule(module).get_buffer(name).detach().clone())
+
+
+def members(value: Any) -> Any:
+    """A shallow copy of a list or dict, else None."""
+    return copy.copy(value) if isinstance(value, list | dict) else None
+
+
+def put_back(value: Any, members: Any) -> None:
+    """Give a list or dict the members that it had."""
+    if members is not None:
+        value.clear()
+        (value.update if isinstance(value, dict) else value.extend)(members)
+
+
+def greatest(x: Tensor) -> float:
+    """Max |x|."""
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def set_values(network: nn.Module, params: Params) -> None:
+    """Copy values into a network's parameters."""
+    own = dict(network.named_parameters())
+    with torch.no_grad():
+        for name, value in params.items():
+            own[name].copy_(value)
 
 
 @contextmanager

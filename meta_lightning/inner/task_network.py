@@ -1,7 +1,7 @@
 """Predictions and losses of all tasks at once, each with its own parameters."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,12 +9,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meta_lightning.checks import require
-from meta_lightning.inner.exact import Exact
+from meta_lightning.inner.exact import Exact, differentiable_attention
 from meta_lightning.inner.params import Params, of_network
-from meta_lightning.inner.state import hooked_parameters, setting, without_numbers
+from meta_lightning.inner.state import form, hooked_parameters
 from meta_lightning.inner.traits import Traits
 
 try:
@@ -42,9 +41,9 @@ class TaskNetwork:
     def __init__(self, owner: Any) -> None:
         self.owner = owner  # its network and loss may be replaced
         self.traits: Traits | None = None
-        self.examined: tuple[Any, ...] = ()  # the setting of network and loss that has these traits
+        self.examined: tuple[Any, ...] = ()  # the form of network and loss that has these traits
         self.known: dict[tuple[Any, ...], Traits] = {}  # of training and evaluation
-        self.modules: list[nn.Module] = []  # of the network; kept, since settings hold their ids
+        self.modules: list[nn.Module] = []  # of the network; kept, since forms hold their ids
         self.loops_over_tasks = False
         self.said: set[str] = set()
         self.outputs_checked = False
@@ -52,7 +51,7 @@ class TaskNetwork:
     def examine(self, x: Tensor, y: Tensor | None = None) -> Traits:
         """Find the traits of network and loss in their present setting from the first task.  # T S ..., T S ..."""
         network, loss = self.owner.network, None if y is None else self.owner.loss
-        present, traits = without_numbers(setting(network, loss)), self.traits
+        present, traits = form(network, loss), self.traits
         # the forward of a network whose tasks go in turn changes its attributes itself
         if traits is not None and (present == self.examined or (traits.in_turn and len(present) == len(self.examined))):
             return traits
@@ -134,6 +133,11 @@ class TaskNetwork:
                 return result
         return one_by_one(function, self.functions(), *stacked)
 
+    def around(self) -> AbstractContextManager[Any]:
+        """What must be open around a pass and its backward: if that runs the forward again, the same attention."""
+        recomputes = self.traits is not None and self.traits.recomputes
+        return differentiable_attention() if recomputes else nullcontext()
+
     def functions(self) -> Any:
         """What replaces functions of torch in a loop; nothing where none is called, since it costs time."""
         return Exact() if self.traits is None or self.traits.replaced else nullcontext()
@@ -170,18 +174,6 @@ def parts_of_tasks(stacked: Params | Tensor) -> Sequence[Any]:
     # the backward of indexing allocates zeros for all tasks, once per task; that of unbind copies once. Samples are
     # copied, since a network may write into its input, which views of one tensor do not allow
     return stacked.unbind() if stacked.requires_grad else [stacked[task].clone() for task in range(len(stacked))]
-
-
-@contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """Use attention kernels with a second derivative, also in evaluation mode, where torch has a fast path."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def check_outputs(predictions: Tensor, targets: Tensor) -> None:

@@ -1,5 +1,6 @@
 """What decides how a network runs for several tasks, found by running it once."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -12,13 +13,25 @@ from torch.overrides import TorchFunctionMode
 
 from meta_lightning.checks import InputError, require
 from meta_lightning.inner.copies import copied, with_parameters
-from meta_lightning.inner.exact import EXACT
+from meta_lightning.inner.exact import EXACT, Exact, differentiable_attention
 from meta_lightning.inner.params import Params
-from meta_lightning.inner.state import Contents, changes, contents, has_backward_hooks, is_new_activation, listed
+from meta_lightning.inner.state import (
+    Contents,
+    adopt,
+    changes,
+    contents,
+    greatest,
+    has_backward_hooks,
+    listed,
+    members,
+    put_back,
+    set_values,
+    taken_back,
+)
 from meta_lightning.random_states import random_states, set_random_states
 
 MISSING = object()
-RTOL = 1e-3  # of differences that are none, relative to the greatest value; kernels of a GPU are not deterministic
+RTOL = 1e-3  # differences below this, relative to the greatest value, are rounding, as of the kernels of a GPU
 
 
 class Calls(TorchFunctionMode):
@@ -55,7 +68,13 @@ class Traits(NamedTuple):
         traits = cls(other_names(network), any(isinstance(module, nn.RNNBase) for module in network.modules()))
         states = random_states(x.device)
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                differentiable_attention(),
+                Exact(),
+                warnings.catch_warnings(action="ignore"),
+            ):
                 x, y = x.detach().clone(), None if y is None else y.detach().clone()
                 # other than θ, so that what still computes with θ is seen
                 params = {name: 1.1 * p.detach() for name, p in network.named_parameters() if p.requires_grad}
@@ -68,6 +87,7 @@ class Traits(NamedTuple):
                         require_floating_point(x, error)
                         return traits  # an error of the network itself, which training shows as well
                 drawn = random_states(x.device)
+                require(isinstance(output, Tensor), f"network must return a tensor, got {type(output).__name__}")
                 traits = traits._replace(
                     looped=reason_to_loop(network, states, drawn), replaced=bool(calls.seen & EXACT.keys())
                 )
@@ -86,19 +106,25 @@ class Traits(NamedTuple):
         self, network: nn.Module, one: nn.Module, before: Contents, params: Params, x: Tensor, drawn: Any
     ) -> "Traits":
         """Complete them by what a first forward has changed in a copy, and whether the next one depends on it."""
-        changed = changes(before, contents(one))
-        activations = all(is_new_activation(one, before.get(place), *place) for place in changed)
-        other = 1.1 * x.flip(0) + 0.1 if x.is_floating_point() else x.flip(0)
+        after = contents(one)
+        changed = changes(before, after)
+        other = x[torch.arange(len(x)) // 2]  # valid samples, with other statistics
         outputs = []
         for copy in (one, copied(network)):
             set_random_states(drawn, x.device)
-            outputs.append(self.forward(copy, params, other).detach())
+            try:
+                outputs.append(self.forward(copy, params, other).detach())
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                return self._replace(in_turn=f"the network's forward changes {listed(changed)}" if changed else "")
         depends = greatest(outputs[0] - outputs[1]) > RTOL * greatest(outputs[1])
-        if changed and activations and not depends:
-            return self._replace(left=tuple((module, name) for _, module, name in sorted(changed)))
-        if changed:
-            return self._replace(in_turn=f"the network's forward changes {listed(changed)}")
-        return self._replace(in_turn="the network's forward depends on earlier ones" if depends else "")
+        moving = changes(after, contents(one))
+        if depends or not all(taken_back(one, place, place in moving) for place in changed):
+            reason = f"changes {listed(changed)}" if changed else "depends on earlier ones"
+            return self._replace(in_turn=f"the network's forward {reason}")
+        adopt(one, network, changed)
+        return self._replace(
+            left=tuple((module, name) for kind, module, name in sorted(changed) if kind == "attribute")
+        )
 
     def compared(self, network: nn.Module, params: Params, x: Tensor, drawn: Any) -> "Traits":
         """Complete them by comparing gradients with those of a copy that holds the parameters."""
@@ -116,12 +142,19 @@ class Traits(NamedTuple):
         theta = {name: p for name, p in network.named_parameters() if p.requires_grad}
         reached = torch.autograd.grad(value, [*theta.values()], allow_unused=True, retain_graph=True)
         names = [name for name, g in zip(theta, reached, strict=True) if g is not None]
-        advice = "functions must refer to its own modules, and activation checkpointing must have use_reentrant=False"
+        advice = (
+            "parameters must be attributes of its modules, functions refer to these, and checkpointing have "
+            "use_reentrant=False"
+        )
         require(not names, f"network must be copyable, got a copy that computes with its {', '.join(names)}: {advice}")
         again: list[nn.Module] = []
         for module in other.modules():
             module.register_forward_pre_hook(lambda module, args: again.append(module))
-        value.backward()
+        try:
+            value.backward()
+        except RuntimeError as error:
+            kinds = "weight_norm and embeddings with padding must not be checkpointed, " if self.replaced else ""
+            raise InputError(f"network must be differentiable: {kinds}torch says: {error}") from None
         grads = {name: p.grad for name, p in other.named_parameters()}
         expected = {name: torch.zeros_like(p) if (g := grads[name]) is None else g for name, p in params.items()}
         recomputing = self._replace(
@@ -163,17 +196,18 @@ class Traits(NamedTuple):
 
     @contextmanager
     def without_leaving(self, network: nn.Module) -> Iterator[None]:
-        """Remove what a forward leaves on the network's modules."""
+        """Restore what a forward leaves on the network's modules."""
         places = [(vars(network.get_submodule(module)), name) for module, name in self.left]
-        before = [attributes.get(name, MISSING) for attributes, name in places]
+        before = [(attributes.get(name, MISSING), members(attributes.get(name))) for attributes, name in places]
         try:
             yield
         finally:
-            for (attributes, name), value in zip(places, before, strict=True):
+            for (attributes, name), (value, held) in zip(places, before, strict=True):
                 if value is MISSING:
                     attributes.pop(name, None)
                 else:
                     attributes[name] = value
+                    put_back(value, held)
 
 
 def other_names(network: nn.Module) -> dict[str, str]:
@@ -204,15 +238,3 @@ def reason_to_loop(network: nn.Module, before: dict[str, Any], after: dict[str, 
     if any(after[generator] != before[generator] for generator in ("python", "numpy")):
         return "the network draws random numbers of Python or NumPy, which would be the same for all tasks"
     return ""
-
-
-def greatest(x: Tensor) -> float:
-    """Max |x|."""
-    return float(x.abs().max()) if x.numel() else 0.0
-
-
-def set_values(network: nn.Module, params: Params) -> None:
-    """Copy values into a network's parameters."""
-    with torch.no_grad():
-        for name, value in params.items():
-            network.get_parameter(name).copy_(value)

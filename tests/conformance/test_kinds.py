@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from reference import ALGORITHMS, EXACT, RATE, STEPS, WAYS, Params, ours, update, values, worst
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from meta_lightning import FOMAML, MAML, TaskBatch, train_maml
 from meta_lightning.checks import InputError
+from meta_lightning.inner.traits import Traits
 
 pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.filterwarnings("ignore")]
 Network = Callable[[], nn.Module]
@@ -116,6 +118,101 @@ def test_activations_left_on_modules(network: Network) -> None:
     torch.testing.assert_close(predictor(x), plain(x))
     net(x)  # the user's own forward, which leaves activations with a graph
     MAML(net)
+
+
+class Writes(Net):
+    """Writes what no output depends on, in many ways."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.n, self.size, self.cos = what, 0, None, None
+        self.acts: dict[str, Any] = {}
+        self.listed: list[Tensor] = []
+        self.register_buffer("mask", None)
+        self.register_buffer("best", torch.tensor(float("nan")))
+        self.holds: list[Any] = [float("nan")]
+        self.holds.append(self.holds)
+
+    def forward(self, x: Tensor) -> Any:
+        z = self.body(x).tanh()
+        if self.what == "sizes":
+            self.n, self.size = x.shape[0], x.shape  # type: ignore[assignment]
+        elif self.what == "an activation beside a number":
+            self.acts = {"z": z, "n": len(x)}
+        elif self.what == "into a dict":
+            self.acts["z"] = z
+        elif self.what == "into a list":
+            self.listed.clear()
+            self.listed.append(z)
+        elif self.what == "a cache":
+            self.cos = torch.arange(6).cos() if self.cos is None else self.cos
+            z = z * self.cos
+        elif self.what == "a lazy buffer":
+            if self.mask is None:
+                self.mask = torch.ones(6)
+            z = z * self.mask
+        return self.head(z)
+
+
+WRITTEN = [
+    "sizes",
+    "an activation beside a number",
+    "into a dict",
+    "into a list",
+    "a cache",
+    "a lazy buffer",
+    "nothing",
+]
+
+
+@pytest.mark.parametrize("what", WRITTEN)
+def test_what_no_output_depends_on_lets_tasks_run_together(what: str) -> None:
+    network = made(lambda: Writes(what))
+    learner = MAML(network, inner_lr=RATE, inner_steps=STEPS, recompute_inner_steps=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = learner.meta_gradient(batch())[0]
+    assert not learner.task_network.loops_over_tasks
+    assert worst(got, update("MAML", made(lambda: Writes(what)), batch(), STEPS, RATE, LOSS)) <= EXACT
+    copy.deepcopy(learner)
+
+
+class OfPixels(nn.Module):
+    """Takes samples in [0, 1] only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(256, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.embedding((x * 255).long()).mean(1))
+
+
+def test_samples_stay_in_their_range() -> None:
+    tasks = TaskBatch(*(part.sigmoid() if part.is_floating_point() else part for part in batch()))
+    tasks.support_x[0, 0, 0] = 1.0
+    ours("MAML", made(OfPixels), tasks)
+
+
+@pytest.mark.parametrize("value", [1.5, np.float64(1.5), {"t": 1.5}, torch.ones(2)])
+def test_values_that_callbacks_change_do_not_examine_anew(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = FOMAML(made(Net), inner_lr=RATE, inner_steps=STEPS)
+    examined, of = [], Traits.of
+    monkeypatch.setattr(Traits, "of", lambda *args: (examined.append(1), of(*args))[1])
+    for step in range(3):
+        new = {"t": value["t"] + step} if isinstance(value, dict) else value + step
+        learner.network.temperature = new  # type: ignore[union-attr,assignment]
+        learner.meta_gradient(batch())
+    assert len(examined) == 1
+
+
+def test_a_network_must_return_a_tensor() -> None:
+    class Two(Net):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), 1
+
+    with pytest.raises(InputError, match="network must return a tensor, got tuple"):
+        ours("FOMAML", made(Two), batch())
 
 
 class Average(Net):
@@ -336,6 +433,43 @@ class Reentrant(Net):
     def forward(self, x: Tensor) -> Any:
         x = x.requires_grad_() if x.is_leaf else x
         return self.head(checkpoint(self.body, x, use_reentrant=True).tanh())  # type: ignore[union-attr]
+
+
+class Around(nn.Module):
+    """A layer, checkpointed or not."""
+
+    def __init__(self, layer: nn.Module, checkpointed: bool) -> None:
+        super().__init__()
+        self.layer, self.head, self.checkpointed = layer, nn.LazyLinear(2), checkpointed
+
+    def forward(self, x: Tensor) -> Any:
+        y = checkpoint(self.layer, x, use_reentrant=False) if self.checkpointed else self.layer(x)
+        return self.head(y.flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["attention", "weight norm", "padding"])
+def test_checkpointing_around_what_is_replaced(kind: str) -> None:
+    def network(checkpointed: bool) -> nn.Module:
+        if kind == "attention":
+            encoder = nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True)
+            net: nn.Module = Around(nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Linear(3, 6), encoder), checkpointed)
+        elif kind == "weight norm":
+            net = Around(parametrizations.weight_norm(nn.Linear(6, 6)), checkpointed)
+        else:
+            net = Around(nn.Embedding(5, 3, padding_idx=0), checkpointed)
+        net(batch(tokens=kind == "padding").support_x[0])
+        return net
+
+    tasks = batch(tokens=kind == "padding")
+    if kind != "attention":  # the replacements are not in force in backward
+        with pytest.raises(InputError, match="network must be differentiable: weight_norm and embeddings with padding"):
+            ours("FOMAML", made(lambda: network(True)), tasks)
+        return
+    for algorithm in ("MAML", "FOMAML"):
+        got, plain = (ours(algorithm, made(lambda c=c: network(c)), tasks) for c in (True, False))  # type: ignore[misc]
+        assert worst(got, plain) <= EXACT
+    x, y = tasks.support_x[0].numpy(), tasks.support_y[0].numpy()
+    FOMAML(made(lambda: network(True)), inner_lr=RATE).adapt(x, y)
 
 
 @pytest.mark.parametrize("network", [Checkpointed, CheckpointedLayer, CheckpointedFunction])
@@ -618,7 +752,7 @@ class Outside(Net):
 @pytest.mark.parametrize("network", [Outside, ByAnObject])
 def test_parameters_that_a_copy_does_not_own_are_refused(network: Network) -> None:
     net = made(network)
-    with pytest.raises(InputError, match=r"network must be copyable, .*body.weight, body.bias: functions"):
+    with pytest.raises(InputError, match=r"network must be copyable, .*body.weight, body.bias: parameters"):
         ours("FOMAML", net, batch())
     assert all(p.grad is None for p in net.parameters())
 

@@ -109,7 +109,7 @@ def side_by_side(names: Sequence[str]) -> Layer:
 
     def call(modules: Any, x: Tensor) -> Tensor:
         pairs = zip(layers, modules, strict=True)
-        return torch.cat([layer.call(module, x).flatten(1) for layer, module in pairs], 1)
+        return torch.cat([layer.call(module, x).reshape(len(x), -1) for layer, module in pairs], 1)
 
     return Layer(lambda: nn.ModuleList([layer.make() for layer in layers]), layers[0].sample, call)
 
