@@ -92,12 +92,8 @@ class Traits(NamedTuple):
                     looped=reason_to_loop(network, states, drawn), replaced=bool(calls.seen & EXACT.keys())
                 )
                 traits = traits.with_state(network, one, before, params, x, drawn)
-                if y is not None and isinstance(loss, nn.Module) and not traits.in_turn:
-                    loss = copied(loss)
-                    before = contents(loss)
-                    loss(output, y)
-                    if names := changes(before, contents(loss)):
-                        traits = traits._replace(in_turn=f"the loss changes {listed(names)}")
+                if y is not None and isinstance(loss, nn.Module):
+                    traits = traits.with_loss(loss, output, y)
                 return traits.compared(network, params, x, drawn)
         finally:
             set_random_states(states, x.device)
@@ -125,6 +121,14 @@ class Traits(NamedTuple):
         return self._replace(
             left=tuple((module, name) for kind, module, name in sorted(changed) if kind == "attribute")
         )
+
+    def with_loss(self, loss: nn.Module, output: Tensor, y: Tensor) -> "Traits":
+        """Complete them by whether the loss changes itself."""
+        one = copied(loss)
+        before = contents(one)
+        one(output, y)
+        changed = changes(before, contents(one))
+        return self._replace(in_turn=self.in_turn or f"the loss changes {listed(changed)}") if changed else self
 
     def compared(self, network: nn.Module, params: Params, x: Tensor, drawn: Any) -> "Traits":
         """Complete them by comparing gradients with those of a copy that holds the parameters."""
@@ -160,7 +164,8 @@ class Traits(NamedTuple):
         recomputing = self._replace(
             recomputes=True, looped=self.looped or "backward runs parts of the network's forward again"
         )
-        wrong: list[str] = []
+        wrong = []
+        # a function that is recomputed is no call of a module, but its gradients with given parameters are wrong
         for traits in [recomputing] if again else [self, recomputing]:
             leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
             value = run(partial(traits.forward, copied(network), leaves))
