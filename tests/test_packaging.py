@@ -115,7 +115,7 @@ def test_the_base_knows_no_leaf() -> None:
 
 def private_names() -> set[tuple[str, str]]:
     """Names with a leading underscore, or of modules with one, that the package takes from others: name and file."""
-    found, own = set(), {"_replace", "_asdict", "_fields"}  # public methods of named tuples
+    found, own = set(), {"_replace", "_asdict", "_fields", "_make"}  # public methods of named tuples
     for path in sorted(PACKAGE.rglob("*.py")):
         file = path.relative_to(PACKAGE).as_posix()
         for node in ast.walk(ast.parse(path.read_text())):
