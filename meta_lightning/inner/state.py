@@ -2,7 +2,7 @@
 
 import copy
 from collections import deque
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -43,8 +43,9 @@ def setting(network: nn.Module, loss: Any) -> tuple[Any, ...]:
 def form(network: nn.Module, loss: Any) -> tuple[Any, ...]:
     """The part of a setting that decides how tasks are computed: without numbers, which callbacks may anneal."""
     modules = modules_of(network, loss)
-    values = [kind(value) for module in modules for value in vars(module).values()]
-    return has_backward_hooks(modules), id(loss), *map(id, modules), *values
+    values = [value for module in modules for value in vars(module).values()]
+    kinds = [kind(value) for value in values if type(value) is not int and (not isinstance(value, dict) or value)]
+    return has_backward_hooks(modules), id(loss), *map(id, modules), *kinds
 
 
 def kind(value: Any, depth: int = 0) -> Any:
@@ -55,9 +56,17 @@ def kind(value: Any, depth: int = 0) -> Any:
         return id(value)
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.requires_grad
-    if isinstance(value, dict) and len(value) <= MOST and depth < 2:
+    if isinstance(value, dict) and size(value) <= MOST and depth < 2:
         return tuple(kind(part, depth + 1) for part in value.values())
-    return type(value), len(value) if isinstance(value, Sized) else 0
+    return type(value), size(value)
+
+
+def size(value: Any) -> int:
+    """Number of members of a container, else 0."""
+    try:
+        return len(value)
+    except TypeError:  # also of an array of no dimension
+        return 0
 
 
 def modules_of(*roots: Any) -> list[nn.Module]:
@@ -117,8 +126,8 @@ def identity(value: Any, depth: int = 0) -> Any:
         return value if value == value else "nan"
     if isinstance(value, Tensor):
         return id(value), value.data_ptr()  # a parameter that was moved is the same object
-    if isinstance(value, Sized) and len(value) > MOST:
-        return id(value), len(value)
+    if size(value) > MOST:
+        return id(value), size(value)
     if isinstance(value, dict) and depth < 2:
         return id(value), *(identity(part, depth + 1) for part in value.values())
     held = closure_of(value) if isinstance(value, FunctionType) else [value]

@@ -194,7 +194,7 @@ def test_samples_stay_in_their_range() -> None:
     ours("MAML", made(OfPixels), tasks)
 
 
-@pytest.mark.parametrize("value", [1.5, np.float64(1.5), {"t": 1.5}, torch.ones(2)])
+@pytest.mark.parametrize("value", [1.5, np.float64(1.5), np.array(1.5), {"t": 1.5}, torch.ones(2)])
 def test_values_that_callbacks_change_do_not_examine_anew(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     learner = FOMAML(made(Net), inner_lr=RATE, inner_steps=STEPS)
     examined, of = [], Traits.of
