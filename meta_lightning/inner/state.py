@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from meta_lightning.inner.copies import closure_of
-from meta_lightning.inner.params import Params, tree_leaves, tree_map
+from meta_lightning.inner.copies import closure_of, tensors_in
+from meta_lightning.inner.params import Params, tree_map
 
 # replaced by functional_call, or looked at one by one
 OF_TORCH = {"_buffers", "_parameters", "_modules", "_flat_weights", "_flat_weight_refs"}
@@ -151,8 +151,7 @@ def taken_back(network: nn.Module, place: Place, moves: bool) -> bool:
     value = vars(network.get_submodule(module)).get(name)
     if what == "buffer" or value is None or isinstance(value, PLAIN):
         return not moves
-    leaves = tree_leaves(value)
-    return not moves or any(isinstance(leaf, Tensor) for leaf in leaves)
+    return not moves or any(True for _ in tensors_in(value, set()))
 
 
 def adopt(one: nn.Module, network: nn.Module, places: Iterable[Place]) -> None:
@@ -210,5 +209,5 @@ def release(network: nn.Module) -> None:
 
     for module in network.modules():
         for name, value in vars(module).items():
-            if any(detached(leaf) is not leaf for leaf in tree_leaves(value)):
+            if any(tensor.grad_fn is not None for tensor in tensors_in(value, set())):
                 vars(module)[name] = tree_map(detached, value)

@@ -223,7 +223,9 @@ class Average(Net):
         self.kind = kind
         self.register_buffer("mean", torch.zeros(6))
         self.count = 0
-        self.seen: list[int] = []
+        self.seen: list[Any] = []
+        self.holds: list[Any] = []
+        self.holds.append(self.holds)  # a container that holds itself
         self.holder = SimpleNamespace(count=0.0)
         self.first: Tensor | None = None
 
