@@ -9,7 +9,7 @@ from torch import Tensor
 from meta_lightning.checks import require
 from meta_lightning.data.module import FewShotDataModule, options
 from meta_lightning.data.splits import GivenSplit
-from meta_lightning.data.tasks import Array, DrawnTasks, Split, TaskBatch, TaskSet
+from meta_lightning.data.tasks import SPLITS, Array, DrawnTasks, Split, TaskBatch, TaskSet
 from meta_lightning.data.tensors import samples
 
 
@@ -51,8 +51,10 @@ class RegressionTasks(GivenSplit, FewShotDataModule):
 
     def task_set(self, split: Split) -> TaskSet:
         """Tasks of the split's sets."""
+        refusal = f"the {split} split must have at least 1 of the tasks, got 0"
+        self.require_members(split, dict.fromkeys(SPLITS, 1), refusal)
         sets = {number: self.sets[number] for number in self.members[split]}
-        require(bool(sets), f"the {split} split must have at least 1 of the tasks, got 0")
+        require(bool(sets), refusal)
         tasks = PointTasks([*sets.values()], **self.draws(split))
         smallest = min(sets, key=lambda number: len(sets[number][0]))
         tasks.require_samples(len(sets[smallest][0]), f"points of task {smallest}")

@@ -1,7 +1,7 @@
 """Class splits: given explicitly or drawn at random."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -26,12 +26,41 @@ class RandomSplit(TaskDataModule):
         if len(fractions) != len(SPLITS) or min(fractions) < 0 or not abs(sum(fractions) - 1) < 1e-6:
             raise InputError(f"split_fractions must be 3 fractions (train, val, test) that sum to 1, got {fractions}")
 
-    def drawn_splits(self, numbers: Sequence[int]) -> dict[Split, list[int]]:
+    def drawn_splits(self, numbers: Sequence[int], fractions: Sequence[float] | None = None) -> dict[Split, list[int]]:
         """Permute the numbers: the first are for validation, the next for test and the rest for training."""
         order = np.random.default_rng(self.split_seed).permutation(np.array(numbers, dtype=np.int64)).tolist()
-        val, test = (round(len(order) * fraction) for fraction in self.split_fractions[1:])
+        val, test = (round(len(order) * fraction) for fraction in (fractions or self.split_fractions)[1:])
         parts = {"train": order[val + test :], "val": order[:val], "test": order[val : val + test]}
         return {split: sorted(parts[split]) for split in SPLITS}
+
+    def advice(
+        self, numbers: Sequence[int], needs: Mapping[Split, int], serves: Callable[[int, Split], bool] = lambda *_: True
+    ) -> str:
+        """For a message that a split is too small: fractions that would do, or how much less would.
+
+        Args:
+            numbers: What is split.
+            needs: How many of them each split needs, as many for val as for test.
+            serves: Whether a number counts in a split.
+        """
+
+        def fitting(needs: Mapping[Split, int]) -> list[float] | None:
+            """In tenths if possible, else finer, and the most for training."""
+            for n in (10, 100, 1000):
+                for part in range(1, n // 2 + 1):
+                    fractions = [(n - 2 * part) / n, part / n, part / n]
+                    drawn = self.drawn_splits(numbers, fractions)
+                    if all(sum(serves(number, split) for number in drawn[split]) >= needs[split] for split in SPLITS):
+                        return fractions
+            return None
+
+        if fractions := fitting(needs):
+            return f'--data.split_fractions "{fractions}" would do'
+        needed = f"the three splits need {sum(needs.values())} together"
+        for fewer in range(min(*needs.values(), len(numbers) // len(SPLITS) + 1), 1, -1):
+            if fractions := fitting(dict.fromkeys(SPLITS, fewer)):
+                return f'{needed}; --data.split_fractions "{fractions}" would do for {fewer} ways'
+        return needed
 
 
 @options
@@ -52,6 +81,7 @@ class GivenSplit(RandomSplit):
 
     def split(self, numbers: Sequence[int], what: str) -> None:
         """Split these numbers, as given or at random; messages call them ``what``."""
+        self.drawn = self.splits is None
         if self.splits is None:
             self.splits = self.drawn_splits(numbers)
         counts = Counter(number for part in self.splits.values() for number in part)
@@ -60,6 +90,12 @@ class GivenSplit(RandomSplit):
         repeated = sorted(number for number, count in counts.items() if count > 1)
         require(not repeated, f"splits must hold {what} once each, got {repeated} more than once")
         self.members = self.splits = {split: list(self.splits.get(split, [])) for split in SPLITS}
+
+    def require_members(self, split: Split, needs: Mapping[Split, int], refusal: str) -> None:
+        """Refuse a random split with too few members, and say what would do."""
+        if self.drawn and len(self.members[split]) < needs[split]:
+            numbers = sorted(number for part in self.members.values() for number in part)
+            raise InputError(f"{refusal}; {self.advice(numbers, needs)}")
 
     def setup(self, stage: str | None = None) -> None:
         """Make the tasks of each split that has members; one without is refused when it is used."""

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from meta_lightning.checks import InputError, require
+from meta_lightning.data.form import SampleForm
 from meta_lightning.data.module import ClassificationTasks, options
 from meta_lightning.data.splits import GivenSplit
-from meta_lightning.data.tasks import Array, FewShotTasks, Split
+from meta_lightning.data.tasks import SPLITS, Array, FewShotTasks, Split
 
 
 @options
@@ -44,9 +45,16 @@ class TensorTasks(GivenSplit, ClassificationTasks):
         self.y = self.labels = y.long().cpu()
         self.split(self.labels.unique().tolist(), "class numbers of y")
 
+    def sample_form(self) -> SampleForm:
+        """Whether the samples are pixels."""
+        return SampleForm(pixels=self.samples.dtype == torch.uint8)
+
     def task_set(self, split: Split) -> FewShotTasks:
         """The tasks of a split, from the arrays."""
-        return self.few_shot_tasks(split, self.samples, labels=self.labels, classes=self.members[split])
+        classes, needs = self.members[split], {each: self.ways_of(each) for each in SPLITS}
+        most = f"at most {len(classes)} (classes of the {split} split)"
+        self.require_members(split, needs, f"ways must be {most}, got {needs[split]}")
+        return self.few_shot_tasks(split, self.samples, labels=self.labels, classes=classes)
 
 
 def samples(x: Tensor | Array, name: str) -> Tensor:
