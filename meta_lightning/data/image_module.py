@@ -4,7 +4,7 @@ import os
 import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from meta_lightning.data.cache import FORMAT, LabelledImages, load_or_build
+from meta_lightning.data.form import SampleForm, look_of
 from meta_lightning.data.module import ClassificationTasks, options
 from meta_lightning.data.tasks import SPLITS, FewShotTasks, Split, TaskBatch, group_of
 from meta_lightning.data.transforms import ImageTransforms
@@ -33,6 +34,8 @@ class ImageTasks(ClassificationTasks):
 
     cache_dir: str | None = None
     """Folder of the packed images. Default: ``meta_lightning`` in the user's cache folder."""
+    verify_cache: bool = False
+    """Compare the cache with its checksums before it is used, which reads all of it."""
     transforms: ImageTransforms | None = None
     """Normalisation, and augmentation of the training tasks."""
 
@@ -47,7 +50,10 @@ class ImageTasks(ClassificationTasks):
 
     @abstractmethod
     def build(self) -> LabelledImages:
-        """Make the data set from its source; called once, and the result is cached."""
+        """Make the data set from its source; called once, and the result is cached.
+
+        ``meta_lightning.data.cache.concatenated`` serves images that do not fit into memory.
+        """
 
     def sources(self) -> Sequence[Path]:
         """Files that ``build`` reads: the cache is rebuilt when one changes. Empty if they no longer exist."""
@@ -58,8 +64,8 @@ class ImageTasks(ClassificationTasks):
         return self.__dict__ | {"data": None, "placed": None, "task_sets": {}}
 
     def prepare_data(self) -> None:
-        """Fill the cache and verify its checksums, in one process per machine."""
-        self.load(verify=True)
+        """Fill the cache, in one process per machine."""
+        self.load()
 
     def setup(self, stage: str | None = None) -> None:
         """Load the images and make the tasks of each split that the stage needs; ``fit`` needs all splits."""
@@ -68,12 +74,12 @@ class ImageTasks(ClassificationTasks):
         for split in needed.get(stage, SPLITS):
             self.task_set(split)
 
-    def load(self, verify: bool = False) -> LabelledImages:
+    def load(self) -> LabelledImages:
         """The data set, from the cache if there is one."""
         if self.data is None:
             default = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/meta_lightning"
             folder = Path(self.cache_dir or default).expanduser() / f"{self.cache_name}-v{FORMAT}"
-            self.data = self.arrange(load_or_build(folder, self.build, self.sources, verify))
+            self.data = self.arrange(load_or_build(folder, self.build, self.sources, self.verify_cache))
         return self.data
 
     def arrange(self, data: LabelledImages) -> LabelledImages:
@@ -89,6 +95,13 @@ class ImageTasks(ClassificationTasks):
         file = getattr(data.images, "filename", None)
         x, y = torch.from_numpy(data.images), torch.from_numpy(data.labels)
         return self.few_shot_tasks(split, x, labels=y, classes=classes, source=file, names=names, groups=groups)
+
+    def sample_form(self) -> SampleForm:
+        """The form of the images, and how up to a thousand of the training split look."""
+        data = self.load()
+        rows = np.flatnonzero(np.isin(data.labels, data.members("train")))
+        form = replace(super().sample_form(), pixels=True)
+        return replace(form, look=look_of(data.images[rows[:: len(rows) // 1000 + 1]])) if len(rows) else form
 
     def transformed(self, batch: TaskBatch, training: bool, seed: int) -> TaskBatch:
         """Apply ``transforms`` to a batch."""

@@ -12,12 +12,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from meta_lightning.checks import InputError
-from meta_lightning.data.cache import LabelledImages
+from meta_lightning.data.cache import BLOCK, LabelledImages, concatenated
 from meta_lightning.data.image_module import DownloadedTasks
 from meta_lightning.data.module import options
 from meta_lightning.data.tasks import SPLITS, Array, Split, import_learn2learn
 
-SplitImages = tuple[Array, Array, list[str]]  # images M H W 3; labels M: rows in the classes; classes
+# images M H W 3, or chunks of them; labels M: rows in the classes; classes
+SplitImages = tuple[Array | Iterator[Array], Array, list[str]]
 
 
 @options
@@ -65,30 +66,31 @@ class PublishedSplits(DownloadedTasks):
     def build(self) -> LabelledImages:
         """Read the three splits."""
         self.require_files()
-        size = self.image_size
-        images = np.empty(0, dtype=np.uint8)
         labels: list[Array] = []
         found: dict[str, list[Split]] = {}  # the splits of each class
-        for split in SPLITS:
-            rank_zero_info(f"Reading the {split} split of {self.title} from {self.folder} …")
-            more, of_split, classes = self.read_split(split)
-            if more.dtype != np.uint8 or more.shape != (len(of_split), size, size, 3):
-                came = f"{more.dtype} of shape {more.shape} and {len(of_split)} labels"
-                form = f"uint8 of shape (labels, {size}, {size}, 3)"
-                raise InputError(f"images of the {split} split of {self.title} must be {form}, got {came}")
-            labels.append(of_split + len(found))
-            for name in classes:
-                found.setdefault(name, []).append(split)
-            # in place and one split at a time, since the largest data sets do not fit into memory twice
-            start = len(images)
-            images.resize((start + len(more), 3, size, size), refcheck=False)
-            images[start:] = more.transpose(0, 3, 1, 2)
-            del more
+        images = concatenated(chunk for split in SPLITS for chunk in self.chunks(split, labels, found))
         if twice := [f"{name} in {' and '.join(splits)}" for name, splits in found.items() if len(splits) > 1]:
             which = ", ".join(twice[:5])
             raise InputError(f"{self.title} must have each class in one split, got {len(twice)} in several: {which}")
         splits = np.array([SPLITS.index(split) for (split,) in found.values()])
         return LabelledImages(images, np.concatenate(labels), np.array([*found]), splits)
+
+    def chunks(self, split: Split, labels: list[Array], found: dict[str, list[Split]]) -> Iterator[Array]:
+        """The images of one split, all of which need not fit into memory; add its labels and classes.  # M 3 H W"""
+        rank_zero_info(f"Reading the {split} split of {self.title} from {self.folder} …")
+        images, of_split, classes = self.read_split(split)
+        if isinstance(images, np.ndarray):
+            size = self.image_size
+            if images.dtype != np.uint8 or images.shape != (len(of_split), size, size, 3):
+                came = f"{images.dtype} of shape {images.shape} and {len(of_split)} labels"
+                form = f"uint8 of shape (labels, {size}, {size}, 3)"
+                raise InputError(f"images of the {split} split of {self.title} must be {form}, got {came}")
+            images = iter([images])
+        labels.append(of_split + len(found))
+        for name in classes:
+            found.setdefault(name, []).append(split)
+        for chunk in images:
+            yield chunk.transpose(0, 3, 1, 2)
 
     def dataset(self, root: Path, split: Split, download: bool = False) -> Any:
         """learn2learn's data set of a split."""
@@ -119,13 +121,15 @@ def reading(file: object) -> Iterator[None]:
         raise InputError(f"root must hold readable files, but {file} cannot be read ({came}). {advice}") from None
 
 
-def decode(size: int, count: int, load: Callable[[int], Image.Image], name: Callable[[int], object]) -> Array:
-    """Decode square images.  # M H W 3, uint8"""
-    images = np.empty((count, size, size, 3), dtype=np.uint8)
-    for row in range(count):
-        with reading(name(row)):
-            image = np.asarray(load(row).convert("RGB"))
-        if image.shape != (size, size, 3):
-            raise InputError(f"images must have shape {(size, size, 3)}, but {name(row)} has shape {image.shape}")
-        images[row] = image
-    return images
+def decode(size: int, count: int, load: Callable[[int], Image.Image], name: Callable[[int], object]) -> Iterator[Array]:
+    """Decode square images, in chunks.  # M H W 3, uint8"""
+    for start in range(0, count, BLOCK):
+        rows = range(start, min(start + BLOCK, count))
+        images = np.empty((len(rows), size, size, 3), dtype=np.uint8)
+        for image, row in zip(images, rows, strict=True):
+            with reading(name(row)):
+                decoded = np.asarray(load(row).convert("RGB"))
+            if decoded.shape != (size, size, 3):
+                raise InputError(f"images must have shape {(size, size, 3)}, but {name(row)} has shape {decoded.shape}")
+            image[:] = decoded
+        yield images

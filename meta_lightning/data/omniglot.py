@@ -13,6 +13,7 @@ from meta_lightning.checks import require_choice
 from meta_lightning.data.cache import LabelledImages
 from meta_lightning.data.image_module import DownloadedTasks
 from meta_lightning.data.module import options
+from meta_lightning.data.processes import mapped
 from meta_lightning.data.tasks import Array, import_learn2learn
 
 CHARACTERS = 964 + 659  # of images_background and images_evaluation
@@ -86,7 +87,8 @@ class Omniglot(DownloadedTasks):
         self.require_files()
         paths = self.drawings()
         rank_zero_info(f"Reading {len(paths)} drawings from {self.folder} …")
-        images = np.concatenate([shrink(paths[start : start + 1024]) for start in range(0, len(paths), 1024)])
+        parts = [paths[start : start + 1024] for start in range(0, len(paths), 1024)]
+        images = np.concatenate([*mapped(shrink, parts, chunk=1)])
         characters = [path.parent for path in paths[::DRAWINGS]]
         val = sorted({c.parent for c in characters if c.parent.parent.name == "images_background"})[-5:]
         splits = [2 if c.parent.parent.name == "images_evaluation" else int(c.parent in val) for c in characters]
