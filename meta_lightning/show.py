@@ -57,5 +57,5 @@ def draw_task(panel: Any, batch: TaskBatch, names: Sequence[str], ink: bool | No
         return
     # the first number of each sample against the first of its target
     for x, y, marker in ((task.query_x, task.query_y, "."), (task.support_x, task.support_y, "o")):
-        axes.plot(x.flatten(1)[:, 0], y.reshape(len(y), -1)[:, 0], marker)
+        axes.plot(x.reshape(len(x), -1)[:, 0], y.reshape(len(y), -1)[:, 0], marker)
     axes.legend(["query", "support"])

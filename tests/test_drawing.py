@@ -1,7 +1,9 @@
 """Pictures of tasks: on the contact sheet, the dashboard and for --print_data."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,11 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
+from meta_lightning import RegressionTasks, TaskDataModule, TensorTasks
 from meta_lightning.cli import main
 from meta_lightning.data.tasks import TaskBatch
 from meta_lightning.drawing import INK, MUTED, RIGHT, SUPPORT, WRONG, Answer, draw_tables, table_of
-from meta_lightning.show import draw_task
+from meta_lightning.show import draw_task, show_data
 
 LONG = "a_class_with_a_name_of_many_words_and_letters"
 
@@ -101,3 +104,77 @@ def test_print_data_draws_photographs_in_their_colours(tmp_path: Path) -> None:
         others = [c for c in range(3) if c != channel]
         pure = (panel[..., channel] > 250) & (panel[..., others] < 5).all(-1)
         assert pure.sum() > 15 * 40**2  # 5 support and 10 query pictures
+
+
+def arrays(*shape: int, dtype: torch.dtype = torch.uint8, **options: Any) -> TensorTasks:
+    """25 classes of 6 samples of this shape."""
+    x = torch.rand(150, *shape, generator=torch.Generator().manual_seed(0))
+    x = x if dtype.is_floating_point else (200 * x).to(dtype)
+    return TensorTasks(x, torch.arange(150) % 25, **{"queries": 2} | options)
+
+
+def sets(x: tuple[int, ...], y: tuple[int, ...], **options: Any) -> RegressionTasks:
+    """Ten sets of 20 points of these shapes."""
+    return RegressionTasks([(torch.rand(20, *x), torch.rand(20, *y)) for _ in range(10)], **options)
+
+
+DATA: dict[str, Callable[[], TaskDataModule]] = {
+    "numbers": lambda: arrays(dtype=torch.float),
+    "tokens": lambda: arrays(dtype=torch.int64),
+    "vectors": lambda: arrays(4, dtype=torch.float),
+    "sequences of tokens": lambda: arrays(7, dtype=torch.int64),
+    "sequences": lambda: arrays(7, 3, dtype=torch.float),
+    "matrices": lambda: arrays(9, 9),
+    "volumes": lambda: arrays(1, 4, 4, 4),
+    "grey": lambda: arrays(1, 9, 9),
+    "colour": lambda: arrays(3, 9, 9),
+    "colour, floating-point": lambda: arrays(3, 9, 9, dtype=torch.float),
+    "colour, integers": lambda: arrays(3, 9, 9, dtype=torch.int64),
+    "one row": lambda: arrays(3, 1, 9),
+    "one column, grey": lambda: arrays(1, 9, 1),
+    "one pixel": lambda: arrays(3, 1, 1),
+    "two channels": lambda: arrays(2, 9, 9),
+    "2 ways, 1 query": lambda: arrays(3, 9, 9, ways=2, queries=1),
+    "more ways and pictures than are drawn": lambda: arrays(3, 9, 9, ways=8, split_fractions=(0.36, 0.32, 0.32)),
+    "shots from a range": lambda: arrays(3, 9, 9, train_shots=(1, 4)),
+    "one split": lambda: arrays(3, 9, 9, split_fractions=(0, 0, 1)),
+    "regression of numbers": lambda: sets((), ()),
+    "regression of vectors": lambda: sets((4,), (2,)),
+    "regression of pictures": lambda: sets((3, 5, 5), (2, 2)),
+    "regression, one split": lambda: sets((), (), splits={"train": range(10)}),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_print_data_draws_data_of_all_kinds(name: str, tmp_path: Path) -> None:
+    data = DATA[name]()
+    shown = show_data(data, tmp_path / "data.png")
+    splits = 1 if "one split" in name else 3
+    assert shown.count(" tasks, support [") == splits
+    with Image.open(tmp_path / "data.png") as picture:
+        assert picture.size == (600 * splits, 720)
+        colours = np.asarray(picture.convert("RGB"))
+    coloured = name.startswith(("colour", "one row", "one pixel", "2 ways", "more", "shots", "one split"))
+    if coloured or name in ("grey", "one column, grey"):
+        blue = (colours == [47, 111, 183]).all(-1)  # frames of the support pictures
+        assert blue.any()
+    else:
+        assert (colours == [31, 119, 180]).all(-1).any()  # points in matplotlib's first colour
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_print_data_draws_folders_with_transforms(channels: int, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for c, number in itertools.product(range(10), range(2)):  # one support picture and one query
+        (tmp_path / "p" / f"{c}").mkdir(parents=True, exist_ok=True)
+        noise = generator.integers(0, 256, (9, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).convert("RGB" if number else "L").save(tmp_path / "p" / f"{c}" / f"{number}.png")
+    data = f"--data meta_lightning.ImageFolderTasks --data.root {tmp_path / 'p'} --data.image_size 8 --data.ways 2"
+    numbers = [0.5] * channels
+    transforms = f"--data.transforms.mean={numbers} --data.transforms.std={numbers}".replace(" 0", "0")
+    options = f"{data} --data.channels {channels} --data.queries 1 {transforms} --print_data"
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--config", str(TINY), *options.split()])
+    assert not caught.value.code
+    with Image.open("data.png") as picture:
+        assert picture.size == (1800, 720)

@@ -1,6 +1,8 @@
 """The user's own pictures: layouts, formats, splits and what is wrong with them."""
 
 import inspect
+import itertools
+import json
 import os
 import re
 import shutil
@@ -21,6 +23,7 @@ from PIL import ExifTags, Image
 from torchvision.transforms import v2
 
 from meta_lightning.checks import InputError
+from meta_lightning.data import image_folder, processes
 from meta_lightning.data.image_folder import ImageFolderTasks
 from meta_lightning.data.image_module import ImageTasks
 from meta_lightning.data.pictures import prepare_image
@@ -541,3 +544,138 @@ def test_real_photographs_in_folders(tmp_path: Path) -> None:
     assert batch.support_x.shape == (4, 5, 3, 84, 84)
     assert batch.query_x.shape == (4, 50, 3, 84, 84)
     assert 0.3 < batch.query_x.float().mean() / (255 if batch.query_x.dtype == torch.uint8 else 1) < 0.7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not fork")
+def test_processes_read_what_one_process_reads(
+    flat_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for c in range(0, 10, 3):
+        (flat_root / f"class {c}" / "broken.png").write_bytes(b"")
+        noise = np.random.default_rng(c).integers(0, 256, (20, 17, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(flat_root / f"class {c}" / "a.jpg")
+
+    def load(name: str) -> str:
+        with pytest.warns(UserWarning, match="left out") as caught:
+            tasks(flat_root, cache_dir=str(tmp_path / name)).load()
+        return str(caught[0].message)
+
+    alone = load("alone")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(processes, "ALONE", -1)
+    assert load("processes") == alone
+    assert re.match(r"4 of the 48 .*class 0/broken\.png", alone)
+    for path in (tmp_path / "alone").glob("*/*"):
+        assert path.read_bytes() == (tmp_path / "processes" / path.parent.name / path.name).read_bytes()
+
+    prepare = image_folder.prepare_image
+
+    def failing(path: Path, image_size: int, channels: int) -> Array:
+        if path.name == "2.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return prepare(path, image_size, channels)
+
+    monkeypatch.setattr(image_folder, "prepare_image", failing)
+    with pytest.raises(PermissionError, match=r"^\[Errno 13\] Permission denied: .*class 0/2\.png'$"):
+        tasks(flat_root, cache_dir=str(tmp_path / "none")).load()
+
+
+@pytest.fixture
+def shared_root(tmp_path: Path) -> Path:
+    """``root/{train,val,test}/<class>/*`` with the same 10 classes each, of 4, 3 and 2 pictures."""
+    for (row, split), c in itertools.product(enumerate(SPLITS), range(10)):
+        make_class(tmp_path / "shared" / split / f"class {c}", 4 - row, (row, c, 0))
+    make_class(tmp_path / "shared" / "train" / "only here", 4, (0, 10, 0))
+    return tmp_path / "shared"
+
+
+def test_classes_of_several_folders_are_merged_and_split(shared_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fractions = {"split_fractions": (0.4, 0.3, 0.3), "split_folders": "merge"}
+    data = tasks(shared_root, **fractions).load()
+    assert data.classes.tolist() == [f"class {c}" for c in range(10)] + ["only here"]
+    order = np.random.default_rng(0).permutation(11)
+    assert [set(data.members(split)) for split in SPLITS] == [set(order[6:]), set(order[:3]), set(order[3:6])]
+    assert np.array_equal(data.images[:, 1, 0, 0], data.labels)  # green is the class
+    assert np.bincount(data.labels).tolist() == [9] * 10 + [4]
+    assert {*data.images[data.labels == 3][:, 0, 0, 0].tolist()} == {0, 1, 2}  # of all folders
+    batch = tasks(shared_root, **fractions, queries=8).task_set("test").batch([0])
+    assert batch.query_x.shape == (1, 16, 3, 8, 8)
+
+    monkeypatch.setattr(ImageFolderTasks, "build", None)  # one cache serves them all
+    for split, pictures in (("train", 4), ("val", 3), ("test", 2)):
+        alone = tasks(shared_root, split_folders=split, queries=1).load()
+        members = sorted(c for part in SPLITS for c in alone.members(part))
+        names = [f"class {c}" for c in range(10)] + ["only here"] * (split == "train")
+        assert alone.classes[members].tolist() == names
+        pixels = alone.images[np.isin(alone.labels, members)]
+        assert {*pixels[:, 0, 0, 0].tolist()} == {SPLITS.index(split)}
+        assert len(pixels) == pictures * len(names)
+        sizes = [len(alone.members(part)) for part in SPLITS]
+        assert sizes == [len(names) - 4, 2, 2]
+
+    shutil.rmtree(shared_root)
+    assert len(tasks(shared_root, split_folders="val").load().images) == 94
+    with pytest.raises(InputError, match=r"root .*/shared .*\b10 in several: class 0, .*split_folders merge"):
+        tasks(shared_root).load()
+
+
+def test_a_way_to_use_folders_that_does_not_apply_is_refused(
+    flat_root: Path, split_root: Path, shared_root: Path
+) -> None:
+    for how in ("merge", "train"):
+        with pytest.raises(InputError, match=rf"^split_folders .*'keep' .*'{how}', but root .*/flat has no train"):
+            tasks(flat_root, split_folders=how).load()
+    shutil.rmtree(split_root / "val")
+    with pytest.raises(InputError, match=r"^split_folders .*'val', but root .*/pictures has train, test$"):
+        tasks(split_root, split_folders="val").load()
+    with pytest.raises(InputError, match=r"^split_folders .*'keep', 'merge', 'train', 'val', 'test', got 'all'"):
+        tasks(split_root, split_folders="all")
+    message = r"^root .*/shared .*\b10 in several: class 0, .*class 4, …\. .*split_folders merge .*split_folders train "
+    with pytest.raises(InputError, match=message):
+        tasks(shared_root).load()
+    # merging classes that are in one folder each keeps them
+    assert len(tasks(split_root, split_folders="merge").load().classes) == 6
+
+
+@pytest.mark.parametrize("named", [["train"], ["test"], ["val", "test"], ["train", "val", "test"]])
+def test_a_class_may_have_the_name_of_a_split(named: list[str], flat_root: Path) -> None:
+    for name in named:
+        make_class(flat_root / name, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = tasks(flat_root).load()
+    assert data.classes.tolist() == sorted([*(f"class {c}" for c in range(10)), *named])
+    assert sum(len(data.members(split)) for split in SPLITS) == 10 + len(named)
+
+
+def test_folders_that_are_no_split_are_named_beside_one_that_is(split_root: Path) -> None:
+    shutil.rmtree(split_root / "val")
+    make_class(split_root / "val", 4)  # pictures without class folders
+    with pytest.warns(UserWarning, match=r"^root .* is split into train and test; ignoring: val\.$"):
+        data = tasks(split_root).load()
+    assert len(data.classes) == 6
+
+    for split in ("train", "test"):
+        make_class(split_root / "other" / split, 4)
+    with pytest.raises(FileNotFoundError, match=r"^root .*/other has only test, train, with 0 class folders"):
+        tasks(split_root / "other").load()
+
+
+def test_classes_too_few_for_the_fractions_say_which_would_do(tmp_path: Path) -> None:
+    for c in range(19):
+        make_class(tmp_path / "p" / f"{c:02}", 3)
+    options = {"ways": 5, "queries": 1, "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(InputError, match=r"root .*\b5 .*val .*\b4 of the 19 .* 4 and 0\b") as caught:
+        tasks(tmp_path / "p", **options).setup("fit")
+    advice = re.search(r'--data\.split_fractions "(\[.*\])" would do$', str(caught.value))
+    assert advice is not None
+    assert advice[1] == "[0.4, 0.3, 0.3]"
+    tasks(tmp_path / "p", **options, split_fractions=json.loads(advice[1])).setup("fit")
+
+    # pictures count too: of the 6 classes that "00" is drawn into, 5 remain
+    (tmp_path / "p" / "00" / "0.png").unlink()
+    with (
+        pytest.warns(UserWarning, match=r"00 \("),
+        pytest.raises(InputError, match=r"three splits need 57 .*\"\[.*\]\" would do for 5 ways$"),
+    ):
+        tasks(tmp_path / "p", **options | {"ways": 19}, shots=2).setup("fit")

@@ -1,5 +1,6 @@
 """Tasks over one's own arrays, from Python, as a user of them would."""
 
+import json
 import math
 import pickle
 import re
@@ -13,6 +14,7 @@ import torch
 from conftest import trainer
 
 from meta_lightning import MAML, MLP, RegressionTasks, TaskBatch, TensorTasks
+from meta_lightning.checks import InputError
 from meta_lightning.data.tasks import SPLITS, Array, as_task_batch
 
 # Lightning on what is meant: quick training, without workers, resumed by the command line elsewhere
@@ -287,3 +289,40 @@ def test_errors_of_sets_name_argument_expected_and_got() -> None:
     refused_sets(r"tasks .*\b3 parts in 4", (x, y, y))
     refused_sets(r"shots \+ queries .*\b9\b.*task 4 .*train .* 8 \+ 2", (x[:9], y[:9]), shots=8, queries=2)
     refused_sets(r"^queries .* 0", (x, y), queries=0)
+
+
+def test_random_splits_that_are_too_small_say_what_would_do() -> None:
+    def advice(classes: int, **options: Any) -> str:
+        x, y = torch.rand(6 * classes, 2), torch.arange(6 * classes) % classes
+        options = {"queries": 2, "ways": 5} | options
+        with pytest.raises(InputError, match=r"^ways must be at most .* split\), got ") as caught:
+            TensorTasks(x, y, **options).setup()
+        message = str(caught.value).partition("; ")[2]
+        if fractions := re.search(r'--data\.split_fractions "(\[.*\])" would do(?: for (\d+) ways)?$', message):
+            remedy: dict[str, Any] = {"split_fractions": json.loads(fractions[1])}
+            remedy |= {} if fractions[2] is None else {"ways": int(fractions[2]), "train_ways": None}
+            TensorTasks(x, y, **options | remedy).setup()
+        return message
+
+    assert advice(19) == '--data.split_fractions "[0.4, 0.3, 0.3]" would do'
+    assert advice(15) == '--data.split_fractions "[0.38, 0.31, 0.31]" would do'
+    assert advice(30, train_ways=20) == '--data.split_fractions "[0.68, 0.16, 0.16]" would do'
+    assert re.fullmatch(r"the three splits need 15 together; .* would do for 4 ways", advice(14))
+    assert re.fullmatch(r"the three splits need 30 together; .* would do for 5 ways", advice(19, train_ways=20))
+    assert advice(5) == "the three splits need 15 together"
+    for classes in range(15, 60, 7):
+        assert "would do" in advice(classes, split_fractions=(0.98, 0.01, 0.01))
+    with pytest.raises(InputError, match=r"^ways .*\b2 \(classes of the val split\), got 5$"):  # given, not drawn
+        TensorTasks(torch.rand(60, 2), torch.arange(60) % 10, splits={"val": [1, 2]}, queries=2).task_set("val")
+
+
+def test_random_splits_without_a_set_say_what_would_do() -> None:
+    sets = lines()[:4]
+    options = {"shots": 5, "queries": 5}
+    with pytest.raises(InputError, match=r'^the val split .*\b1 .* got 0; .*"\[0\.6, 0\.2, 0\.2\]" would do$'):
+        RegressionTasks(sets, split_fractions=(0.9, 0.05, 0.05), **options).task_set("val")
+    RegressionTasks(sets, split_fractions=(0.6, 0.2, 0.2), **options).task_set("val")
+    with pytest.raises(InputError, match=r"^the val split .* got 0; the three splits need 3 together$"):
+        RegressionTasks(sets[:2], **options).task_set("val")
+    with pytest.raises(InputError, match=r"^the val split .* got 0$"):
+        RegressionTasks(sets, splits={"train": range(4)}, **options).task_set("val")
