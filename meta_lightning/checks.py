@@ -10,10 +10,31 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from lightning import Callback
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    GradientAccumulationScheduler,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch.nn import Module
 
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+# options of the Trainer that need automatic optimization, their defaults, and what to use instead
+AUTOMATIC = {
+    "accumulate_grad_batches": (1, "data.meta_batch_size, of which model.tasks_per_pass are computed at once"),
+    "gradient_clip_val": (None, "gradient_clip_val of MAML and FOMAML"),
+    "gradient_clip_algorithm": (None, "gradient_clip_algorithm of MAML and FOMAML"),
+}
+UNSUPPORTED: dict[type[Callback], str] = {
+    StochasticWeightAveraging: "ends with an epoch of automatic optimization; use WeightAveraging or "
+    "EMAWeightAveraging, and scheduler for swa_lrs",
+    GradientAccumulationScheduler: "needs automatic optimization; use data.meta_batch_size and model.tasks_per_pass",
+    ModelPruning: "replaces parameters of θ by masked ones; use outer_freeze, or prune the network of an adapted "
+    "Predictor",
+}
 
 
 class InputError(ValueError):
@@ -56,6 +77,17 @@ def require_matches(names: Collection[str], **patterns: Sequence[str]) -> set[st
     return matching
 
 
+def require_not_compiled(**arguments: Any) -> None:
+    """Raise InputError for modules and functions that torch.compile has made, which have no second derivative."""
+    for name, value in arguments.items():
+        parts = value.named_modules() if isinstance(value, Module) else [("", value)]
+        # torch has no public way to tell
+        marks = ("_orig_mod", "_compiled_call_impl", "_torchdynamo_orig_callable")
+        compiled = [f"{name}.{part}".strip(".") for part, of in parts if any(getattr(of, m, None) for m in marks)]
+        came = f"got {', '.join(compiled)}; compile_passes=True compiles whole passes, with their derivatives"
+        require(not compiled, f"{name} must not come from torch.compile, {came}")
+
+
 def require_supported(precision: str, strategy: Strategy) -> None:
     """Raise InputError for precisions in which inner steps are lost, and strategies that shard the network."""
     unscaled = "the gradient scaler does not cover the inner loop, whose gradients underflow"
@@ -67,6 +99,19 @@ def require_supported(precision: str, strategy: Strategy) -> None:
         "trainer.strategy must keep the whole network in every process, as ddp does, got "
         f"{type(strategy).__name__}: it shards θ, which the inner loop copies for every task",
     )
+
+
+def require_own_options(trainer: Any, learner: Module) -> None:
+    """Raise InputError for options and callbacks of a Trainer that expect automatic optimization."""
+    for name, (default, instead) in AUTOMATIC.items():
+        came = getattr(trainer, name)
+        require(came in (default, None), f"trainer.{name} must be {default}, got {came}: use {instead}")
+    for callback in trainer.callbacks:
+        alone = isinstance(callback, BackboneFinetuning) and not hasattr(learner, "backbone")
+        require(not alone, "BackboneFinetuning needs the attribute backbone, got none: subclass BaseFinetuning instead")
+        for kind, reason in UNSUPPORTED.items():
+            name = type(callback).__name__
+            require(not isinstance(callback, kind), f"trainer.callbacks must not hold {name}, which {reason}")
 
 
 def from_command_line() -> bool:

@@ -1,27 +1,79 @@
 """Scores of tasks, and their statistics over tasks."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from meta_lightning.checks import require
+from meta_lightning.inner.copies import copied
+from meta_lightning.inner.traits import Calls
 
-def score(predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Accuracy per task for class numbers, mse for real targets, else nothing.  # T S N ... or T S ..., T S ... -> T"""
-    if targets.is_floating_point() and predictions.shape == targets.shape:
-        return {"mse": (predictions - targets).square().flatten(1).mean(1)}
-    if not targets.is_floating_point() and predictions.ndim == targets.ndim + 1:
-        return {"accuracy": (predictions.argmax(2) == targets).flatten(1).float().mean(1)}
-    return {}
+RESERVED = ("loss", "tasks", "skipped", "outer_lr")  # names that the learners log
+# functions that a loss applies to logits or probabilities, which are not in the units of the targets
+OF_PROBABILITIES = {
+    *("cross_entropy", "cross_entropy_loss", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"),
+    *("kl_div", "sigmoid", "logsigmoid", "log_sigmoid", "softmax", "log_softmax", "multilabel_soft_margin_loss"),
+}
 
 
-def query_scores(losses: Callable[[Tensor, Tensor], Tensor], predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Loss, from ``losses``, and score of each task by name.  # T R ..., T R ... -> T"""
-    return {"loss": losses(predictions, targets)} | score(predictions, targets)
+class Scores:
+    """Scores of tasks: accuracy or mse, as the loss suggests, and given metrics."""
+
+    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+        for name, metric in metrics.items():
+            valid = isinstance(metric, Metric) and name not in RESERVED and "/" not in name
+            expected = f"metrics must map names other than {', '.join(RESERVED)} to torchmetrics"
+            require(valid, f"{expected}, got {name!r}: {type(metric).__name__}")
+        self.metrics = {name: copy.deepcopy(metric) for name, metric in metrics.items()}
+        for part in (part for metric in self.metrics.values() for part in metric.modules()):
+            if isinstance(part, Metric):
+                part.distributed_available_fn = bool  # False: of one task; TaskMean gathers those of all processes
+        self.known: tuple[Any, bool] = None, False  # a loss, and whether it compares predictions with real targets
+
+    @torch.no_grad()
+    def __call__(self, loss: Any, predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """The scores of each task by name.  # T S N ... or T S ..., T S ... -> T"""
+        found = {}
+        if targets.is_floating_point() and predictions.shape == targets.shape:
+            if self.known[0] is not loss:
+                self.known = loss, not applies(loss, OF_PROBABILITIES, predictions[0], targets[0])
+            if self.known[1]:
+                found["mse"] = (predictions - targets).square().flatten(1).mean(1)
+        elif not targets.is_floating_point() and predictions.ndim == targets.ndim + 1:
+            # not the labels that the loss leaves out; a partial function holds its arguments
+            ignored = getattr(loss, "ignore_index", getattr(loss, "keywords", {}).get("ignore_index", -100))
+            scored = (targets != ignored).flatten(1)
+            right = (predictions.argmax(2) == targets).flatten(1) & scored
+            found["accuracy"] = right.sum(1) / scored.sum(1)
+        return found | {name: self.of_tasks(name, predictions, targets) for name in self.metrics}
+
+    def of_tasks(self, name: str, predictions: Tensor, targets: Tensor) -> Tensor:
+        """A given metric of each task.  # T S ..., T S ... -> T"""
+        metric, values = self.metrics[name].to(predictions.device), []
+        for task in zip(predictions, targets, strict=True):
+            metric.reset()
+            metric.update(*task)
+            value = metric.compute()
+            require(
+                isinstance(value, Tensor) and value.numel() == 1,
+                f"metrics must give one number per task, got {getattr(value, 'shape', type(value).__name__)} of {name}",
+            )
+            values.append(value.reshape(()))
+        metric.reset()
+        return torch.stack(values).to(predictions.dtype)
+
+
+def applies(loss: Any, names: set[str], predictions: Tensor, targets: Tensor) -> bool:
+    """Whether a loss calls one of these functions of torch.  # S ..., S ..."""
+    with Calls() as calls:
+        (copied(loss) if isinstance(loss, nn.Module) else loss)(predictions, targets)
+    return any(getattr(function, "__name__", "") in names for function in calls.seen)
 
 
 class Statistics(NamedTuple):
@@ -66,6 +118,12 @@ class Evaluation:
 
     def __init__(self) -> None:
         self.means: dict[str, TaskMean] = {}
+        self.first = self.tasks = 0  # before this batch, and with it; of this process
+
+    def begin(self, batch: Sequence[Tensor]) -> int:
+        """Count the tasks of a new batch, and return the number of the first one."""
+        self.first, self.tasks = self.tasks, self.tasks + len(batch[0])
+        return self.first
 
     def update(self, values: Mapping[str, Tensor]) -> None:
         """Add the tasks of a batch, one tensor per name.  # T"""
@@ -78,6 +136,7 @@ class Evaluation:
         """Log mean and 95 % confidence interval of each value over the tasks of all ranks."""
         for name, metric in self.means.items():
             mean, ci95, tasks = metric.compute()
-            module.log(f"{stage}/{name}", mean, prog_bar=name in ("accuracy", "mse"), sync_dist=True)
+            shown = name != "loss" and not name.endswith("_before")
+            module.log(f"{stage}/{name}", mean, prog_bar=shown, sync_dist=True)
             module.log(f"{stage}/{name}_ci95", ci95, sync_dist=True)
             module.log(f"{stage}/tasks", tasks, sync_dist=True)

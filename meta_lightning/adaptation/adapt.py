@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from meta_lightning.adaptation.predictor import Predictor
@@ -31,6 +32,8 @@ def adapt_to(
 ) -> Predictor:
     """Implement ``MetaLearner.adapt``, with its ``x``, ``y``, ``class_names`` and errors."""
     x, (names, targets) = form.check(samples(x, "x")), numbered(y, class_names)
+    if unlike := form.unlike(x):
+        rank_zero_warn(f"The images of x do not look like those of training: {unlike}. Expect a lower accuracy")
     require(len(x) == len(targets), f"x and y must have the same length, got {len(x)} and {len(targets)}")
     with torch.inference_mode(False), torch.enable_grad():
         p = next(iter(theta.values()))

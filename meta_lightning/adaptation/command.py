@@ -2,7 +2,7 @@
 
 import csv
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def adapt(
     """Adapt a checkpoint to a few pictures per class, and classify others.
 
     Writes a table of the answers and, next to it, a contact sheet (PNG) with the support pictures and up to 60 answers.
-    If queries lie in folders named after classes, reports the accuracy.
+    If queries lie in folders named after classes, reports the accuracy on those that are not support pictures.
 
     Args:
         ckpt_path: Checkpoint of a learner that was trained on images.
@@ -70,7 +70,7 @@ def adapt(
     predictor = learner.adapt(x, [name for name, images in pictures.items() for _ in images], steps)
     adapted = time.perf_counter()
     with written_whole(out) as table, written_whole(sheet) as drawing:
-        number, right, shown = write_answers(predictor, queries, query, table)
+        number, right, shown = write_answers(predictor, queries, query, table, {image.tobytes() for image in x.numpy()})
         answered = time.perf_counter()
         draw_contact_sheet(pictures, shown, learner.form.ink, drawing)
     summary = [
@@ -106,12 +106,13 @@ def list_queries(folder: Path, support: Path) -> list[Path]:
 
 
 def write_answers(
-    predictor: Predictor, paths: Sequence[Path], folder: Path, table: Path
+    predictor: Predictor, paths: Sequence[Path], folder: Path, table: Path, support: Collection[bytes]
 ) -> tuple[int, list[bool], list[Answer]]:
     """Classify pictures into a CSV file; return their number, which known ones are right, and some answers to draw."""
     names = predictor.class_names or []
     chosen = {paths[i] for i in np.linspace(0, len(paths) - 1, min(SHOWN, len(paths))).round().astype(int)}
     unread: list[str] = []
+    known: list[str] = []  # queries that are support pictures
     right: list[bool] = []
     shown: list[Answer] = []
     with table.open("w", newline="", encoding="utf-8") as file:
@@ -123,10 +124,15 @@ def write_answers(
             (name, probability), _ = answers
             folders = path.relative_to(folder).parts[:-1]
             truth = folders[0] if folders and folders[0] in names else None
-            if truth is not None:
+            if image.tobytes() in support:
+                known.append(path.name)
+            elif truth is not None:
                 right.append(truth == name)
             if path in chosen:
                 shown.append(Answer(image, name, probability, truth))
+    if known:
+        among = f"{len(known)} of the {len(paths)} queries are among the support pictures: {', '.join(known[:3])}"
+        rank_zero_warn(f"{among}{' …' if len(known) > 3 else ''}. They do not count in the accuracy")
     if unread:
         message = left_out(unread, len(paths), f"query {folder}")
         require(len(unread) < len(paths), f"query must hold at least 1 picture, but {message}")
@@ -143,8 +149,11 @@ def classified(predictor: Predictor, paths: Sequence[Path], unread: list[str]) -
         for start in range(0, len(paths), AT_ONCE):
             batch = paths[start : start + AT_ONCE]
             prepared = [*threads.map(lambda path: try_to_prepare(path, size, channels), batch)]
+            for error in prepared:
+                if isinstance(error, OSError):
+                    raise error
             unread += [reason for reason in prepared if isinstance(reason, str)]
-            pairs = [(p, form.ink_on_ground(i)) for p, i in zip(batch, prepared, strict=True) if not isinstance(i, str)]
+            pairs = [(p, form.ink_on_ground(i)) for p, i in zip(batch, prepared, strict=True) if not isinstance(i, str | OSError)]
             if pairs:
                 answers = predictor.predict_proba(np.stack([image for _, image in pairs])).numpy()
                 yield from ((*pair, answer) for pair, answer in zip(pairs, answers, strict=True))

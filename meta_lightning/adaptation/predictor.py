@@ -70,13 +70,15 @@ class Predictor(nn.Module):
         """Class probabilities of any number of samples.  # S ... -> S N
 
         Raises:
-            InputError: If the samples differ in shape from the support set, or this is a regression.
+            InputError: If the samples differ in shape from the support set or in scale from training, or this is a
+                regression.
         """
         require(self.class_names is not None, "the predictor must have classes, got a regression: call it instead")
         x = samples(x, "x")
         expected = ", ".join(map(str, ["S", *self.sample_shape]))
         same = list(x.shape[1:]) == self.sample_shape
         require(same, f"x must have shape [{expected}], as the support set, got {list(x.shape)}")
+        x = self.form.check(x)
         device = next(self.parameters()).device
         return torch.cat([self(part.to(device)).softmax(1) for part in x.split(AT_ONCE)])
 

@@ -14,7 +14,6 @@ from meta_lightning.inner.loop import Support
 from meta_lightning.inner.params import Params, gradient, leaves, mean_over_tasks, stack
 from meta_lightning.inner.rules import MetaSGD, chosen_by
 from meta_lightning.outer.update import OuterOptimizer
-from meta_lightning.scores import score
 
 # in the errors of operators that have a first derivative only
 ONCE_DIFFERENTIABLE = ("derivative for", "don't support automatic differentiation", "differentiate twice")
@@ -78,7 +77,7 @@ class MAML(MetaLearner):
         batch = as_task_batch(batch)
         meta_gradient, losses, predictions = self.meta_gradient(batch)
         self.outer_step(meta_gradient)
-        return self.log_training(losses, lambda: score(predictions, batch.query_y))
+        return self.log_training(losses, lambda: self.scores(self.loss, predictions, batch.query_y))
 
     def meta_gradient(self, batch: TaskBatch) -> tuple[Params, Tensor, Tensor]:
         """``∇_θ mean_i L_query,i(θ'_i(θ))``, with the query losses and predictions of the tasks.  # ..., T, T R ..."""
@@ -124,7 +123,7 @@ class MAML(MetaLearner):
         """Construct the outer optimizer."""
         assert self.optimizer is not None
         theta = self.learned(self.meta_parameters())
-        return self.outer_update.made(self.optimizer(theta.values(), self.outer_lr), self.device)
+        return self.outer_update.with_kernels(self.optimizer(theta.values(), self.outer_lr), self.device)
 
 
 class WithGradient(Function):

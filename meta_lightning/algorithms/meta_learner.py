@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
@@ -14,6 +15,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from meta_lightning.adaptation.adapt import adapt_to
 from meta_lightning.adaptation.predictor import Predictor
@@ -25,23 +27,33 @@ from meta_lightning.checks import (
     require,
     require_at_least,
     require_matches,
+    require_not_compiled,
+    require_own_options,
     require_positive,
     require_supported,
 )
 from meta_lightning.data.form import SampleForm, form_of
+from meta_lightning.data.module import TaskDataModule
 from meta_lightning.data.tasks import Array, TaskBatch, as_task_batch, scale_pixels
 from meta_lightning.inner.copies import Original, copied
 from meta_lightning.inner.loop import Adapted, InnerStep, Support, trajectory
 from meta_lightning.inner.params import RULE, Params, for_rule, leaves, of_network, stack, tree_leaves, unstack
 from meta_lightning.inner.passes import Compile, Passes
-from meta_lightning.inner.rules import FORMER_KEYS, InnerRule, as_rule
+from meta_lightning.inner.rules import FORMER_KEYS, InnerRule, as_rule, require_prepared
 from meta_lightning.inner.state import release, setting, unchanged
 from meta_lightning.inner.task_network import Loss, TaskNetwork, default_loss
 from meta_lightning.networks.batch_statistics import with_batch_statistics
-from meta_lightning.outer.update import Decay, OuterOptimizer, OuterUpdate, Scheduler, is_finite
+from meta_lightning.outer.update import (
+    Decay,
+    OuterOptimizer,
+    OuterUpdate,
+    Scheduler,
+    advance,
+    is_finite,
+    mean_over_ranks,
+)
 from meta_lightning.runs.checkpoint_file import load_network, network_description, renamed, verify_checkpoint
-from meta_lightning.runs.machine import keep_freed_memory
-from meta_lightning.scores import Evaluation, query_scores
+from meta_lightning.scores import Evaluation, Scores
 
 
 class MetaLearner(NamedOptions, L.LightningModule, ABC):
@@ -76,6 +88,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         init_from: Checkpoint, of any algorithm, to load the network's weights from.
         max_skipped: Maximum number of consecutive meta-iterations skipped because their update is not finite; beyond
             it, training stops with an error at the next log interval.
+        metrics: Metrics of torchmetrics by name, such as ``{"f1": MulticlassF1Score(5)}``. They are computed per task
+            from the query predictions and targets, and logged as means over tasks, beside the accuracy (class numbers)
+            or mse (real targets).
 
     Raises:
         InputError: If an argument is outside its range.
@@ -104,11 +119,12 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         transductive: bool = True,
         init_from: str | None = None,
         max_skipped: int = 10,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         super().__init__()
         # in Python these are objects, which cannot be loaded with weights_only; configurations describe them in plain
         # values. init_from is not needed, as the checkpoint has the weights
-        objects = [] if from_command_line() else ["network", "loss", "optimizer", "scheduler", "inner_rule"]
+        objects = [] if from_command_line() else ["network", "loss", "optimizer", "scheduler", "inner_rule", "metrics"]
         self.save_hyperparameters(ignore=["init_from", *objects])
         # NumPy's scalars, of np.logspace for example, do not load with weights_only
         self.hparams.update({name: v.item() for name, v in self.hparams.items() if isinstance(v, np.generic)})
@@ -123,6 +139,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         require_at_least(1, inner_steps=inner_steps, test_inner_steps=test_inner_steps)
         learnt = [name for name, p in loss.named_parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
         require(not learnt, f"loss must have no trainable parameters, which belong into the network, got {learnt}")
+        require_not_compiled(network=network, loss=loss)
         self.automatic_optimization = False
         self.inner_lr, self.inner_steps, self.test_inner_steps = inner_lr, inner_steps, test_inner_steps
         self.outer_lr, self.optimizer = outer_lr, optimizer
@@ -131,17 +148,21 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         self.loss = loss or default_loss
         if init_from is not None:
             load_network(self.network, init_from)
-        names = [name for name, p in network.named_parameters() if p.requires_grad]
+        # also those without gradient, which a callback may unfreeze
+        names = {name: p.requires_grad for name, p in network.named_parameters()}
+        trained = {name for name, requires_grad in names.items() if requires_grad}
         self.inner_frozen = require_matches(names, inner_freeze=inner_freeze)
         self.outer_frozen = require_matches(names, outer_freeze=outer_freeze)
         for argument, frozen in (("inner_freeze", self.inner_frozen), ("outer_freeze", self.outer_frozen)):
-            require(not names or len(frozen) < len(names), f"{argument} must leave a parameter, got patterns of all")
+            require(not trained or bool(trained - frozen), f"{argument} must leave a parameter, got patterns of all")
         self.task_network = TaskNetwork(self)
         self.inner_rule = rule
-        self.inner_rule.prepare(self.adapted(self.network_parameters()), inner_lr)
+        adapted = self.adapted(self.network_parameters())
+        self.prepared = frozenset(adapted)
+        self.inner_rule.prepare(adapted, inner_lr)
         self.passes = Passes(tasks_per_pass, compile_passes)
         self.outer_update = OuterUpdate(outer_lr_decay, scheduler, max_skipped)
-        self.evaluation = Evaluation()
+        self.evaluation, self.scores = Evaluation(), Scores(dict((metrics or {}).items()))  # also of a MetricCollection
         self.gradients_checked = False
         self.fitting, self.ranks = False, 1  # set by the trainer
         self.form = SampleForm()
@@ -164,13 +185,18 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         """The subset that the outer loop updates."""
         return {name: p for name, p in params.items() if name not in self.outer_frozen}
 
-    def inner_batches(self, x: Tensor, y: Tensor, steps: int) -> Support:
-        """Support samples and targets of each inner step: all of them.  # T S ..., T S ..."""
+    def inner_batches(self, x: Tensor, y: Tensor, steps: int, first: int | None = None) -> Support:
+        """Support samples and targets of each inner step: all of them.  # T S ..., T S ...
+
+        In evaluation ``first`` is the number of the first of these tasks among those of this process.
+        """
         return [(x, y)] * steps
 
     def inner_trajectory(self, theta: Params, support: Support, **options: bool) -> Iterator[Adapted]:
         """θ' of every task after 1, …, K inner steps; for the options see ``trajectory``."""
-        step = InnerStep(self.task_network.losses_of, self.inner_rule, self.inner_lr, [*self.adapted(theta)])
+        moved = [*self.adapted(theta)]
+        require_prepared(self.inner_rule, self.prepared, moved)
+        step = InnerStep(self.task_network.losses_of, self.inner_rule, self.inner_lr, moved)
         return trajectory(step, theta, support, **options)
 
     def inner_loop(self, theta: Params, support: Support, **options: bool) -> Adapted:
@@ -199,7 +225,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
                 *stacked,
                 parameters=sum(p.numel() for p in theta.values()),
                 most=1 if in_turn else None,
-                key=read if compiled and self.passes.compile else None,
+                # anomaly mode reads values
+                key=read if compiled and self.passes.compile and not torch.is_anomaly_enabled() else None,
                 buffers=self.network.buffers,
             )
         if in_turn:
@@ -226,6 +253,11 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
                 adapted = self.inner_loop(theta, support, second_order=self.second_order and self.training)
         params = unstack(of_network(adapted.params), 0)
         return params if self.training else {name: p.detach() for name, p in params.items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Predictions at θ, without adaptation; ``adapt`` gives those of a task.  # S ... -> S ..."""
+        predictions: Tensor = self.network(scale_pixels(x))
+        return predictions
 
     def forward_with_weights(self, query_x: Tensor, adapted_params: Params) -> Tensor:
         """Predictions of one task with the parameters of ``inner_update``.  # R ... -> R ..."""
@@ -283,19 +315,28 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """One meta-iteration; returns the mean loss of the meta-batch."""
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """No callbacks; raise InputError for options of the Trainer before Lightning refuses them with other advice."""
+        require_own_options(self.trainer, self)
+        return []
+
     def setup(self, stage: str) -> None:
         """Raise InputError for precisions and strategies that the inner loop does not support."""
         self.fitting, self.ranks = stage == "fit", self.trainer.world_size
+        require_not_compiled(learner=self.training_step)
         require_supported(str(self.trainer.precision), self.trainer.strategy)
 
     def on_fit_start(self) -> None:
         """Check the schedule before training, and take the form of the samples from the data module."""
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.outer_update.require_end(self.trainer)
+        several = [name for name, part in self.network.named_modules() if isinstance(part, nn.SyncBatchNorm)]
+        require(
+            not several, f"trainer.sync_batchnorm must be off, since it mixes tasks, got SyncBatchNorm in {several}"
+        )
+        self.outer_update.take_options(self.trainer.optimizers)
         data: L.LightningDataModule | None = getattr(self.trainer, "datamodule", None)
-        if data is not None:
-            self.form = form_of(data.hparams, type(data))
+        if isinstance(data, TaskDataModule):
+            self.form = data.sample_form()
 
     def on_train_start(self) -> None:
         """Start or resume the outer loop."""
@@ -306,6 +347,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         if not self.gradients_checked:
             with self.trainer.precision_plugin.forward_context():
                 unused = self.without_gradient(as_task_batch(batch))
+            if batch[0].dtype == torch.uint8:
+                self.form = replace(self.form, pixels=True)
             if unused:
                 rank_zero_warn(f"The loss does not depend on these parameters: {', '.join(unused)}")
             self.gradients_checked = True
@@ -325,6 +368,10 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         grads = torch.autograd.grad(losses.sum(), list(theta.values()), allow_unused=True)
         return [name for name, g in zip(theta, grads, strict=True) if g is None]
 
+    def on_train_epoch_end(self) -> None:
+        """Step Lightning's schedulers of epochs, if a subclass or a callback has any."""
+        advance(self.trainer.lr_scheduler_configs, "epoch", self.trainer.current_epoch + 1)
+
     def on_fit_end(self) -> None:
         """Give the buffers of the trained network, which shares only its parameters, to the one that was passed."""
         self.original.take_buffers(self.network)
@@ -336,6 +383,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     @contextmanager
     def outer_iteration(self, update: Any) -> Iterator[LightningOptimizer]:
         """``OuterUpdate.step`` for an ``update`` that is the same on all ranks."""
+        require(self.fabric is None, "training_step must run under a Trainer, got Fabric; use fit, or train_maml")
         optimizer = self.outer_optimizer()
 
         def moved() -> list[Tensor]:
@@ -343,6 +391,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
         with self.outer_update.step(update, moved, optimizer.optimizer):
             yield optimizer
+        advance(self.trainer.lr_scheduler_configs, "step", self.trainer.fit_loop.batch_idx + 1)
 
     def log_training(self, losses: Tensor, scores: Callable[[], Mapping[str, Tensor]] = dict) -> Tensor:
         """At the log interval, log the mean loss and scores, and stop training that skips too many updates.  # T, T"""
@@ -362,14 +411,18 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
                     f"since; last checkpoint: {kept or 'none yet'}"
                 )
             values = {"train/loss": loss} | {f"train/{name}": value.mean() for name, value in scores().items()}
+            values = mean_over_ranks(values, trainer.strategy)
             # one transfer here, instead of one per step by the progress bar
             self.log_dict({name: value.cpu() for name, value in values.items()}, prog_bar=True, batch_size=len(losses))
             self.log("train/skipped", outer.skipped.cpu().float())
             self.log("train/outer_lr", torch.tensor(outer.lr))  # on the CPU: no device sync
         return loss
 
-    def predict_tasks(self, batch: TaskBatch, each_step: bool = False) -> list[Tensor]:
-        """Query predictions before and after adaptation, or before it and after each inner step.  # T R ..."""
+    def predict_tasks(self, batch: TaskBatch, each_step: bool = False, first: int = 0) -> list[Tensor]:
+        """Query predictions before and after adaptation, or before it and after each inner step.  # T R ...
+
+        ``first`` is the number of the first of these tasks among those of this process.
+        """
 
         def predict(support: Support, support_x: Tensor, query_x: Tensor) -> tuple[Any, ...]:
             def answers(params: Params) -> Tensor:
@@ -384,9 +437,13 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         # Lightning evaluates in inference mode, whose tensors autograd rejects even in enable_grad: hence the clones
         with torch.inference_mode(False), torch.enable_grad():
             batch = TaskBatch(*(part.clone() for part in batch))
-            support = self.inner_batches(batch.support_x, batch.support_y, self.test_inner_steps)
+            support = self.inner_batches(batch.support_x, batch.support_y, self.test_inner_steps, first)
             _, *predictions = self.in_passes(predict, support, batch.support_x, batch.query_x, compiled=False)
         return predictions
+
+    def query_scores(self, predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Loss and scores of each task by name.  # T R ..., T R ... -> T"""
+        return {"loss": self.task_network.losses(predictions, targets)} | self.scores(self.loss, predictions, targets)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the statistics."""
@@ -395,8 +452,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def validation_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """Adapt to each task, record query loss and scores before and after, and return the predictions after."""
         batch = as_task_batch(batch)
-        for moment, predictions in zip(("_before", ""), self.predict_tasks(batch), strict=True):
-            values = query_scores(self.task_network.losses, predictions, batch.query_y)
+        before_and_after = self.predict_tasks(batch, first=self.evaluation.begin(batch))
+        for moment, predictions in zip(("_before", ""), before_and_after, strict=True):
+            values = self.query_scores(predictions, batch.query_y)
             self.evaluation.update({name + moment: tasks for name, tasks in values.items()})
         return predictions
 
@@ -404,18 +462,19 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         """Log the statistics."""
         self.evaluation.log(self, "test" if self.trainer.testing else "val")
 
-    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """Class probabilities (for regression: predictions) of the queries.  # T R N, T R D"""
         batch = as_task_batch(batch)
-        *_, predictions = self.predict_tasks(batch)
+        *_, predictions = self.predict_tasks(batch, first=self.evaluation.begin(batch))
         return predictions if batch.query_y.is_floating_point() else predictions.softmax(2)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the algorithm's name, the tasks that fit into memory and the counters."""
+        """Save the algorithm's name, the form of the samples, the tasks that fit into memory and the counters."""
+        checkpoint["form"] = asdict(self.form)
         checkpoint["algorithm"] = type(self).__name__
         checkpoint["tasks_that_fit"] = self.passes.tasks_that_fit
         checkpoint["skipped"] = torch.stack(self.outer_update.counters())
@@ -428,7 +487,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore a checkpoint, or raise InputError, and take the form of the samples from it."""
         self.accept(checkpoint)
-        self.form = form_of(checkpoint.get("datamodule_hyper_parameters", {}))
+        form = checkpoint.get("form")  # not in those of version 0.1
+        self.form = SampleForm(**form) if form else form_of(checkpoint.get("datamodule_hyper_parameters", {}))
         self.description = network_description(checkpoint.get("hyper_parameters", {}))
         if self.fitting:  # other machines may have more memory
             self.passes.tasks_that_fit = checkpoint.get("tasks_that_fit")

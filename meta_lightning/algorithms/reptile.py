@@ -2,11 +2,16 @@
 
 from typing import Any, Literal
 
+import numpy as np
+import torch
+from lightning import Callback
+from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from meta_lightning.algorithms.meta_learner import MetaLearner
 from meta_lightning.checks import require, require_at_least, require_choice
+from meta_lightning.data.streams import uniforms
 from meta_lightning.data.tasks import TaskBatch, as_task_batch
 from meta_lightning.inner.loop import Support, minibatches
 from meta_lightning.inner.params import Params, for_rule, leaves, mean_over_tasks, of_network, of_rule, stack
@@ -97,20 +102,45 @@ class Reptile(MetaLearner):
             self.inner_rule.keep(of_rule(mean), self.inner_steps)
             stand_in.step()  # only counts global_step
 
-    def inner_batches(self, x: Tensor, y: Tensor, steps: int) -> Support:
+    def inner_batches(self, x: Tensor, y: Tensor, steps: int, first: int | None = None) -> Support:
         """Support samples and targets of each inner step, in minibatches if configured."""
         size = self.inner_batch_size if self.training else self.test_inner_batch_size
         if size is None:
             return super().inner_batches(x, y, steps)
-        # a function of the step, so that resumed runs draw the same; in evaluation always the same
-        step = self.global_step if self.training else 0
-        return minibatches(x, y, steps, size, step, self.global_rank, self.ranks)
+
+        def draw(count: int) -> Tensor:
+            seed, tasks, rank, ranks = torch.initial_seed(), len(x), self.global_rank, self.ranks
+            if first is not None:  # a function of the task's number alone
+                numbers = range(first * ranks + rank, (first + tasks) * ranks, ranks)
+                return torch.from_numpy(uniforms((seed,), numbers, count))
+            # a function of the step, so that resumed runs draw the same; to adapt always the same
+            step, rank, ranks = (self.global_step, rank, ranks) if self.training else (0, 0, 1)
+            sequence = np.random.SeedSequence((seed, step))
+            generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
+            # for the tasks of all ranks, each of which takes every R-th: the same as in one process
+            return torch.rand(tasks * ranks, count, generator=generator)[rank::ranks]
+
+        return minibatches(x, y, steps, size, draw)
 
     def configure_optimizers(self) -> None:
         """No outer optimizer."""
 
-    def on_train_start(self) -> None:
+    def configure_callbacks(self) -> list[Callback]:
+        """No callbacks; refuse those that set the learning rates of an optimizer."""
+        setting = [c for c in self.trainer.callbacks if isinstance(c, BackboneFinetuning)]  # type: ignore[attr-defined]
+        require(not setting, "Reptile has no learning rates for BackboneFinetuning to set: subclass BaseFinetuning")
+        return super().configure_callbacks()
+
+    def on_fit_start(self) -> None:
         """Let Lightning's stand-in for the optimizer hold ε, for schedules and monitors."""
-        self.outer_optimizer().param_groups.append({"params": []})
-        self.outer_update.options = [{"lr": self.outer_lr}]
+        groups = self.outer_optimizer().param_groups
+        if not groups:  # else a callback has restored them
+            groups.append({"params": [], "lr": self.outer_lr, "weight_decay": 0.0})
+        super().on_fit_start()
+
+    def on_train_start(self) -> None:
+        """Refuse schedulers of Lightning, which need an optimizer."""
+        names = [type(config.scheduler).__name__ for config in self.trainer.lr_scheduler_configs]
+        expected = "outer_lr of Reptile is no optimizer's learning rate: expected scheduler or outer_lr_decay"
+        require(not names, f"{expected} and no lr_find, got {', '.join(names)}")
         super().on_train_start()

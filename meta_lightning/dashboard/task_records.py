@@ -11,7 +11,7 @@ from torch import Tensor
 from meta_lightning.algorithms.meta_learner import MetaLearner
 from meta_lightning.dashboard.curves import PicturedTask, draw_curves, draw_groups, draw_tasks
 from meta_lightning.data.tasks import TaskBatch
-from meta_lightning.scores import TaskMean, query_scores
+from meta_lightning.scores import TaskMean
 
 
 class TaskRecord:
@@ -37,7 +37,7 @@ class TaskRecord:
         with isolate_rng():
             predictions = predictions_by_step(learner, batch)
         for step, of_step in enumerate(predictions.unbind(1)):
-            for name, of_tasks in query_scores(learner.task_network.losses, of_step, batch.query_y).items():
+            for name, of_tasks in learner.query_scores(of_step, batch.query_y).items():
                 if step == len(self.curves[name]):
                     self.curves[name].append(TaskMean(sync_on_compute=False))
                 self.curves[name][step].update(of_tasks.cpu())
@@ -73,4 +73,4 @@ class TaskRecord:
 
 def predictions_by_step(learner: MetaLearner, batch: TaskBatch) -> Tensor:
     """Query predictions of each task after 0, 1, …, ``test_inner_steps`` inner steps.  # T K+1 R ..."""
-    return torch.stack(learner.predict_tasks(batch, each_step=True), dim=1).detach()
+    return torch.stack(learner.predict_tasks(batch, each_step=True, first=learner.evaluation.first), dim=1).detach()

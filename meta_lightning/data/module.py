@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from meta_lightning.checks import InputError, NamedOptions, from_command_line, plain, require_at_least
+from meta_lightning.data.form import SampleForm, form_of
 from meta_lightning.data.loading import MetaBatches, MetaIterations, TaskLoader
 from meta_lightning.data.tasks import FewShotTasks, Shots, Split, TaskSet, least_and_most
 
@@ -75,6 +76,10 @@ class TaskDataModule(NamedOptions, L.LightningDataModule, ABC):
     @abstractmethod
     def task_set(self, split: Split) -> TaskSet:
         """The tasks of a split."""
+
+    def sample_form(self) -> SampleForm:
+        """The form of the samples, for adaptation and prediction."""
+        return form_of(self.hparams, type(self))
 
     def place(self, samples: Tensor) -> Tensor:
         """Move samples to the training GPU if they fit into a quarter of its free memory and no workers load them."""

@@ -1,7 +1,7 @@
 """Tasks for meta-training and evaluation, each a function of (seed, split, number) alone."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -192,7 +192,22 @@ class FewShotTasks(DrawnTasks):
 
 
 def as_task_batch(parts: Sequence[Tensor]) -> TaskBatch:
-    """The four tensors of a ``TaskBatch``, from any loader, with pixels scaled to [0, 1]."""
+    """The four tensors of a ``TaskBatch``, from any loader, with pixels scaled to [0, 1].
+
+    Raises:
+        InputError: If these are not four tensors of the same number of tasks.
+    """
+    if len(parts) != 4 or isinstance(parts, Mapping):
+        came = f"{type(parts).__name__} of {len(parts)}"
+        raise InputError(f"batches must be a tuple ({', '.join(TaskBatch._fields)}), got {came}")
+    for name, part in zip(TaskBatch._fields, parts, strict=True):
+        if not isinstance(part, Tensor):
+            raise InputError(f"{name} must be a tensor, got {type(part).__name__}")
+        if part.ndim < 2 or len(part) != len(parts[0]):
+            raise InputError(
+                f"{name} must have the shape T S ..., tasks by samples, with as many tasks as support_x; "
+                f"got {list(part.shape)} and {list(parts[0].shape)} of support_x"
+            )
     support_x, support_y, query_x, query_y = parts
     return TaskBatch(scale_pixels(support_x), support_y, scale_pixels(query_x), query_y)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
 
 def copied(network: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     """Deep copy of a network but for ``shared`` tensors.
@@ -22,7 +24,12 @@ def copied(network: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
         for value in tensors_in(vars(module), set()):
             if value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
-    new: nn.Module = copy.deepcopy(network, memo)
+    try:
+        new: nn.Module = copy.deepcopy(network, dict(memo))
+    except (RuntimeError, TypeError):  # hooks of a profiler hold what cannot be copied, and are shared
+        hooks = [hook for m in network.modules() for kind in HOOKS for hook in vars(m)[kind].values()]
+        memo |= {id(hook): hook for hook in hooks}
+        new = copy.deepcopy(network, memo)
     for module in new.modules():
         rebind(module, memo)
     return new

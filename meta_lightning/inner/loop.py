@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -60,14 +59,14 @@ def trajectory(
         yield adapted
 
 
-def minibatches(x: Tensor, y: Tensor, steps: int, size: int, seed: int, rank: int, ranks: int) -> Support:
-    """Minibatches for each inner step: a cycle through the support set, reshuffled each round."""
+def minibatches(x: Tensor, y: Tensor, steps: int, size: int, draw: Callable[[int], Tensor]) -> Support:
+    """Minibatches for each inner step: a cycle through the support set, reshuffled each round.
+
+    ``draw`` returns so many random numbers per task.  # T count
+    """
     T, S = x.shape[:2]
     rounds = -(-steps * size // S)
-    sequence = np.random.SeedSequence((torch.initial_seed(), seed))
-    generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
-    # drawn for the tasks of all ranks, each of which takes every R-th: the same as in one process
-    order = torch.rand(T * ranks, rounds, S, generator=generator)[rank::ranks].argsort(-1)
+    order = draw(rounds * S).view(T, rounds, S).argsort(-1)
     order = order.flatten(1).to(x.device)  # T rounds*S
     tasks = torch.arange(T, device=x.device)[:, None]
     return [(x[tasks, rows], y[tasks, rows]) for rows in torch.split(order, size, dim=1)[:steps]]

@@ -3,7 +3,7 @@
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from inspect import signature
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
@@ -97,6 +97,13 @@ def require_no_parameters(rule: InnerRule, reason: str) -> None:
     """Raise InputError for a rule with parameters, which some algorithms cannot learn."""
     learnt = [name for name, _ in rule.named_parameters()]
     require(not learnt, f"inner_rule must have no parameters, {reason}, got {learnt}")
+
+
+def require_prepared(rule: InnerRule, prepared: Collection[str], names: Iterable[str]) -> None:
+    """Raise InputError for parameters that were unfrozen after a rule with state was made."""
+    if type(rule).prepare is not InnerRule.prepare and not (new := set(names)) <= set(prepared):
+        came = f"got {', '.join(sorted(new - set(prepared)))}, unfrozen later"
+        raise InputError(f"inner_rule {type(rule).__name__} must know all parameters when the learner is made, {came}")
 
 
 def chosen_by(option: str, rule: InnerRule | None, options: dict[str, Any]) -> None:

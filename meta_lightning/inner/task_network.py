@@ -63,6 +63,9 @@ class TaskNetwork:
         self.loops_over_tasks = bool(self.traits.looped or self.traits.in_turn)
         self.say("Tasks run in a loop, since ", self.traits.looped)
         self.say("Tasks run one after another, since ", self.traits.in_turn)
+        if size := self.traits.size:
+            unless = "unless that is meant, the batches lack the dimension of the tasks"
+            self.say("The network takes no other number of samples per task than ", f"{size}; {unless}")
         self.say("Hooks on parameters see the meta-gradient only: ", ", ".join(hooked_parameters(network)))
         return self.traits
 

@@ -57,6 +57,7 @@ class Traits(NamedTuple):
     left: tuple[tuple[str, str], ...] = ()  # modules and attributes: activations that a forward leaves there
     recomputes: bool = False  # backward runs parts of the forward again
     replaced: bool = False  # forward calls functions that EXACT replaces
+    size: int = 0  # the only number of samples that the network takes; 0 if it takes any
 
     @classmethod
     def of(cls, network: nn.Module, loss: Any, x: Tensor, y: Tensor | None) -> "Traits":
@@ -91,12 +92,28 @@ class Traits(NamedTuple):
                 traits = traits._replace(
                     looped=reason_to_loop(network, states, drawn), replaced=bool(calls.seen & EXACT.keys())
                 )
+                traits = traits._replace(size=0 if traits.takes(network, params, torch.cat([x, x])) else len(x))
+                came = (
+                    f"batches must have the shape T S ..., tasks by samples, got tasks of shape {list(x.shape)}, which "
+                )
+                missing = "the network takes as one sample: the dimension of the tasks, or of the features, is missing"
+                require(not traits.size or x.ndim > 1, came + missing)
                 traits = traits.with_state(network, one, before, params, x, drawn)
                 if y is not None and isinstance(loss, nn.Module):
                     traits = traits.with_loss(loss, output, y)
                 return traits.compared(network, params, x, drawn)
         finally:
             set_random_states(states, x.device)
+
+    def takes(self, network: nn.Module, params: Params, x: Tensor) -> bool:
+        """Whether the network takes these samples."""
+        try:
+            self.forward(copied(network), params, x)
+        except torch.OutOfMemoryError:
+            return True
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return False
+        return True
 
     def with_state(
         self, network: nn.Module, one: nn.Module, before: Contents, params: Params, x: Tensor, drawn: Any
@@ -157,6 +174,8 @@ class Traits(NamedTuple):
         try:
             value.backward()
         except RuntimeError as error:
+            if torch.is_anomaly_enabled():
+                raise
             kinds = "weight_norm and embeddings with padding must not be checkpointed, " if self.replaced else ""
             raise InputError(f"network must be differentiable: {kinds}torch says: {error}") from None
         grads = {name: p.grad for name, p in other.named_parameters()}

@@ -1,16 +1,19 @@
 """The outer update: learning-rate schedule, and roll-back of steps that are not finite."""
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import Parameter, signature
+from types import NoneType
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import Strategy
-from torch import Tensor, nn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -29,11 +32,10 @@ Scheduler = Callable[[Optimizer], LRScheduler]
 OuterOptimizer = Callable[[Iterable[Tensor], float], Optimizer]
 
 
-class OuterUpdate(nn.Module):
+class OuterUpdate:
     """Schedule, roll-back and count of outer steps whose update is not finite."""
 
     def __init__(self, decay: Decay, scheduler: Scheduler | None, max_skipped: int) -> None:
-        super().__init__()
         require_choice(DECAYS, outer_lr_decay=decay)
         require_at_least(0, max_skipped=max_skipped)
         self.decay: Decay = decay
@@ -41,12 +43,11 @@ class OuterUpdate(nn.Module):
         self.max_skipped = max_skipped
         self.steps = math.inf  # of the whole training
         self.lr = math.nan  # of the last step
-        self.options: list[dict[str, Any]] = []  # initial options of the parameter groups
-        self.schedule: LRScheduler
-        self.skipped: Tensor
-        self.skipped_in_a_row: Tensor
-        for counter in ("skipped", "skipped_in_a_row"):
-            self.register_buffer(counter, torch.zeros((), dtype=torch.int64), persistent=False)
+        self.options: list[dict[str, Any]] = []  # arguments of the parameter groups at the start of training
+        self.schedule: LRScheduler | None = None
+        self.scheduled = 0  # parameter groups that the schedule moves
+        # no buffers, which callbacks average
+        self.skipped, self.skipped_in_a_row = torch.zeros(2, dtype=torch.int64)
 
     def require_end(self, trainer: L.Trainer) -> None:
         """Raise InputError if the decay needs a number of steps and training has none."""
@@ -56,21 +57,43 @@ class OuterUpdate(nn.Module):
             "got neither",
         )
 
-    def made(self, optimizer: Optimizer, device: torch.device) -> Optimizer:
-        """Choose capturable and fused kernels for a new optimizer, and record its options."""
+    def with_kernels(self, optimizer: Optimizer, device: torch.device) -> Optimizer:
+        """Choose capturable and fused kernels for a new optimizer."""
         for group in optimizer.param_groups:
             if device.type == "cuda" and "capturable" in group:
                 group["capturable"] = True  # step count on the device, for undone_unless
             if "fused" in group and group["fused"] is group.get("foreach") is None and not group.get("differentiable"):
                 group["fused"] = all(p.is_floating_point() for p in group["params"])  # one kernel per step
-        self.options = [{n: value for n, value in group.items() if n != "params"} for group in optimizer.param_groups]
         return optimizer
+
+    def take_options(self, optimizers: Sequence[Optimizer]) -> None:
+        """Keep the arguments of a new optimizer; raise InputError unless there is one that steps by itself."""
+        kinds = [type(optimizer).__name__ for optimizer in optimizers]
+        require(len(kinds) == 1, f"configure_optimizers must return one optimizer, got {', '.join(kinds) or None}")
+        (optimizer,) = optimizers
+        require(bool(optimizer.param_groups), "configure_optimizers must return one optimizer, got None")
+        needed = ", ".join(required_arguments(type(optimizer).step))
+        require(not needed, f"optimizer must step without arguments, got {kinds[0]}, whose step needs {needed}")
+        # not what else the groups hold: some optimizers keep their state there
+        names = {"lr", *signature(type(optimizer)).parameters}
+        self.options = [{n: value for n, value in group.items() if n in names} for group in optimizer.param_groups]
 
     def begin(self, optimizer: Optimizer, trainer: L.Trainer) -> None:
         """Apply the arguments over the options of a resumed optimizer, and advance the schedule."""
+        device = trainer.strategy.root_device
+        self.skipped, self.skipped_in_a_row = self.skipped.to(device), self.skipped_in_a_row.to(device)
         self.steps = trainer.estimated_stepping_batches
+        for config in trainer.lr_scheduler_configs:
+            require_step_count(config.scheduler, "the scheduler of configure_optimizers")
+        self.schedule = None
+        if trainer.lr_scheduler_configs:
+            return  # of a subclass or a tuner; Lightning restores them
+        groups = optimizer.param_groups
+        # torch's mark of a group with a schedule: callbacks may add groups later, which they schedule themselves
+        self.scheduled = sum("initial_lr" in group for group in groups) or len(groups)
         scheduler = self.scheduler or (lambda optimizer: LambdaLR(optimizer, self.factor))
-        self.schedule = schedule_from(scheduler, optimizer, self.options, trainer.global_step)
+        with first_groups(optimizer, self.scheduled):
+            self.schedule = schedule_from(scheduler, optimizer, self.options, trainer.global_step)
         optimizer.load_state_dict(optimizer.state_dict())  # moves its state to where the options require
 
     def factor(self, step: int) -> float:
@@ -91,8 +114,9 @@ class OuterUpdate(nn.Module):
             guard = skipped_unless(finite, optimizer) if skips else undone_unless(finite, moved(), optimizer)
         with torch.no_grad(), guard:
             yield
-        if self.scheduler or self.decay != "constant":
-            self.schedule.step()
+        if self.schedule is not None and (self.scheduler or self.decay != "constant"):
+            with first_groups(optimizer, self.scheduled):
+                self.schedule.step()
         if certain:
             self.skipped_in_a_row.zero_()
         else:
@@ -104,20 +128,47 @@ class OuterUpdate(nn.Module):
         return self.skipped, self.skipped_in_a_row
 
 
+def advance(configs: Sequence[LRSchedulerConfig], interval: str, count: int) -> None:
+    """Step Lightning's schedulers, which it leaves to the module in manual optimization."""
+    for config in configs:
+        if config.interval == interval and count % config.frequency == 0:
+            config.scheduler.step()  # type: ignore[call-arg]  # require_step_count has excluded others
+
+
+def required_arguments(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments without default, except ``self``."""
+    required = [p for p in signature(function).parameters.values() if p.default is Parameter.empty]
+    several = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return [p.name for p in required if p.name != "self" and p.kind not in several]
+
+
+def require_step_count(schedule: Any, argument: str) -> None:
+    """Raise InputError for a scheduler whose step depends on more than the number of steps."""
+    needed = ", ".join(required_arguments(schedule.step))
+    came = f"got {type(schedule).__name__}, whose step needs {needed}"
+    require(not needed, f"{argument} must depend on the number of meta-iterations only, {came}")
+
+
+@contextmanager
+def first_groups(optimizer: Optimizer, number: int) -> Iterator[None]:
+    """Hide all but the first parameter groups, for schedulers, which move all that they see."""
+    groups = optimizer.param_groups
+    optimizer.param_groups = groups[:number]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
+
+
 def schedule_from(
     scheduler: Scheduler, optimizer: Optimizer, options: Sequence[dict[str, Any]], step: int
 ) -> LRScheduler:
     """Rebuild the scheduler and advance it to ``step``; only step-count schedules are supported."""
-    for group, made in zip(optimizer.param_groups, options, strict=True):
+    for group, made in zip(optimizer.param_groups, options, strict=False):
         group.pop("initial_lr", None)
         group.update(made)
     schedule = scheduler(optimizer)
-    needed = [p.name for p in signature(schedule.step).parameters.values() if p.default is Parameter.empty]
-    require(
-        not needed,
-        f"scheduler must depend on the number of meta-iterations only, got {type(schedule).__name__}, whose step needs "
-        f"{', '.join(needed)}",
-    )
+    require_step_count(schedule, "scheduler")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # no optimizer.step here
         for _ in range(step):
@@ -156,20 +207,37 @@ def skipped_unless(condition: Tensor, optimizer: Any) -> Iterator[None]:
 
 @contextmanager
 def undone_unless(condition: Tensor, tensors: Sequence[Tensor], optimizer: Optimizer) -> Iterator[None]:
-    """Restore tensors and optimizer state on exit unless the condition holds, without a host sync."""
+    """Restore tensors and all that an optimizer keeps, on exit, unless the condition holds.
 
-    def kept() -> dict[Any, Tensor]:
-        state = {(p, name): value for p, of_one in optimizer.state.items() for name, value in of_one.items()}
-        return {i: t.detach() for i, t in enumerate(tensors)} | {
-            place: value for place, value in state.items() if isinstance(value, Tensor)
-        }
-
-    new = not optimizer.state
-    before = {place: t.clone() for place, t in kept().items()}
+    Without a host sync, except for values that are no tensors and have changed, and for new ones.
+    """
+    before = {place: t.clone() if isinstance(t, Tensor) else copy.deepcopy(t) for place, t in kept(tensors, optimizer)}
     yield
-    after = kept()
-    conditions = {device: condition.to(device) for device in {t.device for t in before.values()}}
-    for place, then in before.items():
-        after[place].copy_(torch.where(conditions[then.device], after[place], then))
-    if new and optimizer.state and not condition:  # this syncs, once, where the optimizer creates state
-        optimizer.state.clear()
+    after = dict(kept(tensors, optimizer))
+    then = {place: t for place, t in before.items() if isinstance(t, Tensor)}
+    conditions = {device: condition.to(device) for device in {t.device for t in then.values()}}
+    for place, t in then.items():
+        after[place].copy_(torch.where(conditions[t.device], after[place], t))
+    others = [place for place in after if place not in then and not (place in before and same(before, after, place))]
+    if others and not condition:
+        for owner, name in others:
+            holder = optimizer.param_groups[owner] if isinstance(owner, int) else optimizer.state[owner]
+            if (owner, name) in before:
+                holder[name] = before[owner, name]
+            else:
+                del holder[name]
+            if not holder:
+                del optimizer.state[owner]
+
+
+def kept(tensors: Sequence[Tensor], optimizer: Optimizer) -> Iterator[tuple[tuple[Any, Any], Any]]:
+    """Tensors, and the state and options of an optimizer, by their places."""
+    yield from ((("", i), t.detach()) for i, t in enumerate(tensors))
+    for owner, holder in [*enumerate(optimizer.param_groups), *optimizer.state.items()]:
+        yield from (((owner, name), value) for name, value in holder.items() if name != "params")
+
+
+def same(before: dict[Any, Any], after: dict[Any, Any], place: Any) -> bool:
+    """Whether a place holds the same number, name or tuple; other objects count as changed."""
+    a, b = before[place], after[place]
+    return type(a) is type(b) and isinstance(a, int | float | str | tuple | NoneType) and a == b
