@@ -1,19 +1,21 @@
 """The command line: ``python -m meta_lightning fit --config maml.yaml``."""
 
 import argparse
-import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, get_args, get_origin
 
 import lightning as L
 from docstring_parser import parse
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 from lightning import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 
 from meta_lightning.adaptation.command import adapt
 from meta_lightning.algorithms import MetaLearner
@@ -23,6 +25,9 @@ from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import TaskDataModule
 from meta_lightning.runs.checkpoint_callback import Checkpoints
 from meta_lightning.runs.checkpoint_file import LAST, PREVIOUS, read_checkpoint
+from meta_lightning.runs.experiment import differences, newest_checkpoint, with_hyperparameters
+from meta_lightning.runs.folders import claim_log_folders
+from meta_lightning.runs.machine import keep_freed_memory
 from meta_lightning.runs.prediction_table import PredictionTable
 from meta_lightning.runs.record import RunRecord
 from meta_lightning.runs.resume import continue_logs
@@ -88,9 +93,15 @@ class MetaLightningCLI(LightningCLI):
         path = early.parse_known_args(given)[0].ckpt_path
         super().parse_arguments(parser, with_hyperparameters(given, path))
         config = self.config[self.config.subcommand]
-        found = newest_checkpoint(config) if config.ckpt_path == "last" else config.ckpt_path
+        last = config.ckpt_path == "last"
+        found = newest_checkpoint(config, self.config.subcommand) if last else config.ckpt_path
         if found and str(found) != path:  # it was named ``last`` or by a configuration file
             super().parse_arguments(parser, with_hyperparameters([*given, f"--ckpt_path={found}"], str(found)))
+        elif last:
+            config.ckpt_path = None
+        if found and last:
+            changed = differences(read_checkpoint(found, "--ckpt_path"), self.config[self.config.subcommand])
+            rank_zero_info(f"Using {found}, the last checkpoint{', with ' if changed else ''}{', '.join(changed)}")
 
     def after_instantiate_classes(self) -> None:
         """Show the data instead of running, if that was asked for."""
@@ -106,6 +117,18 @@ class MetaLightningCLI(LightningCLI):
         weights = Path(config.get("model.init_args.init_from") or "")
         if Path(config.ckpt_path or "").is_file() and not weights.is_file():
             config.model.init_args.init_from = None
+
+    def before_test(self) -> None:
+        """Claim the log folders, where nothing can be refused any more."""
+        claim_log_folders(self.trainer.loggers)
+
+    before_validate = before_predict = before_test
+
+    def before_fit(self) -> None:
+        """Claim the log folders, and keep freed memory for the next step: here, since it concerns the whole process."""
+        self.before_test()
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Refuse a checkpoint that does not fit before anything is written, and append to the logs of its run."""
@@ -139,33 +162,6 @@ def find_config(path: str) -> str:
         return str(own / path)
     names = ", ".join(sorted(p.relative_to(own).as_posix() for p in own.rglob("*.yaml")))
     raise InputError(f"--config must be a file or one of the project's configurations, {names}; got {path}")
-
-
-def newest_checkpoint(config: Namespace) -> str | None:
-    """The newest last or previous checkpoint under the configuration's log folder, for ``--ckpt_path last``."""
-    logger = config.trainer.logger
-    logger = logger[0] if isinstance(logger, list) and logger else logger
-    arguments = logger.get("init_args", {}) if isinstance(logger, Namespace) else {}
-    root = Path(arguments.get("save_dir") or config.trainer.default_root_dir or "")
-    logs = root / (arguments.get("name") or "lightning_logs")
-    folder = config.checkpoint.dirpath
-    folders = [Path(folder)] if folder else [root / "checkpoints", *logs.glob("*/checkpoints")]
-    found = [path for folder in folders for name in (LAST, PREVIOUS) for path in folder.glob(f"{name}*.ckpt")]
-    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
-
-
-def with_hyperparameters(args: list[str], path: str) -> list[str]:
-    """The arguments of a subcommand, with the model and data of a checkpoint before them."""
-    if path in ("", "null", "best", "last", "hpc") or path.startswith("registry:") or args[0].startswith("-"):
-        return args
-    checkpoint = read_checkpoint(path, "--ckpt_path")
-    defaults = ["--weights_only=true"]
-    for option, key in (("--model", "hyper_parameters"), ("--data", "datamodule_hyper_parameters")):
-        hparams: dict[str, Any] = dict(checkpoint.get(key, {}))
-        hparams.pop("_instantiator", None)
-        if class_path := hparams.pop("_class_path", None):
-            defaults.append(f"{option}={json.dumps({'class_path': class_path, 'init_args': hparams})}")
-    return [*args[:1], *defaults, *args[1:]]
 
 
 def run(name: str, args: list[str]) -> None:
@@ -242,6 +238,18 @@ def ignore(messages: Iterable[str]) -> None:
 
 def users_error(error: BaseException | None) -> BaseException | None:
     """The user's error among the causes, if any: jsonargparse wraps errors of what it instantiates."""
-    while error is not None and not isinstance(error, InputError | OSError | FloatingPointError):
+    while error is not None and not (isinstance(error, InputError | FloatingPointError) or of_users_files(error)):
         error = error.__cause__
     return error
+
+
+def of_users_files(error: BaseException) -> bool:
+    """Whether an error of the system is raised by this package, or is about a file that is not installed."""
+    if not isinstance(error, OSError):
+        return False
+    if error.errno is None:
+        *_, (frame, _) = walk_tb(error.__traceback__)
+        return Path(frame.f_code.co_filename).is_relative_to(PACKAGE)
+    installed = {sys.prefix, sys.base_prefix, str(PACKAGE)}
+    name = error.filename
+    return isinstance(name, str | os.PathLike) and not any(Path(name).is_relative_to(folder) for folder in installed)

@@ -17,16 +17,20 @@ from meta_lightning import FOMAML, MAML, MLP, MetaLearner, Reptile, Sinusoid
 
 
 class Seen(L.Callback):
-    """Notes the support sets that this process meets."""
+    """Notes the support sets that this process meets, and what it logs in training."""
 
     def __init__(self) -> None:
         self.tasks: dict[str, list[Tensor]] = {"train": [], "val": [], "test": []}
+        self.logged: list[dict[str, float]] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, *args: Any) -> None:
         self.tasks["train"] += batch[0]
 
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, *args: Any) -> None:
         self.tasks["val"] += batch[0]
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.logged.append({name: value.item() for name, value in trainer.logged_metrics.items()})
 
     def on_test_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, *args: Any) -> None:
         self.tasks["test"] += batch[0]
@@ -57,6 +61,7 @@ if __name__ == "__main__":
             strategy=DDPStrategy(process_group_backend="gloo"),
             precision="64-true",
             max_steps=50,
+            log_every_n_steps=1,
             num_sanity_val_steps=0,
             callbacks=[seen],
             logger=False,
@@ -67,5 +72,5 @@ if __name__ == "__main__":
         trainer.fit(learner, data)
         (figures,) = trainer.test(learner, data, verbose=False)
         tasks = {split: torch.stack(supports) for split, supports in seen.tasks.items()}
-        left = {"state": learner.state_dict(), "figures": figures, "tasks": tasks}
+        left = {"state": learner.state_dict(), "figures": figures, "tasks": tasks, "logged": seen.logged}
         torch.save(left, Path(sys.argv[1], f"{name}-{trainer.global_rank}.pt"))

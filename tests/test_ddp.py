@@ -1,5 +1,6 @@
 """Several processes do what one does with the same meta-batches."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,6 +51,10 @@ def test_ranks_agree_with_one_process(name: str, ranks: int, left: Callable[[int
         assert torch.allclose(first["state"][key], value, rtol=0, atol=1e-9), key
     assert first["figures"] == pytest.approx(alone["figures"], abs=1e-9, rel=1e-6)
     assert first["figures"]["test/tasks"] == 11
+    assert len(first["logged"]) == 50
+    for others, own in zip(first["logged"], alone["logged"], strict=True):
+        assert own["train/loss"] > 0
+        assert others == pytest.approx(own, abs=1e-9, rel=1e-9)
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -71,6 +76,23 @@ def test_the_command_line_starts_its_ranks(tmp_path: Path) -> None:
     run(tmp_path, sys.executable, *FIT)
     (last,) = tmp_path.rglob("last.ckpt")
     assert torch.load(last, weights_only=True)["global_step"] == 4
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    options = ["--trainer.max_steps=20", "--data.epoch_length=20", "--trainer.callbacks+=ddp_signal.Terminate"]
+    done = subprocess.run(
+        [*TORCHRUN, "2", *FIT, *options],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode != 0
+    (last,) = tmp_path.rglob("last.ckpt")
+    # received in meta-iteration 3 (from 0), asked about at its end, answered at the end of the next one
+    assert torch.load(last, weights_only=True)["global_step"] == 5, done.stderr
 
 
 def test_torchrun_starts_and_resumes(tmp_path: Path) -> None:

@@ -10,15 +10,17 @@ from weakref import proxy
 
 import lightning as L
 import torch
+from filelock import BaseFileLock
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from meta_lightning.checks import InputError, require, require_at_least
 from meta_lightning.random_states import random_states, set_random_states
 from meta_lightning.runs.checkpoint_file import LAST, WholeFiles
+from meta_lightning.runs.folders import lock, release, remove_empty
 from meta_lightning.runs.resume import settle_progress
 
 
@@ -59,10 +61,15 @@ class Checkpoints(ModelCheckpoint):
         self.keeps_last, self.every_n_steps = save_last, every_n_steps
         self.saved_step = 0  # of the last checkpoint
         self.random_states: dict[str, Any] | None = None  # to save, or to restore at the start of training
+        self.lock: BaseFileLock | None = None  # of ``dirpath``, while training
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make checkpoint writes atomic."""
+        """Make checkpoint writes atomic, and lock ``dirpath`` against other runs."""
         super().setup(trainer, pl_module, stage)
+        trial = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by setattr
+        saves = stage == "fit" and not trial and (self.keeps_last or self.save_top_k != 0)
+        if saves and trainer.is_global_zero and self.lock is None and "://" not in str(self.dirpath):
+            self.lock = lock(Path(str(self.dirpath)))
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
 
@@ -70,7 +77,8 @@ class Checkpoints(ModelCheckpoint):
         """Refuse an unknown validation metric before training rather than an epoch later."""
         values = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
         known = self.monitor in values or not str(self.monitor).startswith("val/")
-        hint = "for regression use --checkpoint.monitor val/mse --checkpoint.mode min"
+        lower = "val/mse" if "val/mse" in values else "val/loss"
+        hint = f"without classes use --checkpoint.monitor {lower} --checkpoint.mode min"
         require(known, f"checkpoint.monitor must be one of {', '.join(values)}, got {self.monitor}; {hint}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -84,6 +92,10 @@ class Checkpoints(ModelCheckpoint):
             self.random_states = None
         self.signal: int | None = None  # received by this process
         self.stop = False  # agreed on by all processes at the end of a meta-iteration
+        # on the CPU: a decision through the devices would wait for them at every step
+        several = trainer.world_size > 1 and torch.distributed.is_gloo_available()
+        self.voters: Any = torch.distributed.new_group(backend="gloo") if several else None
+        self.vote: tuple[Any, torch.Tensor] | None = None
         if threading.current_thread() is threading.main_thread():  # required by signal; Lightning restores the handlers
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self.on_signal)
@@ -96,9 +108,23 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Note the random states if a save is due: augmentation of the next batch precedes the save."""
-        self.stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
+        self.stop = self.agreed(trainer)
         if self.stop or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             self.random_states = random_states(pl_module.device)
+
+    def agreed(self, trainer: L.Trainer) -> bool:
+        """Whether a process has received a signal; of several processes, one meta-iteration later in all of them."""
+        received = self.signal is not None
+        if self.voters is None:
+            return trainer.strategy.reduce_boolean_decision(received, all=False)
+        answer = False
+        if self.vote is not None:
+            work, count = self.vote
+            work.wait()  # it had a whole meta-iteration to arrive
+            answer = bool(count)
+        count = torch.tensor(int(received))
+        self.vote = torch.distributed.all_reduce(count, group=self.voters, async_op=True), count
+        return answer
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the best checkpoint; the last one is due before the next meta-iteration or at the end of the epoch."""
@@ -131,14 +157,36 @@ class Checkpoints(ModelCheckpoint):
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.after_save_checkpoint(proxy(self))
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say that there is no best checkpoint if training ended before its first validation."""
+        super().on_train_end(trainer, pl_module)
+        validates = (
+            self.save_top_k != 0
+            and sum(map(bool, trainer.num_val_batches)) > 0
+            and str(self.monitor).startswith("val/")
+        )
+        if validates and self.monitor not in trainer.callback_metrics and not self.best_model_path:
+            kept = f"; {self.last_model_path} has the last parameters" if self.last_model_path else ""
+            steps = f"{trainer.global_step} meta-iterations, before the first validation"
+            rank_zero_warn(f"There is no {self.filename} checkpoint: training ended after {steps}{kept}")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Release the lock."""
+        super().teardown(trainer, pl_module, stage)
+        release(self.lock)
+        self.lock = None
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Say how to resume after a signal, and remove the empty logs of a run that was refused."""
+        release(self.lock)
+        self.lock = None
         if isinstance(exception, SIGTERMException) and self.last_model_path:
             message = f"Interrupted after {trainer.global_step} meta-iterations; resume with --ckpt_path"
             rank_zero_info(f"{message} {self.last_model_path}")
-        if isinstance(exception, InputError) and trainer.is_global_zero:
-            for folder in (Path(logger.log_dir) for logger in trainer.loggers if logger.log_dir):
-                written = {path.name for path in folder.glob("*")} - {"config.yaml", "hparams.yaml"}
+        for folder in (Path(logger.log_dir) for logger in trainer.loggers if logger.log_dir and trainer.is_global_zero):
+            remove_empty(folder)
+            if isinstance(exception, InputError):
+                written = {path.name for path in folder.glob("*")} - {"config.yaml", "hparams.yaml", "checkpoints"}
                 if len(written) <= 1 and all(name.startswith("events.out.tfevents.") for name in written):
                     shutil.rmtree(folder, ignore_errors=True)
 

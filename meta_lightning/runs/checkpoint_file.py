@@ -41,9 +41,10 @@ class WholeFiles(TorchCheckpointIO):
                 path.replace(path.with_stem(PREVIOUS))
             part.replace(path)
         except OSError as error:
-            part.unlink(missing_ok=True)
             message = f"{error.strerror}, while writing a checkpoint; earlier checkpoints are intact"
             raise OSError(error.errno, message, str(path)) from None
+        finally:
+            part.unlink(missing_ok=True)  # also if Ctrl-C interrupts the write
 
 
 def read_checkpoint(path: str | Path, argument: str, resume: bool = False) -> dict[str, Any]:
@@ -85,7 +86,9 @@ def require_same_state(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]
     """Refuse a state dict whose names or shapes differ from the expected ones."""
     a, b = ({name: tuple(value.shape) for name, value in state.items()} for state in (expected, got))
     names = sorted(dict(a.items() ^ b.items()))
-    part = "inner_rule" if all(name.startswith("inner_rule.") for name in names) else "network"
+    # the learner's submodule that all of them belong to
+    (part,) = parts if len(parts := {name.partition(".")[0] for name in names}) == 1 else ("network",)
+    part = part if part in ("inner_rule", "loss") else "network"
     listed = ", ".join(f"{name}: expected {a.get(name)}, got {b.get(name)}" for name in names[:3])
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     require(not names, f"{argument} must be of the {part} in use, but differs in {listed}{more}")

@@ -1,0 +1,86 @@
+"""The experiment that a checkpoint belongs to: its hyperparameters beside those of a configuration."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.utilities import rank_zero_warn
+
+from meta_lightning.checks import InputError
+from meta_lightning.runs.checkpoint_file import LAST, PREVIOUS, load, read_checkpoint
+
+# the options that tell experiments apart: checkpoints of other classes, networks or data are not this run's
+IDENTITY = r"(model|data)\.class_path|model\.init_args\.network\.|data\.init_args\.root"
+
+
+def newest_checkpoint(config: Namespace, subcommand: str) -> str | None:
+    """The newest last or previous checkpoint of this experiment under its log folder, for ``--ckpt_path last``.
+
+    Raises:
+        InputError: If there is none for a command that needs one, or ``checkpoint.dirpath`` holds only those of others.
+    """
+    logger = config.trainer.logger
+    logger = logger[0] if isinstance(logger, list) and logger else logger
+    arguments = logger.get("init_args", {}) if isinstance(logger, Namespace) else {}
+    root = Path(arguments.get("save_dir") or config.trainer.default_root_dir or "")
+    logs = root / (arguments.get("name") or "lightning_logs")
+    folder = config.checkpoint.dirpath
+    folders = [Path(folder)] if folder else [root / "checkpoints", *logs.glob("*/checkpoints")]
+    found = [path for folder in folders for name in (LAST, PREVIOUS) for path in folder.glob(f"{name}*.ckpt")]
+    others = []
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        checkpoint = load(path)
+        # a corrupt one is reported when it is read
+        other = differences(checkpoint, config, IDENTITY) if isinstance(checkpoint, dict) else []
+        if not other:
+            return str(path)
+        others.append(f"{path} of another experiment, with {' and '.join(other)} in use")
+    came = f"got {others[0] if others else 'none'}"
+    came = f"--ckpt_path last must find a checkpoint of this experiment in {folder or logs}, {came}"
+    if folder and others:
+        raise InputError(f"{came}; choose another checkpoint.dirpath")
+    if subcommand != "fit":
+        raise InputError(came)
+    if others:
+        rank_zero_warn(f"{came}: starting anew")
+    return None
+
+
+def differences(checkpoint: dict[str, Any], config: Namespace, of: str = "") -> list[str]:
+    """The options of model and data that differ from a checkpoint's, those whose names match the pattern ``of``."""
+    before, now = dict(leaves_of(described(checkpoint))), dict(leaves_of(config.as_dict()))
+    names = [name for name in before if name in now and before[name] != now[name] and re.match(of, name)]
+    return [f"{name.replace('.init_args', '')} {now[name]} instead of {before[name]}" for name in sorted(names)]
+
+
+def leaves_of(options: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """The values of nested options by their dotted names; of classes their name, since modules may move."""
+    if isinstance(options, dict):
+        for key, value in options.items():
+            yield from leaves_of(value, f"{name}.{key}".strip("."))
+    else:
+        value = json.dumps(options, default=str)
+        yield name, value.rpartition(".")[2].strip('"') if name.endswith("class_path") else value
+
+
+def described(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Class and options of a checkpoint's model and data, as in a configuration."""
+    found = {}
+    for option, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
+        hparams: dict[str, Any] = dict(checkpoint.get(key, {}))
+        hparams.pop("_instantiator", None)
+        if class_path := hparams.pop("_class_path", None):
+            found[option] = {"class_path": class_path, "init_args": hparams}
+    return found
+
+
+def with_hyperparameters(args: list[str], path: str) -> list[str]:
+    """The arguments of a subcommand, with the model and data of a checkpoint before them."""
+    if path in ("", "null", "best", "last", "hpc") or path.startswith("registry:") or args[0].startswith("-"):
+        return args
+    known = described(read_checkpoint(path, "--ckpt_path"))
+    defaults = [f"--{option}={json.dumps(arguments)}" for option, arguments in known.items()]
+    return [*args[:1], "--weights_only=true", *defaults, *args[1:]]
