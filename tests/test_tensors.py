@@ -296,12 +296,12 @@ def test_random_splits_that_are_too_small_say_what_would_do() -> None:
         x, y = torch.rand(6 * classes, 2), torch.arange(6 * classes) % classes
         options = {"queries": 2, "ways": 5} | options
         with pytest.raises(InputError, match=r"^ways must be at most .* split\), got ") as caught:
-            TensorTasks(x, y, **options).setup()
+            [TensorTasks(x, y, **options).task_set(split) for split in SPLITS]
         message = str(caught.value).partition("; ")[2]
         if fractions := re.search(r'--data\.split_fractions "(\[.*\])" would do(?: for (\d+) ways)?$', message):
             remedy: dict[str, Any] = {"split_fractions": json.loads(fractions[1])}
             remedy |= {} if fractions[2] is None else {"ways": int(fractions[2]), "train_ways": None}
-            TensorTasks(x, y, **options | remedy).setup()
+            [TensorTasks(x, y, **options | remedy).task_set(split) for split in SPLITS]
         return message
 
     assert advice(19) == '--data.split_fractions "[0.4, 0.3, 0.3]" would do'
