@@ -313,3 +313,18 @@ def test_a_mean_without_a_deviation_a_channel_is_refused() -> None:
         ImageTransforms(mean=[0.5], std=[0.0])
     with pytest.raises(ValueError, match=r"\bmean .*\b1 .*\[0\.5, 0\.5, 0\.5\]"):
         ImageTransforms(mean=[0.5] * 3, std=[1.0] * 3)(Numbered(queries=3).task_set("val").batch([0]), False, 0)
+
+
+def test_a_cache_is_compared_with_its_checksums_on_demand(tmp_path: Path) -> None:
+    assert Numbered(queries=3, cache_dir=str(tmp_path)).load().images[-1, 0, 1, 1] == 0
+    (file,) = tmp_path.glob("*/images.npy")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    altered = Numbered(queries=3, cache_dir=str(tmp_path))
+    altered.prepare_data()
+    assert altered.load().images[-1, 0, 1, 1] == 1
+    verified = Numbered(queries=3, cache_dir=str(tmp_path), verify_cache=True)
+    with pytest.warns(UserWarning, match=r"corrupt \(wrong checksum of images\.npy\)"):
+        verified.prepare_data()
+    assert verified.load().images[-1, 0, 1, 1] == 0

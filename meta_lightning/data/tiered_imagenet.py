@@ -19,8 +19,8 @@ class TieredImagenet(PublishedSplits):
 
     Files, in the folder ``tiered-imagenet``: ``{train,val,test}_images_png.pkl``, each a pickled list of PNG files, and
     ``{train,val,test}_labels.pkl``, each a pickle of ``{"label_specific": [number, …], "label_specific_str": [name,
-    …]}``. A pickle can run code when it is read: use only files that you trust. The decoded images take 16.5 GB;
-    packing the cache takes about 21 GB of memory and some minutes, once.
+    …]}``. A pickle can run code when it is read: use only files that you trust. The decoded images take 16.5 GB on
+    disk; packing the cache takes memory for the files of one split and some minutes, once.
     """
 
     image_size = 84
