@@ -66,8 +66,8 @@ seconds, now = time.perf_counter() - start, os.times()
 running = False
 watcher.join()
 print(json.dumps({"rate": len(images) / seconds, "parent": peaks["parent"] - before, "workers": peaks["workers"],
-                  "high": status("VmHWM"), "own": 1000 / len(images) * (now.user + now.system - used.user - used.system),
-                  "theirs": 1000 / len(images) * (now.children_user + now.children_system)}))
+                  "high": status("VmHWM"), "theirs": 1000 / len(images) * (now.children_user + now.children_system),
+                  "own": 1000 / len(images) * (now.user + now.system - used.user - used.system)}))
 """
 
 
@@ -120,11 +120,12 @@ def compare(root: Path, images: int, repeats: int, old: Path | None) -> None:
                     figures = build(folder, size, variant[1], variant[0], old)
                     best[variant] = max(best.get(variant, figures), figures, key=lambda figures: figures["rate"])
             for (variant, on), figures in best.items():
+                ratio = figures["rate"] / best["loop", one]["rate"]
                 print(
                     f"{form:4} {size} px  {variant:9} {on.count(',') + 1} core(s)  {figures['rate']:6.0f} images/s  "
-                    f"{figures['rate'] / best['loop', one]['rate']:4.2f} x   CPU s per 1000: parent {figures['own']:.2f}, "
-                    f"workers {figures['theirs']:.2f}   MB: parent +{figures['parent']:.0f}, "
-                    f"worker {figures['workers']:.0f}, high-water {figures['high']:.0f}",
+                    f"{ratio:4.2f} x   CPU s per 1000: parent {figures['own']:.2f}, workers {figures['theirs']:.2f}   "
+                    f"MB: parent +{figures['parent']:.0f}, worker {figures['workers']:.0f}, "
+                    f"high-water {figures['high']:.0f}",
                     flush=True,
                 )
 
