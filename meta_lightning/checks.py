@@ -106,6 +106,8 @@ def require_own_options(trainer: Any, learner: Module) -> None:
     for name, (default, instead) in AUTOMATIC.items():
         came = getattr(trainer, name)
         require(came in (default, None), f"trainer.{name} must be {default}, got {came}: use {instead}")
+    synced = vars(trainer.strategy).get("_layer_sync") is not None  # there is no public name
+    require(not synced, "trainer.sync_batchnorm must be False, got True: it mixes the statistics of tasks")
     for callback in trainer.callbacks:
         alone = isinstance(callback, BackboneFinetuning) and not hasattr(learner, "backbone")
         require(not alone, "BackboneFinetuning needs the attribute backbone, got none: subclass BaseFinetuning instead")

@@ -1,6 +1,7 @@
 """The command line: ``python -m meta_lightning fit --config maml.yaml``."""
 
 import argparse
+import errno
 import os
 import sys
 import warnings
@@ -244,12 +245,14 @@ def users_error(error: BaseException | None) -> BaseException | None:
 
 
 def of_users_files(error: BaseException) -> bool:
-    """Whether an error of the system is raised by this package, or is about a file that is not installed."""
+    """Whether an error of the system is raised by this package, or about a disk or a file that is not installed."""
     if not isinstance(error, OSError):
         return False
     if error.errno is None:
         *_, (frame, _) = walk_tb(error.__traceback__)
         return Path(frame.f_code.co_filename).is_relative_to(PACKAGE)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return True
     installed = {sys.prefix, sys.base_prefix, str(PACKAGE)}
     name = error.filename
     return isinstance(name, str | os.PathLike) and not any(Path(name).is_relative_to(folder) for folder in installed)

@@ -218,3 +218,31 @@ def test_help_lists_adapt(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main(["adapt", "--suport", "x"])
     assert error.value.code == 2
+
+
+@pytest.mark.usefixtures("photos")
+def test_queries_that_are_support_pictures_do_not_count(
+    checkpoint: str, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    shutil.copy("my_photos/beth/0.png", "queries/beth/copied.png")
+    Image.open("my_photos/gimel/1.png").convert("RGB").save("queries/gimel/copied.bmp")  # the same pixels
+    adapt(checkpoint)
+    said = [str(warning.message) for warning in recwarn if "support pictures" in str(warning.message)]
+    assert said == [
+        "2 of the 17 queries are among the support pictures: copied.png, copied.bmp. They do not count in the accuracy"
+    ]
+    assert "of the 15 queries in folders" in capsys.readouterr().out
+    assert len(Path("predictions.csv").read_text().splitlines()) == 18
+
+
+def test_photographs_for_a_learner_of_drawings_are_said(
+    checkpoint: str, photos: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    adapt(checkpoint)
+    assert not [warning for warning in recwarn if "do not look like" in str(warning.message)]
+    rng = np.random.default_rng(0)
+    for path in [*photos.rglob("*.png")]:
+        if path.parent.parent.name in ("my_photos", "queries"):
+            Image.fromarray(rng.integers(60, 180, (40, 40, 3), dtype=np.uint8)).save(path)
+    adapt(checkpoint, "--overwrite")
+    assert [warning for warning in recwarn if "do not look like those of training" in str(warning.message)]

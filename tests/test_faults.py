@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RUN, fails
+from conftest import RUN, fails, trainer
 
+from meta_lightning import MAML, MLP, Sinusoid
 from meta_lightning.cli import main
 from meta_lightning.runs.checkpoint_file import STATE
 
@@ -154,3 +155,44 @@ def test_the_best_score_so_far_goes_on_elsewhere() -> None:
     )
     assert Path(state["best_model_path"]) == best.absolute()
     assert step_of(best) == 2
+
+
+# --------------------------------------------------------------------------------------------- errors of the program
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", str(Path(sys.prefix, "lib/template.txt"))),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", str(Path(torch.__file__).parent / "a.so")),
+        OSError("what another package says"),
+        TimeoutError(errno.ETIMEDOUT, "Connection timed out"),
+    ],
+)
+def test_an_error_of_the_program_shows_where_it_comes_from(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("meta_lightning.Sinusoid.task_set", fail)
+    with pytest.raises(type(error), match=re.escape(str(error.args[-1]))):
+        main(["fit", *SINUSOID])
+
+
+def test_an_error_about_a_file_of_the_user_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(Path("data.csv").resolve()))
+
+    monkeypatch.setattr("meta_lightning.Sinusoid.task_set", fail)
+    assert "Permission denied" in fails("fit", *SINUSOID)
+    assert "root must hold" in fails("fit", "--config", TINY, "--data", "ImageFolderTasks", "--data.root", "nowhere")
+
+
+def test_memory_is_kept_by_the_command_line_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("meta_lightning.runs.machine.glibc", lambda *args: calls.append(args))
+    sinusoid = Sinusoid(meta_batch_size=2, epoch_length=2, val_tasks=2)
+    trainer(max_steps=1).fit(MAML(MLP(hidden=[8]), inner_steps=1), sinusoid)
+    assert not calls
+    main(["fit", *SINUSOID])
+    assert ("mallopt", -4, 0) in calls

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import trainer
+from conftest import Seen, trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -30,7 +31,9 @@ from torch.optim.lr_scheduler import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from meta_lightning import FOMAML, MAML, MLP, MetaLearner, Reptile, Sinusoid, TaskBatch
+from meta_lightning import FOMAML, MAML, MLP, MetaLearner, MetaSGD, Reptile, Sinusoid, TaskBatch
+from meta_lightning import Adam as InnerAdam
+from meta_lightning.checks import InputError
 from meta_lightning.outer.update import undone_unless
 
 ALGORITHMS: list[Any] = [MAML, FOMAML, Reptile]
@@ -269,6 +272,123 @@ def test_state_that_an_optimizer_keeps_elsewhere_is_undone_as_well() -> None:
     assert optimizer.state[p]["step"] == 1
 
 
+class Odd(SGD):
+    """Keeps state where some optimizers of other packages do: numbers, containers, and options of its groups."""
+
+    def __init__(self, params: Any, lr: float, d0: float = 1e-3) -> None:
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group.update(d0=d0, d=d0, calls=0)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["calls"] += 1
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state.setdefault("first", p.grad.clone())
+                state["steps"] = state.get("steps", 0) + 1
+                state["past"] = [*state.get("past", ()), p.grad.clone()]
+                group["d"] = max(group["d"], float(p.grad.norm()))
+                p -= group["lr"] * p.grad
+
+
+def contents(optimizer: Optimizer) -> Any:
+    """All that an optimizer keeps, in comparable values."""
+    return repr(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_skipped_step_leaves_no_state_of_any_kind(later: bool) -> None:
+    p, q = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+    optimizer = Odd([p, q], 0.1)
+    if later:  # the state of q is first created in the step that is skipped
+        p.grad = torch.ones(3)
+        optimizer.step()
+    before = contents(optimizer), p.detach().clone()
+    p.grad, q.grad = torch.full((3,), torch.nan), torch.full((2,), torch.nan)
+    with torch.no_grad(), undone_unless(torch.tensor(False), [p, q], optimizer):
+        optimizer.step()
+    assert contents(optimizer) == before[0]
+    assert torch.equal(p, before[1])
+    assert torch.equal(q, torch.ones(2))
+    q.grad = torch.ones(2)
+    p.grad = torch.ones(3)
+    with torch.no_grad(), undone_unless(torch.tensor(True), [p, q], optimizer):
+        optimizer.step()
+    assert optimizer.state[q]["steps"] == 1
+    assert optimizer.state[p]["steps"] == 1 + later
+
+
+@pytest.mark.parametrize("decay", ["constant", "linear"])
+def test_what_an_optimizer_keeps_in_its_groups_survives_a_resume(
+    decay: Any, sinusoid: Sinusoid, tmp_path: Path
+) -> None:
+    def run(max_steps: int, ckpt_path: Path | None = None, **options: Any) -> tuple[list[Tensor], dict[str, Any]]:
+        torch.manual_seed(0)
+        network = MLP(hidden=[8])
+        learner = MAML(network, optimizer=partial(Odd, **options), outer_lr_decay=decay, inner_steps=2)
+        if decay == "linear":
+            learner.outer_update.factor = lambda step: 0.9**step  # type: ignore[method-assign]  # whatever max_steps is
+        fit = trainer(max_steps=max_steps, limit_val_batches=0)
+        fit.fit(learner, sinusoid, ckpt_path=ckpt_path)
+        fit.save_checkpoint(tmp_path / f"{max_steps}.ckpt")
+        group = fit.optimizers[0].param_groups[0]
+        return [p.detach().clone() for p in network.parameters()], {**group, "params": None}
+
+    whole, group = run(8)
+    assert group["calls"] == 8
+    assert group["d"] > group["d0"]
+    run(5)
+    resumed, again = run(8, tmp_path / "5.ckpt")
+    assert again == group
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+    assert run(8, tmp_path / "5.ckpt", d0=0.5)[1]["d0"] == 0.5  # an argument, which the command line may change
+
+
+@pytest.mark.parametrize("algorithm", [MAML, Reptile])
+def test_a_resume_meets_the_next_tasks_though_the_steps_were_asked_for_before(
+    algorithm: Any, sinusoid: Sinusoid, tmp_path: Path
+) -> None:
+    """``estimated_stepping_batches`` makes Lightning ask for the loader's iterator before the run is restored."""
+
+    class Asks(algorithm):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            assert self.trainer.estimated_stepping_batches == 20
+            return super().configure_optimizers()
+
+    def run(stop: int | None, ckpt_path: Path | None = None, workers: int = 0) -> list[Tensor]:
+        seen = Seen()
+        sinusoid.num_workers = workers
+        fit = trainer(max_epochs=2, callbacks=[seen, *([StopAt(stop)] if stop else [])], limit_val_batches=0)
+        with suppress(KeyboardInterrupt, SystemExit):
+            fit.fit(Asks(MLP(hidden=[8]), outer_lr_decay="linear", inner_steps=1), sinusoid, ckpt_path=ckpt_path)
+        fit.save_checkpoint(tmp_path / "stopped.ckpt")
+        return seen.batches
+
+    whole = run(None)
+    first = run(13)
+    for workers in (0, 1):
+        rest = run(None, tmp_path / "13.ckpt", workers)
+        assert len(rest) == 7
+        assert all(torch.equal(a, b) for a, b in zip(whole, [*first[:13], *rest], strict=True))
+
+
+class StopAt(Callback):
+    """Saves a checkpoint between two steps, and stops."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(f"{self.step}.ckpt")
+            trainer.should_stop = True
+            raise KeyboardInterrupt
+
+
 class Waits(TorchDispatchMode):
     """Counts the numbers that are read, each of which makes the host wait for its device."""
 
@@ -354,3 +474,111 @@ def test_a_network_may_stay_as_it_is() -> None:
     network = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
     MAML(network, outer_freeze=["0.*"], inner_freeze=["0.*"])
     assert all(p.requires_grad for p in network.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ refused in a sentence
+
+
+@pytest.mark.parametrize("algorithm", [MAML, Reptile])
+def test_what_torch_compile_made_is_refused(algorithm: Any, mlp: MLP, sinusoid: Sinusoid) -> None:
+    with pytest.raises(InputError, match=r"network must not come from torch\.compile, got network;"):
+        algorithm(torch.compile(mlp))
+    with pytest.raises(InputError, match=r"loss must not come from torch\.compile, got loss;"):
+        algorithm(mlp, torch.compile(nn.functional.mse_loss))
+    with pytest.raises(InputError, match=r"learner must not come from torch\.compile"):
+        trainer(max_steps=1).fit(torch.compile(algorithm(mlp)), sinusoid)  # type: ignore[arg-type]
+    mlp.head.compile()
+    with pytest.raises(InputError, match=r"network must not come from torch\.compile, got network\.head;"):
+        algorithm(mlp)
+
+
+class Returns(MAML):
+    """Its optimizers are what a function of its parameters returns."""
+
+    def __init__(self, made: Any) -> None:
+        super().__init__(MLP(hidden=[8]), inner_steps=1)
+        self.made = made
+
+    def configure_optimizers(self) -> Any:
+        return self.made([*self.network.parameters()])
+
+
+def with_scheduler(scheduler: Any, **options: Any) -> Callable[[Any], Any]:
+    def made(params: Any) -> Any:
+        optimizer = SGD(params, 0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler(optimizer), **options}}
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (torch.optim.LBFGS, r"optimizer must step without arguments, got LBFGS, whose step needs closure"),
+        (lambda params: [SGD(params[:1], 0.1), Adam(params[1:])], r"configure_optimizers must .*one .*got SGD, Adam"),
+        (lambda params: None, r"configure_optimizers must return one optimizer, got None"),
+        (with_scheduler(ReduceLROnPlateau, monitor="val/mse"), r"scheduler of configure_optimizers .*metrics"),
+    ],
+)
+def test_optimizers_of_a_subclass_that_are_refused(made: Any, message: str, sinusoid: Sinusoid) -> None:
+    with pytest.raises(InputError, match=message):
+        trainer(max_steps=1).fit(Returns(made), sinusoid)
+
+
+def test_an_optimizer_of_a_subclass_has_the_schedule_of_the_options(sinusoid: Sinusoid) -> None:
+    learner = Returns(lambda params: SGD(params, 0.1))
+    learner.outer_update.decay = "linear"
+    fit = trainer(max_steps=4, limit_val_batches=0)
+    fit.fit(learner, sinusoid)
+    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0)
+    assert fit.callback_metrics["train/outer_lr"] == pytest.approx(0.1 / 4)
+
+
+@pytest.mark.parametrize(("interval", "frequency", "expected"), [("step", 1, 0.1 / 2**6), ("step", 2, 0.1 / 2**3)])
+def test_a_scheduler_of_a_subclass_is_stepped_and_resumed(
+    interval: str, frequency: int, expected: float, sinusoid: Sinusoid, tmp_path: Path
+) -> None:
+    scheduler = partial(StepLR, step_size=1, gamma=0.5)
+
+    def run(steps: int, path: Path | None = None) -> float:
+        fit = trainer(max_steps=steps, limit_val_batches=0)
+        fit.fit(Returns(with_scheduler(scheduler, interval=interval, frequency=frequency)), sinusoid, ckpt_path=path)
+        fit.save_checkpoint(tmp_path / "last.ckpt")
+        lr: float = fit.optimizers[0].param_groups[0]["lr"]
+        return lr
+
+    assert run(6) == pytest.approx(expected)
+    run(4)
+    assert run(6, tmp_path / "last.ckpt") == pytest.approx(expected)
+
+
+def test_training_under_fabric_is_refused(mlp: MLP, sinusoid: Sinusoid) -> None:
+    fabric, learner = L.Fabric(accelerator="cpu"), MAML(mlp, inner_steps=1)
+    module, _ = fabric.setup(learner, SGD(learner.parameters(), 0.1))
+    module.mark_forward_method("training_step")
+    with pytest.raises(InputError, match=r"training_step must run under a Trainer, got Fabric"):
+        module.training_step(next(iter(sinusoid.train_dataloader())), 0)
+
+
+def test_a_call_predicts_without_adaptation(mlp: MLP) -> None:
+    x = torch.randn(5, 1)
+    assert torch.equal(Reptile(mlp)(x), mlp(x))
+
+
+@pytest.mark.parametrize("inner_rule", [MetaSGD(), InnerAdam()])
+def test_parameters_that_an_inner_rule_does_not_know_are_refused(inner_rule: Any, mlp: MLP, sinusoid: Sinusoid) -> None:
+    mlp.head.requires_grad_(False)
+    learner = MAML(mlp, inner_rule=inner_rule, inner_steps=1)
+    mlp.head.requires_grad_(True)
+    with pytest.raises(InputError, match=r"inner_rule .*got head\.bias, head\.weight, unfrozen later"):
+        trainer(max_steps=1).fit(learner, sinusoid)
+
+
+def test_patterns_also_hold_for_parameters_that_are_unfrozen_later(mlp: MLP) -> None:
+    mlp.features.requires_grad_(False)
+    learner = MAML(mlp, inner_freeze=["features.*"])
+    mlp.features.requires_grad_(True)
+    assert {*learner.adapted(learner.meta_parameters())} == {"head.weight", "head.bias"}
+    mlp.features.requires_grad_(False)
+    with pytest.raises(InputError, match=r"inner_freeze must leave a parameter"):
+        MAML(mlp, inner_freeze=["head.*"])

@@ -9,8 +9,22 @@ import torch
 from conftest import TINY, trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from meta_lightning import FOMAML, MAML, MLP, Conv4, Glyphs, MetaLearner, Reptile, Sinusoid, load_learner
+from meta_lightning import (
+    FOMAML,
+    MAML,
+    MLP,
+    Conv4,
+    Glyphs,
+    ImageTransforms,
+    MetaLearner,
+    Predictor,
+    Reptile,
+    Sinusoid,
+    load_learner,
+)
+from meta_lightning.checks import InputError
 from meta_lightning.cli import main
 
 
@@ -340,3 +354,92 @@ def test_the_switch_on_the_command_line(checkpoint: str, capsys: pytest.CaptureF
         main(["test", "--ckpt_path", checkpoint, *switch])
         shown.append(next(line for line in capsys.readouterr().out.splitlines() if "test/loss " in line))
     assert shown[0] != shown[1]
+
+
+# -------------------------------------------------------------------------------- the form of the samples
+
+
+@pytest.mark.parametrize("algorithm", [MAML, Reptile])
+def test_a_checkpoint_of_a_learner_made_in_python_keeps_the_form(
+    algorithm: Any, glyphs: Glyphs, tmp_path: Path
+) -> None:
+    learner = algorithm(Conv4(filters=4), inner_steps=1)
+    fit = trainer(max_steps=1, limit_val_batches=0)
+    fit.fit(learner, Glyphs(queries=2, meta_batch_size=2, transforms=ImageTransforms([0.2], [0.5])))
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    form = load_learner(tmp_path / "last.ckpt", network=Conv4(filters=4)).form
+    assert (form.image_size, form.channels, form.ink, form.pixels) == (28, 1, True, True)
+    assert (form.mean, form.std) == ([0.2], [0.5])
+    assert form == learner.form
+    brightness, deviation = form.look["their mean brightness"]  # type: ignore[index]
+    images = glyphs.load().images / 255
+    assert brightness == pytest.approx(images.mean(), abs=0.02)
+    assert deviation == pytest.approx(images.mean((1, 2, 3)).std(), abs=0.02)
+
+
+def test_a_loader_of_pixels_is_noticed(tmp_path: Path) -> None:
+    x, y = torch.randint(0, 256, (2, 4, 1, 8, 8), dtype=torch.uint8), torch.arange(4).repeat(2, 1) % 2
+    learner = MAML(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), inner_steps=1)
+    fit = trainer(max_steps=1)
+    fit.fit(learner, DataLoader([(x, y, x, y)], batch_size=None))  # type: ignore[arg-type]
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    assert load_learner(tmp_path / "last.ckpt", network=network).form.pixels
+
+
+@pytest.mark.parametrize(
+    ("x", "came"),
+    [
+        (torch.full((4, 1, 28, 28), 200.0), r"torch\.float32 from 200 to 200"),
+        (torch.full((4, 1, 28, 28), 200), r"torch\.int64 from 200 to 200"),
+        (torch.full((4, 1, 28, 28), -1.0), r"torch\.float32 from -1 to -1"),
+    ],
+)
+def test_pixels_on_another_scale_are_refused(x: Tensor, came: str, checkpoint: str, task: list[Tensor]) -> None:
+    message = r"x must hold pixels, as in training: uint8, or floating point in \[0, 1\], got " + came
+    learner = load_learner(checkpoint)
+    with pytest.raises(InputError, match=message):
+        learner.adapt(x, [0, 0, 1, 1])
+    predictor = learner.adapt(task[0], task[1])
+    with pytest.raises(InputError, match=message):
+        predictor.predict(x)
+    predictor.save("adapted.safetensors")
+    with pytest.raises(InputError, match=message):
+        Predictor.load("adapted.safetensors").predict_proba(x)
+
+
+def test_pixels_as_floating_point_numbers_are_the_same(checkpoint: str, task: list[Tensor]) -> None:
+    learner = load_learner(checkpoint)
+    support_x, support_y, query_x, _ = task
+    a = learner.adapt(support_x, support_y).predict_proba(query_x)
+    b = learner.adapt(support_x / 255, support_y).predict_proba(query_x / 255)
+    assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_images_unlike_those_of_training_are_said(
+    checkpoint: str, task: list[Tensor], recwarn: pytest.WarningsRecorder
+) -> None:
+    learner = load_learner(checkpoint)
+    learner.adapt(*task[:2])
+    assert not [warning for warning in recwarn if "do not look like" in str(warning.message)]
+    photos = torch.randint(90, 200, task[0].shape, dtype=torch.uint8)
+    learner.adapt(photos, task[1])
+    (said,) = [str(warning.message) for warning in recwarn if "do not look like" in str(warning.message)]
+    assert said.startswith("The images of x do not look like those of training: their mean brightness is 0.57, in ")
+
+
+def test_a_loss_that_is_missing_is_not_said_to_be_the_network(mlp: MLP, sinusoid: Sinusoid, tmp_path: Path) -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.ones(1))
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return (self.get_buffer("weight") * (a - b).square()).mean()
+
+    fit = trainer(max_steps=1, limit_val_batches=0)
+    fit.fit(MAML(mlp, Weighted(), inner_steps=1), sinusoid)
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match=r"must be of the loss in use, but differs in loss\.weight"):
+        load_learner(tmp_path / "last.ckpt", network=mlp)
+    load_learner(tmp_path / "last.ckpt", network=mlp, loss=Weighted())

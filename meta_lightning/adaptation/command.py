@@ -153,7 +153,11 @@ def classified(predictor: Predictor, paths: Sequence[Path], unread: list[str]) -
                 if isinstance(error, OSError):
                     raise error
             unread += [reason for reason in prepared if isinstance(reason, str)]
-            pairs = [(p, form.ink_on_ground(i)) for p, i in zip(batch, prepared, strict=True) if not isinstance(i, str | OSError)]
+            pairs = [
+                (p, form.ink_on_ground(i))
+                for p, i in zip(batch, prepared, strict=True)
+                if not isinstance(i, str | OSError)
+            ]
             if pairs:
                 answers = predictor.predict_proba(np.stack([image for _, image in pairs])).numpy()
                 yield from ((*pair, answer) for pair, answer in zip(pairs, answers, strict=True))

@@ -115,6 +115,8 @@ class MAML(MetaLearner):
         others = {p: torch.zeros_like(p) for p in self.parameters() if p.requires_grad} if self.outer_frozen else {}
         handed = others | {p: meta_gradient[name].detach() for name, p in theta.items()}
         self.manual_backward(WithGradient.apply([*handed.values()], *handed))
+        for p in {*others} - {*theta.values()}:
+            p.grad = None  # no weight decay either
         with self.outer_iteration({name: p.grad for name, p in theta.items() if p.grad is not None}) as optimizer:
             self.clip_gradients(optimizer.optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
             optimizer.step()

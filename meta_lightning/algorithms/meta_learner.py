@@ -329,10 +329,6 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def on_fit_start(self) -> None:
         """Check the schedule before training, and take the form of the samples from the data module."""
         self.outer_update.require_end(self.trainer)
-        several = [name for name, part in self.network.named_modules() if isinstance(part, nn.SyncBatchNorm)]
-        require(
-            not several, f"trainer.sync_batchnorm must be off, since it mixes tasks, got SyncBatchNorm in {several}"
-        )
         self.outer_update.take_options(self.trainer.optimizers)
         data: L.LightningDataModule | None = getattr(self.trainer, "datamodule", None)
         if isinstance(data, TaskDataModule):

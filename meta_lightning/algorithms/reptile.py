@@ -132,15 +132,19 @@ class Reptile(MetaLearner):
         return super().configure_callbacks()
 
     def on_fit_start(self) -> None:
-        """Let Lightning's stand-in for the optimizer hold ε, for schedules and monitors."""
-        groups = self.outer_optimizer().param_groups
-        if not groups:  # else a callback has restored them
-            groups.append({"params": [], "lr": self.outer_lr, "weight_decay": 0.0})
+        """Let Lightning's stand-in for the optimizer hold ε."""
+        self.hold_step()
         super().on_fit_start()
+
+    def hold_step(self) -> None:
+        """Let Lightning's stand-in hold ε, for schedules and monitors, unless a callback has restored it."""
+        if not self.outer_optimizer().param_groups:
+            self.outer_optimizer().param_groups.append({"params": [], "lr": self.outer_lr, "weight_decay": 0.0})
 
     def on_train_start(self) -> None:
         """Refuse schedulers of Lightning, which need an optimizer."""
         names = [type(config.scheduler).__name__ for config in self.trainer.lr_scheduler_configs]
         expected = "outer_lr of Reptile is no optimizer's learning rate: expected scheduler or outer_lr_decay"
         require(not names, f"{expected} and no lr_find, got {', '.join(names)}")
+        self.hold_step()  # again: callbacks train before on_fit_start, to find a batch size
         super().on_train_start()

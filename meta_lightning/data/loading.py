@@ -61,6 +61,10 @@ class MetaIterations(DistributedSampler[TaskBatch]):
 class TaskLoader(DataLoader[TaskBatch]):
     """Loads meta-batches by number; resumable mid-epoch, since its position is the trainer's count of batches."""
 
+    def __iter__(self) -> Iterator[TaskBatch]:  # type: ignore[override]  # a generator, no iterator of DataLoader
+        """The batches; the position is read with the first, since the trainer asks for this before it is restored."""
+        yield from super().__iter__()
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing: ``MetaIterations`` starts from the count of batches in the checkpoint."""
         return {}

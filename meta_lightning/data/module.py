@@ -135,7 +135,11 @@ class TaskDataModule(NamedOptions, L.LightningDataModule, ABC):
 
     def meta_iteration(self) -> int:
         """The number of the next meta-iteration of training."""
-        return self.trainer.fit_loop.total_batch_idx + 1 if self.trainer else 0
+        if not self.trainer:
+            return 0
+        started: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total  # one that failed counts as started only
+        processed: int = started.processed
+        return processed
 
 
 @options

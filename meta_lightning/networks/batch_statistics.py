@@ -19,6 +19,8 @@ def with_batch_statistics(network: nn.Module) -> nn.Module:
     require(not lazy, f"network must have been called once to initialise its lazy parameters, got {lazy}")
     unreal = [name for name, p in network.named_parameters() if p.is_complex()]
     require(not unreal, f"network must have real parameters, got complex {unreal}")
+    several = [name for name, part in network.named_modules() if isinstance(part, nn.SyncBatchNorm)]
+    require(not several, f"network must have no SyncBatchNorm, which mixes the tasks of processes, got {several}")
     # running statistics raise under vmap in training, and mix the tasks' statistics in evaluation
     return replace_all_batch_norm_modules_(copied(network, shared=network.parameters()))
 

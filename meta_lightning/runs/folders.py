@@ -41,9 +41,10 @@ def remove_remains(root: Path) -> None:
 
 def remove_empty(log_folder: Path) -> None:
     """Remove the folder of a run, and that of its checkpoints, if nothing is in them."""
-    for folder in (log_folder / "checkpoints", log_folder):
-        with suppress(OSError):
-            folder.rmdir()
+    with suppress(OSError):
+        if {path.name for path in log_folder.iterdir()} == {"checkpoints"}:
+            (log_folder / "checkpoints").rmdir()
+        log_folder.rmdir()
 
 
 def lock(folder: Path) -> BaseFileLock:
