@@ -27,11 +27,11 @@ from meta_lightning.data import TaskDataModule
 from meta_lightning.runs.checkpoint_callback import Checkpoints
 from meta_lightning.runs.checkpoint_file import LAST, PREVIOUS, read_checkpoint
 from meta_lightning.runs.experiment import differences, newest_checkpoint, with_hyperparameters
-from meta_lightning.runs.folders import claim_log_folders
+from meta_lightning.runs.folders import lock, release
 from meta_lightning.runs.machine import keep_freed_memory
 from meta_lightning.runs.prediction_table import PredictionTable
 from meta_lightning.runs.record import RunRecord
-from meta_lightning.runs.resume import continue_logs
+from meta_lightning.runs.resume import claim_log_folders, continue_logs
 from meta_lightning.show import show_data
 
 PACKAGE = Path(__file__).parent
@@ -94,6 +94,8 @@ class MetaLightningCLI(LightningCLI):
         path = early.parse_known_args(given)[0].ckpt_path
         super().parse_arguments(parser, with_hyperparameters(given, path))
         config = self.config[self.config.subcommand]
+        if config.trainer.fast_dev_run and self.config.subcommand == "fit":
+            config.ckpt_path = None  # a trial begins anew
         last = config.ckpt_path == "last"
         found = newest_checkpoint(config, self.config.subcommand) if last else config.ckpt_path
         if found and str(found) != path:  # it was named ``last`` or by a configuration file
@@ -120,7 +122,7 @@ class MetaLightningCLI(LightningCLI):
             config.model.init_args.init_from = None
 
     def before_test(self) -> None:
-        """Claim the log folders, where nothing can be refused any more."""
+        """Claim the log folders."""
         claim_log_folders(self.trainer.loggers)
 
     before_validate = before_predict = before_test
@@ -141,7 +143,9 @@ class MetaLightningCLI(LightningCLI):
             self.model.accept(checkpoint)
             if resume and path.stem.startswith((LAST, PREVIOUS)):
                 ignore(IGNORED_WHEN_RESUMED)
+                held = lock(path.parent)  # before the logs of a run that still runs are cut
                 continue_logs(trainer.loggers, path, checkpoint)
+                release(held)
         return trainer
 
     def _parse_ckpt_path(self) -> None:

@@ -49,7 +49,7 @@ def table_of(task: TaskBatch, names: Sequence[str], predictions: Tensor | None =
     """The first classes of a task, whose queries have ``predictions`` if there are any.  # R N"""
 
     def name(label: int) -> str:
-        return f"{label + 1} {names[label]}" if names else f"class {label + 1}"
+        return f"{label + 1} {names[label]}" if label < len(names) else f"class {label + 1}"
 
     support, answers = {}, []
     for label in task.support_y.unique()[:TASK_CLASSES].tolist():

@@ -7,19 +7,16 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from meta_lightning.checks import require
+from meta_lightning.checks import InputError, require
 from meta_lightning.inner.copies import copied
-from meta_lightning.inner.traits import Calls
+from meta_lightning.random_states import random_states, set_random_states
 
 RESERVED = ("loss", "tasks", "skipped", "outer_lr")  # names that the learners log
-# functions that a loss applies to logits or probabilities, which are not in the units of the targets
-OF_PROBABILITIES = {
-    *("cross_entropy", "cross_entropy_loss", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"),
-    *("kl_div", "sigmoid", "logsigmoid", "log_sigmoid", "softmax", "log_softmax", "multilabel_soft_margin_loss"),
-}
+SUFFIXES = ("_before", "_ci95")
 
 
 class Scores:
@@ -27,30 +24,25 @@ class Scores:
 
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
         for name, metric in metrics.items():
-            valid = isinstance(metric, Metric) and name not in RESERVED and "/" not in name
-            expected = f"metrics must map names other than {', '.join(RESERVED)} to torchmetrics"
-            require(valid, f"{expected}, got {name!r}: {type(metric).__name__}")
+            free = name not in RESERVED and "/" not in name and not name.endswith(SUFFIXES)
+            others = ", ".join((*RESERVED, *SUFFIXES))
+            expected = f"metrics must map names, without / and other than {others}, to torchmetrics"
+            came = f"got {name!r}: {type(metric).__name__}"
+            require(isinstance(metric, Metric) and free, f"{expected}, {came}")
         self.metrics = {name: copy.deepcopy(metric) for name, metric in metrics.items()}
         for part in (part for metric in self.metrics.values() for part in metric.modules()):
             if isinstance(part, Metric):
                 part.distributed_available_fn = bool  # False: of one task; TaskMean gathers those of all processes
-        self.known: tuple[Any, bool] = None, False  # a loss, and whether it compares predictions with real targets
+        self.known: tuple[Any, Trait] | None = None  # a loss, and what its scores depend on
 
     @torch.no_grad()
     def __call__(self, loss: Any, predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """The scores of each task by name.  # T S N ... or T S ..., T S ... -> T"""
-        found = {}
-        if targets.is_floating_point() and predictions.shape == targets.shape:
-            if self.known[0] is not loss:
-                self.known = loss, not applies(loss, OF_PROBABILITIES, predictions[0], targets[0])
-            if self.known[1]:
-                found["mse"] = (predictions - targets).square().flatten(1).mean(1)
-        elif not targets.is_floating_point() and predictions.ndim == targets.ndim + 1:
-            # not the labels that the loss leaves out; a partial function holds its arguments
-            ignored = getattr(loss, "ignore_index", getattr(loss, "keywords", {}).get("ignore_index", -100))
-            scored = (targets != ignored).flatten(1)
-            right = (predictions.argmax(2) == targets).flatten(1) & scored
-            found["accuracy"] = right.sum(1) / scored.sum(1)
+        if self.known is None or self.known[0] is not loss:
+            self.known = loss, Trait.of(loss, predictions[0], targets[0])
+        trait = self.known[1]
+        scored = trait.compares or not targets.is_floating_point()
+        found = score(predictions, targets, trait.ignored) if scored else {}
         return found | {name: self.of_tasks(name, predictions, targets) for name in self.metrics}
 
     def of_tasks(self, name: str, predictions: Tensor, targets: Tensor) -> Tensor:
@@ -58,22 +50,64 @@ class Scores:
         metric, values = self.metrics[name].to(predictions.device), []
         for task in zip(predictions, targets, strict=True):
             metric.reset()
-            metric.update(*task)
-            value = metric.compute()
-            require(
-                isinstance(value, Tensor) and value.numel() == 1,
-                f"metrics must give one number per task, got {getattr(value, 'shape', type(value).__name__)} of {name}",
-            )
+            try:
+                metric.update(*task)
+                value = metric.compute()
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                shapes = " and ".join(str(list(part.shape)) for part in task)
+                came = f"{shapes} for {name} ({type(metric).__name__}: {error})"
+                raise InputError(f"metrics must take the predictions and targets of a task, got {came}") from None
+            came = getattr(value, "shape", type(value).__name__)
+            number = isinstance(value, Tensor) and value.numel() == 1
+            require(number, f"metrics must give one number per task, got {came} of {name}")
             values.append(value.reshape(()))
         metric.reset()
-        return torch.stack(values).to(predictions.dtype)
+        of_tasks = torch.stack(values)
+        return of_tasks if of_tasks.is_floating_point() else of_tasks.float()
 
 
-def applies(loss: Any, names: set[str], predictions: Tensor, targets: Tensor) -> bool:
-    """Whether a loss calls one of these functions of torch.  # S ..., S ..."""
-    with Calls() as calls:
-        (copied(loss) if isinstance(loss, nn.Module) else loss)(predictions, targets)
-    return any(getattr(function, "__name__", "") in names for function in calls.seen)
+def score(predictions: Tensor, targets: Tensor, ignored: int = -100) -> dict[str, Tensor]:
+    """Accuracy per task for class numbers, mse for real targets, else nothing.  # T S N ... or T S ..., T S ... -> T"""
+    if targets.is_floating_point() and predictions.shape == targets.shape:
+        return {"mse": (predictions - targets).square().flatten(1).mean(1)}
+    if not targets.is_floating_point() and predictions.ndim == targets.ndim + 1:
+        scored = (targets != ignored).flatten(1)
+        right = (predictions.argmax(2) == targets).flatten(1) & scored
+        return {"accuracy": right.sum(1) / scored.sum(1)}
+    return {}
+
+
+class Trait(NamedTuple):
+    """What the scores of a loss depend on."""
+
+    compares: bool  # predictions with targets in the same units: it is 0 where they are equal
+    ignored: int  # class number that it leaves out
+
+    @classmethod
+    def of(cls, loss: Any, predictions: Tensor, targets: Tensor) -> "Trait":
+        """Those of a loss, which runs on one task.  # S ..., S ..."""
+        same = targets.is_floating_point() and targets.shape == predictions.shape
+        states = random_states(predictions.device)
+        try:
+            with Labels() as labels:
+                value = (copied(loss) if isinstance(loss, nn.Module) else loss)(
+                    targets if same else predictions, targets
+                )
+        finally:
+            set_random_states(states, predictions.device)
+        return cls(same and bool(value.abs() <= 1e-6), labels.ignored)
+
+
+class Labels(TorchFunctionMode):
+    """Notes the class number that a loss of torch ignores."""
+
+    ignored = -100
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note ``ignore_index``."""
+        if getattr(func, "__name__", "") in ("cross_entropy", "nll_loss"):
+            self.ignored = (kwargs or {}).get("ignore_index", self.ignored)
+        return func(*args, **(kwargs or {}))
 
 
 class Statistics(NamedTuple):

@@ -18,7 +18,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from meta_lightning.checks import InputError
 from meta_lightning.cli import main
-from meta_lightning.runs.folders import claim_log_folders, lock, release
+from meta_lightning.runs.folders import lock, release
+from meta_lightning.runs.resume import claim_log_folders
 
 FIT = ["fit", "--config", TINY, "--data", "Sinusoid", "--model.network", "meta_lightning.MLP"]
 FIT += ["--checkpoint.monitor", "val/mse", "--checkpoint.mode", "min"]

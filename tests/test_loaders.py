@@ -118,3 +118,17 @@ def test_predict_gives_what_a_test_gives(mlp: MLP) -> None:
     predicted = trainer().predict(learner, data)
     assert predicted is not None
     assert torch.equal(torch.cat(predicted), predictions(learner, data, "test"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (LABELS.int(), r"targets must be int64 class numbers or real, got torch\.int32"),
+        (LABELS.bool(), r"targets must be int64 .*got torch\.bool"),
+        (LABELS[:, None], r"network must give outputs \[10, 2, 1\] per task, got \[10, 2\] for targets .*\[10, 1\]"),
+        (LABELS + 1, r"network must give an output for each class: expected at least 3, got 2"),
+    ],
+)
+def test_class_numbers_that_do_not_fit_are_refused(y: Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        train(MAML(nn.Linear(3, 2)), (X[None], y[None]) * 2)

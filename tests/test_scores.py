@@ -146,6 +146,8 @@ def test_a_collection_of_metrics_for_a_loss_without_scores() -> None:
     [
         ({"loss": MulticlassF1Score(3)}, r"metrics .* got 'loss'"),
         ({"a/b": MulticlassF1Score(3)}, r"metrics .* got 'a/b'"),
+        ({"f1_ci95": MulticlassF1Score(3)}, r"metrics .* got 'f1_ci95'"),
+        ({"loss_before": MulticlassF1Score(3)}, r"metrics .* got 'loss_before'"),
         ({"f1": multiclass_f1_score}, r"metrics .* got 'f1': function"),
     ],
 )

@@ -100,6 +100,8 @@ def list_queries(folder: Path, support: Path) -> list[Path]:
     """The files to classify."""
     require(folder.is_dir(), f"query must be a folder of pictures, got {folder}, which is not a folder")
     require(folder.resolve() != support.resolve(), f"query must be another folder than support, got {folder} for both")
+    inside = folder.resolve().parent == support.resolve()
+    require(not inside, f"query must not be in support, whose folders are classes, got {folder} in {support}")
     paths = [*files_below(folder)]
     require(bool(paths), f"query must hold at least 1 picture, got none in {folder}")
     return paths
@@ -149,15 +151,8 @@ def classified(predictor: Predictor, paths: Sequence[Path], unread: list[str]) -
         for start in range(0, len(paths), AT_ONCE):
             batch = paths[start : start + AT_ONCE]
             prepared = [*threads.map(lambda path: try_to_prepare(path, size, channels), batch)]
-            for error in prepared:
-                if isinstance(error, OSError):
-                    raise error
             unread += [reason for reason in prepared if isinstance(reason, str)]
-            pairs = [
-                (p, form.ink_on_ground(i))
-                for p, i in zip(batch, prepared, strict=True)
-                if not isinstance(i, str | OSError)
-            ]
+            pairs = [(p, form.ink_on_ground(i)) for p, i in zip(batch, prepared, strict=True) if not isinstance(i, str)]
             if pairs:
                 answers = predictor.predict_proba(np.stack([image for _, image in pairs])).numpy()
                 yield from ((*pair, answer) for pair, answer in zip(pairs, answers, strict=True))

@@ -109,6 +109,9 @@ class MAML(MetaLearner):
     def outer_step(self, meta_gradient: Params) -> None:
         """Update θ by the outer optimizer and a given meta-gradient."""
         theta = self.learned(self.meta_parameters())
+        new = theta.keys() - self.wrapped if self.ranks > 1 else ()
+        came = f"got {', '.join(sorted(new))}, unfrozen later, which DDP would not average"
+        require(not new, f"several processes must train the same parameters from the start, {came}")
         for p in theta.values():
             p.grad = None
         # in backward, since DDP averages there, and waits for every parameter
@@ -120,6 +123,11 @@ class MAML(MetaLearner):
         with self.outer_iteration({name: p.grad for name, p in theta.items() if p.grad is not None}) as optimizer:
             self.clip_gradients(optimizer.optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
             optimizer.step()
+
+    def on_fit_start(self) -> None:
+        """Note the parameters that DDP has wrapped."""
+        self.wrapped = frozenset(self.learned(self.meta_parameters()))
+        super().on_fit_start()
 
     def configure_optimizers(self) -> Optimizer:
         """Construct the outer optimizer."""

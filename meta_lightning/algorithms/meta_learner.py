@@ -255,7 +255,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         return params if self.training else {name: p.detach() for name, p in params.items()}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Predictions at θ, without adaptation; ``adapt`` gives those of a task.  # S ... -> S ..."""
+        """Predictions at θ, without adaptation, of samples that are normalised as in training.  # S ... -> S ..."""
         predictions: Tensor = self.network(scale_pixels(x))
         return predictions
 
@@ -324,6 +324,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         """Raise InputError for precisions and strategies that the inner loop does not support."""
         self.fitting, self.ranks = stage == "fit", self.trainer.world_size
         require_not_compiled(learner=self.training_step)
+        require_own_options(self.trainer, self)  # again: subclasses may define configure_callbacks
         require_supported(str(self.trainer.precision), self.trainer.strategy)
 
     def on_fit_start(self) -> None:
@@ -442,7 +443,10 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         return {"loss": self.task_network.losses(predictions, targets)} | self.scores(self.loss, predictions, targets)
 
     def on_validation_epoch_start(self) -> None:
-        """Reset the statistics."""
+        """Reset the statistics; raise InputError for several loaders."""
+        loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
+        several = len(loaders) if isinstance(loaders, list | tuple) else 1
+        require(several == 1, f"evaluation takes one loader, whose batches are of tasks, got {several}")
         self.evaluation = Evaluation()
 
     def validation_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:

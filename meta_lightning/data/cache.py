@@ -105,7 +105,7 @@ def concatenated(chunks: Iterable[Array]) -> Array:
     if (part := building.get()) is None:
         content = bytearray()
         for block in blocks(chunks):
-            content += block.data.cast("B")
+            content += block.tobytes()
         return np.frombuffer(content, block.dtype).reshape(-1, *block.shape[1:])
     path, crc = part.write(f"{len(part.concatenated)}.npy", chunks)
     array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -224,11 +224,15 @@ def read(folder: Path, sources: str | None, verify: bool) -> LabelledImages | No
 
 
 def blocks(chunks: Iterable[Array]) -> Iterator[Array]:
-    """The rows of chunks, contiguous and so many at a time; of an empty chunk an empty block."""
+    """The rows of chunks, contiguous and so many at a time; without any row one empty block."""
+    rows = 0
     for chunk in chunks:
-        for start in range(0, len(chunk) or 1, BLOCK):
+        for start in range(0, len(chunk), BLOCK):
             yield np.ascontiguousarray(chunk[start : start + BLOCK])
+        rows, empty = rows + len(chunk), np.ascontiguousarray(chunk[:0])
         del chunk  # it may be large, and so the next one
+    if not rows:
+        yield empty
 
 
 def write_header(file: BinaryIO, rows: int, block: Array) -> None:

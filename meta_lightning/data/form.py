@@ -63,9 +63,9 @@ class SampleForm:
 
     def unlike(self, x: Tensor) -> str:
         """How images differ from those of training, for a warning; empty if they do not.  # S ..."""
-        if self.look is None or x.dtype != torch.uint8:
+        if self.look is None:
             return ""
-        found = {name: value.mean().item() for name, value in looks(x.numpy(force=True)).items()}
+        found = {name: value.mean().item() for name, value in looks(scale_pixels(x).numpy(force=True)).items()}
         far = [
             f"{name} is {found[name]:.2f}, in training {mean:.2f} ± {std:.2f}"
             for name, (mean, std) in self.look.items()
@@ -75,8 +75,8 @@ class SampleForm:
 
 
 def looks(images: Array) -> dict[str, Array]:
-    """Statistics of each image, by what they are called in warnings.  # M C H W, uint8 -> M"""
-    x = images.reshape(*images.shape[:2], -1) / np.float32(255)
+    """Statistics of each image in [0, 1], by what they are called in warnings.  # M C H W -> M"""
+    x = images.reshape(*images.shape[:2], -1)
     return {
         "their mean brightness": x.mean((1, 2)),
         "the mean range of their colours": (x.max(1) - x.min(1)).mean(1),
@@ -86,7 +86,7 @@ def looks(images: Array) -> dict[str, Array]:
 
 def look_of(images: Array) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation of ``looks`` over images.  # M C H W, uint8"""
-    return {name: (float(value.mean()), float(value.std())) for name, value in looks(images).items()}
+    return {name: (float(value.mean()), float(value.std())) for name, value in looks(images / np.float32(255)).items()}
 
 
 def form_of(hparams: Mapping[str, Any], data_class: type | None = None) -> SampleForm:

@@ -124,8 +124,6 @@ class ImageFolderTasks(RandomSplit, FolderTasks):
         def readable() -> Iterator[Array]:
             unread: list[str] = []
             for label, image in zip(labels, mapped(prepare, paths), strict=True):
-                if isinstance(image, OSError):
-                    raise image
                 if isinstance(image, str):
                     unread.append(image)
                     continue
@@ -199,11 +197,9 @@ def files_below(folder: Path) -> Iterator[Path]:
             yield from files_below(entry)
 
 
-def try_to_prepare(path: Path, image_size: int, channels: int) -> Array | str | OSError:
-    """``prepare_image``, or why the file is no image; a disk error is returned, since a worker's would be reworded."""
+def try_to_prepare(path: Path, image_size: int, channels: int) -> Array | str:
+    """``prepare_image``, or why the file is no image; disk errors raise."""
     try:
         return prepare_image(path, image_size, channels)
     except (InputError, FileNotFoundError) as error:
         return str(error)
-    except OSError as error:
-        return error

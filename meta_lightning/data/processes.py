@@ -33,12 +33,14 @@ def mapped(function: Callable[[S], T], items: Sequence[S], chunk: int = 32) -> I
         Chunks(function, items[done:], chunk),
         batch_size=None,
         num_workers=workers,
-        collate_fn=list,  # the default would make tensors of arrays, in shared memory, which may be small
+        collate_fn=unchanged,  # the default would make tensors of arrays, in shared memory, which may be small
         multiprocessing_context="fork",
         generator=torch.Generator(),  # leaves the global generator alone
     )
-    for results in loader:
+    for results, error in loader:
         yield from results
+        if error is not None:
+            raise error  # as it was: a worker's would be reworded
 
 
 def worker_processes() -> int:
@@ -53,8 +55,8 @@ def worker_processes() -> int:
     return min(cores, MOST) if cores > 1 else 0
 
 
-class Chunks(Dataset[list[Any]]):
-    """The results of a function, for so many items at a time."""
+class Chunks(Dataset[Any]):
+    """The results of a function for so many items at a time, and the error that ended them."""
 
     def __init__(self, function: Callable[[Any], Any], items: Sequence[Any], size: int) -> None:
         self.function, self.items, self.size = function, items, size
@@ -62,5 +64,16 @@ class Chunks(Dataset[list[Any]]):
     def __len__(self) -> int:
         return -(-len(self.items) // self.size)
 
-    def __getitem__(self, number: int) -> list[Any]:
-        return [*map(self.function, self.items[number * self.size : (number + 1) * self.size])]
+    def __getitem__(self, number: int) -> tuple[list[Any], Exception | None]:
+        results: list[Any] = []
+        for item in self.items[number * self.size : (number + 1) * self.size]:
+            try:
+                results.append(self.function(item))
+            except Exception as error:
+                return results, error
+        return results, None
+
+
+def unchanged(results: Any) -> Any:
+    """The results as they are."""
+    return results

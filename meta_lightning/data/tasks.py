@@ -200,6 +200,9 @@ def as_task_batch(parts: Sequence[Tensor]) -> TaskBatch:
     if len(parts) != 4 or isinstance(parts, Mapping):
         came = f"{type(parts).__name__} of {len(parts)}"
         raise InputError(f"batches must be a tuple ({', '.join(TaskBatch._fields)}), got {came}")
+    fields = getattr(parts, "_fields", TaskBatch._fields)
+    if fields != TaskBatch._fields and {*fields} == {*TaskBatch._fields}:
+        raise InputError(f"batches must be a tuple ({', '.join(TaskBatch._fields)}), got ({', '.join(fields)})")
     for name, part in zip(TaskBatch._fields, parts, strict=True):
         if not isinstance(part, Tensor):
             raise InputError(f"{name} must be a tensor, got {type(part).__name__}")

@@ -183,10 +183,16 @@ def check_outputs(predictions: Tensor, targets: Tensor) -> None:
     """Raise InputError if predictions do not fit the targets of ``default_loss``.  # T S N ..., T S ..."""
     if targets.is_floating_point():
         came, expected = tuple(predictions.shape[1:]), tuple(targets.shape[1:])
-        require(came == expected, f"network must give outputs of the targets' shape {expected} per task, got {came}")
+        hint = "; class numbers must be int64" if len(came) == len(expected) + 1 else ""
+        message = f"network must give outputs of the targets' shape {expected} per task, got {came}{hint}"
+        require(came == expected, message)
     else:
+        require(targets.dtype == torch.int64, f"targets must be int64 class numbers or real, got {targets.dtype}")
         classes, outputs = int(targets.max()) + 1, predictions.shape[2] if predictions.ndim > 2 else 0
         require(
             outputs >= classes,
             f"network must give an output for each class: expected at least {classes}, got {outputs}",
         )
+        shape = [*targets.shape[1:2], outputs, *targets.shape[2:]]
+        shapes = f"{list(predictions.shape[1:])} for targets of shape {list(targets.shape[1:])}"
+        require(list(predictions.shape[1:]) == shape, f"network must give outputs {shape} per task, got {shapes}")

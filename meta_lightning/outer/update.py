@@ -75,7 +75,8 @@ class OuterUpdate:
         needed = ", ".join(required_arguments(type(optimizer).step))
         require(not needed, f"optimizer must step without arguments, got {kinds[0]}, whose step needs {needed}")
         # not what else the groups hold: some optimizers keep their state there
-        names = {"lr", *signature(type(optimizer)).parameters}
+        kinds_of = [kind for kind in type(optimizer).__mro__ if "__init__" in vars(kind)]
+        names = {"lr"}.union(*(signature(vars(kind)["__init__"]).parameters for kind in kinds_of)) - {"params"}
         self.options = [{n: value for n, value in group.items() if n in names} for group in optimizer.param_groups]
 
     def begin(self, optimizer: Optimizer, trainer: L.Trainer) -> None:
@@ -164,6 +165,7 @@ def schedule_from(
     scheduler: Scheduler, optimizer: Optimizer, options: Sequence[dict[str, Any]], step: int
 ) -> LRScheduler:
     """Rebuild the scheduler and advance it to ``step``; only step-count schedules are supported."""
+    # callbacks that train before the start of the fit, to find a batch size, have no options yet
     for group, made in zip(optimizer.param_groups, options, strict=False):
         group.pop("initial_lr", None)
         group.update(made)
@@ -214,30 +216,45 @@ def undone_unless(condition: Tensor, tensors: Sequence[Tensor], optimizer: Optim
     before = {place: t.clone() if isinstance(t, Tensor) else copy.deepcopy(t) for place, t in kept(tensors, optimizer)}
     yield
     after = dict(kept(tensors, optimizer))
-    then = {place: t for place, t in before.items() if isinstance(t, Tensor)}
-    conditions = {device: condition.to(device) for device in {t.device for t in then.values()}}
-    for place, t in then.items():
+    moved = [place for place, t in before.items() if alike(t, after.get(place))]
+    conditions = {device: condition.to(device) for device in {before[place].device for place in moved}}
+    for place in moved:
+        t = before[place]
         after[place].copy_(torch.where(conditions[t.device], after[place], t))
-    others = [place for place in after if place not in then and not (place in before and same(before, after, place))]
+    places = (before.keys() | after.keys()) - {*moved}
+    others = [place for place in places if not same(before.get(place, after), after.get(place, before))]
     if others and not condition:
         for owner, name in others:
-            holder = optimizer.param_groups[owner] if isinstance(owner, int) else optimizer.state[owner]
+            holder = optimizer.param_groups[owner] if isinstance(owner, int) else optimizer.state
+            if not isinstance(owner, int) and name is not None:
+                holder = optimizer.state[owner]
+            key = owner if name is None else name
             if (owner, name) in before:
-                holder[name] = before[owner, name]
+                holder[key] = before[owner, name]
             else:
-                del holder[name]
-            if not holder:
-                del optimizer.state[owner]
+                del holder[key]
+        for owner in [owner for owner, state in optimizer.state.items() if state == {}]:
+            del optimizer.state[owner]
 
 
 def kept(tensors: Sequence[Tensor], optimizer: Optimizer) -> Iterator[tuple[tuple[Any, Any], Any]]:
     """Tensors, and the state and options of an optimizer, by their places."""
     yield from ((("", i), t.detach()) for i, t in enumerate(tensors))
     for owner, holder in [*enumerate(optimizer.param_groups), *optimizer.state.items()]:
-        yield from (((owner, name), value) for name, value in holder.items() if name != "params")
+        if isinstance(holder, dict):
+            yield from (((owner, name), value) for name, value in holder.items() if name != "params")
+        else:
+            yield (owner, None), holder
 
 
-def same(before: dict[Any, Any], after: dict[Any, Any], place: Any) -> bool:
-    """Whether a place holds the same number, name or tuple; other objects count as changed."""
-    a, b = before[place], after[place]
-    return type(a) is type(b) and isinstance(a, int | float | str | tuple | NoneType) and a == b
+def alike(a: Any, b: Any) -> bool:
+    """Whether these are tensors of one form."""
+    tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+    return tensors and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether these are the same plain value; other objects count as changed."""
+    if isinstance(a, list | tuple) and type(a) is type(b) and len(a) == len(b):
+        return all(map(same, a, b))
+    return type(a) is type(b) and isinstance(a, int | float | str | NoneType) and a == b

@@ -1,7 +1,6 @@
 """The checkpoint callback: best and last checkpoints, and exact resume."""
 
 import os
-import shutil
 import signal
 import threading
 from pathlib import Path
@@ -20,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from meta_lightning.checks import InputError, require, require_at_least
 from meta_lightning.random_states import random_states, set_random_states
 from meta_lightning.runs.checkpoint_file import LAST, WholeFiles
-from meta_lightning.runs.folders import lock, release, remove_empty
+from meta_lightning.runs.folders import lock, release, remove_empty, remove_refused
 from meta_lightning.runs.resume import settle_progress
 
 
@@ -62,14 +61,24 @@ class Checkpoints(ModelCheckpoint):
         self.saved_step = 0  # of the last checkpoint
         self.random_states: dict[str, Any] | None = None  # to save, or to restore at the start of training
         self.lock: BaseFileLock | None = None  # of ``dirpath``, while training
+        self.signal: int | None = None  # received by this process
+        self.stop = False  # agreed on by all processes at the end of a meta-iteration
+        self.voters: Any = None  # process group, if there are several
+        self.vote: tuple[Any, torch.Tensor] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make checkpoint writes atomic, and lock ``dirpath`` against other runs."""
         super().setup(trainer, pl_module, stage)
         trial = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by setattr
         saves = stage == "fit" and not trial and (self.keeps_last or self.save_top_k != 0)
+        refusal = None
         if saves and trainer.is_global_zero and self.lock is None and "://" not in str(self.dirpath):
-            self.lock = lock(Path(str(self.dirpath)))
+            try:
+                self.lock = lock(Path(str(self.dirpath)))
+            except InputError as error:
+                refusal = str(error)
+        if refusal := trainer.strategy.broadcast(refusal):  # of all processes, which would wait for the first
+            raise InputError(refusal)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
 
@@ -90,12 +99,11 @@ class Checkpoints(ModelCheckpoint):
         if self.random_states is not None:
             set_random_states(self.random_states, pl_module.device)
             self.random_states = None
-        self.signal: int | None = None  # received by this process
-        self.stop = False  # agreed on by all processes at the end of a meta-iteration
+        self.saved_step = 0
+        self.signal, self.stop, self.vote = None, False, None
         # on the CPU: a decision through the devices would wait for them at every step
         several = trainer.world_size > 1 and torch.distributed.is_gloo_available()
-        self.voters: Any = torch.distributed.new_group(backend="gloo") if several else None
-        self.vote: tuple[Any, torch.Tensor] | None = None
+        self.voters = torch.distributed.new_group(backend="gloo") if several else None
         if threading.current_thread() is threading.main_thread():  # required by signal; Lightning restores the handlers
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self.on_signal)
@@ -158,8 +166,13 @@ class Checkpoints(ModelCheckpoint):
             logger.after_save_checkpoint(proxy(self))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say that there is no best checkpoint if training ended before its first validation."""
+        """End the votes, and say that there is no best checkpoint if training ended before its first validation."""
         super().on_train_end(trainer, pl_module)
+        if self.voters is not None:
+            if self.vote is not None:
+                self.vote[0].wait()
+            torch.distributed.destroy_process_group(self.voters)
+            self.voters = None
         validates = (
             self.save_top_k != 0
             and sum(map(bool, trainer.num_val_batches)) > 0
@@ -184,11 +197,9 @@ class Checkpoints(ModelCheckpoint):
             message = f"Interrupted after {trainer.global_step} meta-iterations; resume with --ckpt_path"
             rank_zero_info(f"{message} {self.last_model_path}")
         for folder in (Path(logger.log_dir) for logger in trainer.loggers if logger.log_dir and trainer.is_global_zero):
-            remove_empty(folder)
             if isinstance(exception, InputError):
-                written = {path.name for path in folder.glob("*")} - {"config.yaml", "hparams.yaml", "checkpoints"}
-                if len(written) <= 1 and all(name.startswith("events.out.tfevents.") for name in written):
-                    shutil.rmtree(folder, ignore_errors=True)
+                remove_refused(folder)
+            remove_empty(folder)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random states of all processes and the log folders, and settle Lightning's progress."""

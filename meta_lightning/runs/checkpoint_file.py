@@ -28,7 +28,7 @@ class WholeFiles(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        part = path.with_suffix(".part")
+        part = path.with_suffix(f".{os.getpid()}.part")
         contents = io.BytesIO()
         torch.save(checkpoint, contents)
         try:

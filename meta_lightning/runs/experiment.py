@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from meta_lightning.checks import InputError
 from meta_lightning.runs.checkpoint_file import LAST, PREVIOUS, load, read_checkpoint
 
 # the options that tell experiments apart: checkpoints of other classes, networks or data are not this run's
-IDENTITY = r"(model|data)\.class_path|model\.init_args\.network\.|data\.init_args\.root"
+IDENTITY = r"(model|data)\.class_path|model\.init_args\.(network|inner_rule)\.|data\.init_args\.root"
 
 
 def newest_checkpoint(config: Namespace, subcommand: str) -> str | None:
@@ -26,12 +26,14 @@ def newest_checkpoint(config: Namespace, subcommand: str) -> str | None:
     logger = logger[0] if isinstance(logger, list) and logger else logger
     arguments = logger.get("init_args", {}) if isinstance(logger, Namespace) else {}
     root = Path(arguments.get("save_dir") or config.trainer.default_root_dir or "")
-    logs = root / (arguments.get("name") or "lightning_logs")
+    logs = root / (arguments.get("name", "lightning_logs") or "")
     folder = config.checkpoint.dirpath
     folders = [Path(folder)] if folder else [root / "checkpoints", *logs.glob("*/checkpoints")]
     found = [path for folder in folders for name in (LAST, PREVIOUS) for path in folder.glob(f"{name}*.ckpt")]
     others = []
-    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+    newest = {of.parent: max(path.stat().st_mtime for path in found if path.parent == of.parent) for of in found}
+    # within a folder by name, since a copy may have other times
+    for path in sorted(found, key=lambda path: (newest[path.parent], path.stem.startswith(LAST)), reverse=True):
         checkpoint = load(path)
         # a corrupt one is reported when it is read
         other = differences(checkpoint, config, IDENTITY) if isinstance(checkpoint, dict) else []
@@ -44,8 +46,7 @@ def newest_checkpoint(config: Namespace, subcommand: str) -> str | None:
         raise InputError(f"{came}; choose another checkpoint.dirpath")
     if subcommand != "fit":
         raise InputError(came)
-    if others:
-        rank_zero_warn(f"{came}: starting anew")
+    (rank_zero_warn if others else rank_zero_info)(f"{came}: starting anew")
     return None
 
 
@@ -56,14 +57,17 @@ def differences(checkpoint: dict[str, Any], config: Namespace, of: str = "") -> 
     return [f"{name.replace('.init_args', '')} {now[name]} instead of {before[name]}" for name in sorted(names)]
 
 
-def leaves_of(options: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """The values of nested options by their dotted names; of classes their name, since modules may move."""
+def leaves_of(options: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested options by their dotted names, in one form of several equal ones."""
     if isinstance(options, dict):
         for key, value in options.items():
             yield from leaves_of(value, f"{name}.{key}".strip("."))
+    elif isinstance(options, str) and name.endswith(".class_path"):
+        yield name, options.rpartition(".")[2]  # modules may move
+    elif isinstance(options, str) and name.endswith(".root"):
+        yield name, str(Path(options).expanduser().resolve())
     else:
-        value = json.dumps(options, default=str)
-        yield name, value.rpartition(".")[2].strip('"') if name.endswith("class_path") else value
+        yield name, list(options) if isinstance(options, tuple) else options
 
 
 def described(checkpoint: dict[str, Any]) -> dict[str, Any]:

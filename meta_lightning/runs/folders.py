@@ -1,34 +1,19 @@
 """Folders of runs, each of which belongs to one process at a time."""
 
-from collections.abc import Iterable
+import os
+import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_warn
 
 from meta_lightning.checks import InputError
 
 LOCK = ".lock"
-
-
-@rank_zero_only
-def claim_log_folders(loggers: Iterable[Logger]) -> None:
-    """Create the folder of the next version, atomically since other runs may start now, where none is set."""
-    claimed: dict[str, str | int] = {}  # loggers with one root share a version
-    for logger in loggers:
-        if not isinstance(logger, TensorBoardLogger | CSVLogger) or "://" in logger.root_dir:
-            continue
-        if logger._version is None:
-            while logger.root_dir not in claimed:
-                with suppress(FileExistsError):  # another run was faster
-                    Path(logger.log_dir).mkdir(parents=True)
-                    claimed[logger.root_dir] = logger.version
-                logger._version = None
-            logger._version = claimed[logger.root_dir]
-    for root in claimed:
-        remove_remains(Path(root))
+HOUR = 3600.0
+CLAIMED: set[Path] = set()  # log folders that this process has made
 
 
 def remove_remains(root: Path) -> None:
@@ -45,24 +30,52 @@ def remove_empty(log_folder: Path) -> None:
         if {path.name for path in log_folder.iterdir()} == {"checkpoints"}:
             (log_folder / "checkpoints").rmdir()
         log_folder.rmdir()
+        if log_folder.parent.name == "lightning_logs":  # made with it
+            log_folder.parent.rmdir()
+
+
+def remove_refused(log_folder: Path) -> None:
+    """Remove the log folder of a run that was refused: this process has made it, and nothing is in it but its start."""
+    found = [path for path in log_folder.rglob("*") if path.is_file()]
+    start = ("config.yaml", "hparams.yaml", "events.out.tfevents.")
+    if log_folder.resolve() in CLAIMED and all(path.name.startswith(start) for path in found):
+        shutil.rmtree(log_folder, ignore_errors=True)
+        remove_empty(log_folder)
 
 
 def lock(folder: Path) -> BaseFileLock:
-    """Lock a folder of checkpoints, and remove what killed runs left half-written; InputError if it is locked."""
+    """Lock a folder of checkpoints, once per process, and remove what killed runs left half-written.
+
+    Raises:
+        InputError: If another process has locked it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder / LOCK, timeout=1)
+    held = FileLock(folder.resolve() / LOCK, timeout=1, is_singleton=True)
     try:
-        with suppress(NotImplementedError):  # file systems without locks
-            held.acquire()
+        held.acquire()
     except Timeout:
         raise InputError(f"checkpoint.dirpath must be a folder of one run at a time, got {folder}, in use") from None
+    except (OSError, NotImplementedError) as error:
+        rank_zero_warn(f"The file system cannot lock {folder} ({error}): give each run a folder of its own")
     for part in folder.glob("*.part"):
-        part.unlink(missing_ok=True)
+        if left_behind(part):
+            part.unlink(missing_ok=True)
     return held
 
 
+def left_behind(part: Path) -> bool:
+    """Whether no process of this machine is writing a file any more, whose name holds the number of its process."""
+    process = part.stem.rpartition(".")[2]
+    with suppress(OSError):
+        if process.isdigit() and time.time() - part.stat().st_mtime < HOUR:
+            os.kill(int(process), 0)
+            return False
+    return True
+
+
 def release(held: BaseFileLock | None) -> None:
-    """Release a lock, and remove its file."""
+    """Remove the file of a lock, and release it."""
     if held is not None and held.is_locked:
-        Path(held.lock_file).unlink(missing_ok=True)
+        if held.lock_counter == 1:
+            Path(held.lock_file).unlink(missing_ok=True)
         held.release()

@@ -1,7 +1,9 @@
-"""Exact resume: Lightning's progress counters, and logs."""
+"""Exact resume: Lightning's progress counters, and the folders of logs."""
 
 import csv
 import warnings
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from meta_lightning.files import written_whole
+from meta_lightning.runs.folders import CLAIMED, remove_remains
 
 
 def settle_progress(fit_loop: dict[str, Any], epoch_length: float) -> None:
@@ -33,6 +36,27 @@ def settle_progress(fit_loop: dict[str, Any], epoch_length: float) -> None:
         counts.update(ready=0, started=0, processed=0, completed=0)
     batches["is_last_batch"] = validation["is_last_batch"] = False
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = batches["total"]["completed"]
+
+
+@rank_zero_only
+def claim_log_folders(loggers: Iterable[Logger]) -> None:
+    """Create the folder of the next version, atomically since other runs may start now, where none is set."""
+    claimed: dict[str, str | int] = {}  # loggers with one root share a version
+    for logger in loggers:
+        if not isinstance(logger, TensorBoardLogger | CSVLogger) or "://" in logger.root_dir:
+            continue
+        if logger._version is None:
+            root, version = logger.root_dir, int(logger.version)
+            while root not in claimed:
+                logger._version = version
+                with suppress(FileExistsError):  # another run was faster, or a file has the name
+                    Path(logger.log_dir).mkdir(parents=True)
+                    claimed[root] = version
+                    CLAIMED.add(Path(logger.log_dir).resolve())
+                version += 1
+            logger._version = claimed[root]
+    for root in claimed:
+        remove_remains(Path(root))
 
 
 def continue_logs(loggers: list[Logger], path: Path, checkpoint: dict[str, Any]) -> None:
