@@ -246,3 +246,9 @@ def test_photographs_for_a_learner_of_drawings_are_said(
             Image.fromarray(rng.integers(60, 180, (40, 40, 3), dtype=np.uint8)).save(path)
     adapt(checkpoint, "--overwrite")
     assert [warning for warning in recwarn if "do not look like those of training" in str(warning.message)]
+
+
+def test_queries_in_the_folder_of_the_classes_are_refused(checkpoint: str, photos: Path) -> None:
+    (photos / "queries").rename(photos / "my_photos/queries")
+    said = fails("adapt", "--ckpt_path", checkpoint, "--support", "my_photos", "--query", "my_photos/queries")
+    assert "query must not be in support, whose folders are classes, got my_photos/queries in my_photos" in said

@@ -254,3 +254,17 @@ def test_a_cache_that_is_built_meanwhile_is_taken(tmp_path: Path) -> None:
 
     assert same(load_or_build(folder, slower), build())
     assert sorted(path.name for path in tmp_path.iterdir()) == [".cache.lock", "cache"]
+
+
+@pytest.mark.parametrize("chunks", [[0, 3], [3, 0, 2], [0], [0, 0, 1, 0]])
+def test_chunks_without_images(chunks: list[int], tmp_path: Path) -> None:
+    images = [np.full((n, 1, 2, 2), i, np.uint8) for i, n in enumerate(chunks)]
+    total = sum(chunks)
+
+    def build() -> LabelledImages:
+        return LabelledImages(concatenated(images), np.zeros(total, np.int64), np.array(["a"]), np.array([0]))
+
+    in_memory, cached = build(), load_or_build(tmp_path / "cache", build)
+    assert np.array_equal(in_memory.images, np.concatenate(images))
+    assert np.array_equal(cached.images, np.concatenate(images))
+    assert load_or_build(tmp_path / "cache", pytest.fail, verify=True).images.shape == (total, 1, 2, 2)

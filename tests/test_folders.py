@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RUN, TINY, fails
+from conftest import RUN, TINY, fails, trainer
+from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from meta_lightning import MAML, MLP, Sinusoid
 from meta_lightning.checks import InputError
 from meta_lightning.cli import main
+from meta_lightning.runs.checkpoint_callback import Checkpoints
+from meta_lightning.runs.experiment import differences
 from meta_lightning.runs.folders import lock, release
 from meta_lightning.runs.resume import claim_log_folders
 
@@ -212,3 +216,103 @@ def test_a_fit_without_validation_says_that_it_leaves_no_best_checkpoint(
     messages = [str(warning.message) for warning in recwarn]
     assert any(message.startswith(expected) and "last.ckpt has the last" in message for message in messages) == said
     assert (RUN / "checkpoints/best.ckpt").exists() != said
+
+
+# -------------------------------------------------------------------------- runs that are there are left alone
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize(
+    "args", [["--trainer.gradient_clip_val", "1"], ["--model.inner_lr", "-1"], ["--trainer.precision", "16-true"]]
+)
+@pytest.mark.parametrize("dirpath", [None, "kept"])
+def test_a_refused_resume_leaves_the_run(args: list[str], dirpath: str | None) -> None:
+    where = [] if dirpath is None else ["--checkpoint.dirpath", dirpath]
+    main([*FIT, *where])
+    (RUN / "fit.json").unlink()  # as of a run that was killed
+    before = files(Path())
+    fails(*FIT, *where, "--ckpt_path", "last", *args)
+    after = files(Path())
+    assert before.keys() <= after.keys()
+    assert all(after[path] == contents for path, contents in before.items() if path.name != "config.yaml")
+
+
+def test_a_run_that_is_refused_by_a_lock_does_not_touch_the_other() -> None:
+    board = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "."]
+    main([*FIT, *board])
+    before = files(RUN)
+    assert any(path.name == "metrics.csv" for path in before)
+    with Held(RUN / "checkpoints"):
+        assert "in use" in fails(*FIT, *board, "--ckpt_path", "last", "--model.outer_lr", "0.5")
+    assert files(RUN) == before
+
+
+def test_two_callbacks_may_keep_checkpoints_in_one_folder() -> None:
+    second = ["--trainer.callbacks+=meta_lightning.runs.checkpoint_callback.Checkpoints"]
+    second += ["--trainer.callbacks.monitor=val/loss", "--trainer.callbacks.mode=min"]
+    main([*FIT, *second, "--trainer.callbacks.filename=best_loss", "--trainer.callbacks.save_last=false"])
+    assert {path.name for path in (RUN / "checkpoints").iterdir()} == {
+        *("best.ckpt", "best_loss.ckpt", "last.ckpt", "previous.ckpt")
+    }
+
+
+def test_a_name_that_is_taken_by_a_file_or_a_dangling_link_is_passed_over() -> None:
+    logs = Path("lightning_logs")
+    logs.mkdir()
+    (logs / "version_0").symlink_to("nowhere")
+    (logs / "version_1").touch()
+    logger = TensorBoardLogger(".")
+    claim_log_folders([logger])
+    assert logger.version == 2
+
+
+def test_the_last_checkpoint_is_last_though_a_copy_has_other_times() -> None:
+    main(FIT)
+    os.utime(RUN / "checkpoints/previous.ckpt", (2e9, 2e9))
+    main([*FIT, "--trainer.max_steps", "5", "--ckpt_path", "last"])
+    record = json.loads((RUN / "fit.json").read_text())
+    assert record["steps"] == 5
+    assert torch.load(RUN / "checkpoints/previous.ckpt", weights_only=True)["global_step"] == 4
+
+
+@pytest.mark.parametrize("spelling", ["{}", "{}/", "./{}", "{}/../{}", "link"])
+def test_a_root_may_be_spelt_otherwise(spelling: str, tmp_path: Path) -> None:
+    config = Namespace(data=Namespace(class_path="a.B", init_args=Namespace(root=spelling.format("photos", "photos"))))
+    Path("photos").mkdir()
+    Path("link").symlink_to("photos")
+    hparams = {"_class_path": "meta_lightning.B", "root": str(tmp_path / "photos")}
+    assert not differences({"datamodule_hyper_parameters": hparams}, config)
+    Path("others").mkdir()
+    hparams["root"] = "others"
+    assert differences({"datamodule_hyper_parameters": hparams}, config)
+
+
+def test_equal_values_are_no_difference() -> None:
+    config = Namespace(model=Namespace(class_path="a.B", init_args=Namespace(dropout=0, shape=[1, 2], new=True)))
+    checkpoint = {"hyper_parameters": {"_class_path": "c.B", "dropout": 0.0, "shape": (1, 2)}}
+    assert not differences(checkpoint, config)
+
+
+def test_a_trial_run_begins_anew() -> None:
+    main(FIT)
+    before = files(Path())
+    main([*FIT, "--ckpt_path", "last", "--trainer.fast_dev_run", "true"])
+    assert files(Path()) == before
+
+
+def test_a_callback_that_has_saved_another_training_is_refused() -> None:
+    """Lightning's ranks the second one against the first, and saves no step twice."""
+    callback = Checkpoints("kept", monitor="val/mse", mode="min")
+
+    def fit(max_steps: int, path: str | None = None) -> None:
+        options = {"callbacks": [callback], "enable_checkpointing": True, "num_sanity_val_steps": 0}
+        data = Sinusoid(epoch_length=2, meta_batch_size=2, val_tasks=2)
+        trainer(max_steps=max_steps, **options).fit(MAML(MLP(hidden=[8]), inner_steps=1), data, ckpt_path=path)
+
+    fit(2)
+    with pytest.raises(InputError, match=r"callbacks must hold new Checkpoints .*kept/last\.ckpt"):
+        fit(2)
+    fit(4, "kept/last.ckpt")

@@ -1,15 +1,19 @@
 """Batches of loaders of one's own, and tasks that do not depend on how they are batched."""
 
+from collections import namedtuple
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from meta_lightning import FOMAML, MAML, MLP, MetaLearner, Reptile, Sinusoid
+from meta_lightning import FOMAML, MAML, MLP, Conv4, Dashboard, Glyphs, MetaLearner, Reptile, Sinusoid
 from meta_lightning.checks import InputError
+from meta_lightning.data.tasks import as_task_batch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -132,3 +136,43 @@ def test_predict_gives_what_a_test_gives(mlp: MLP) -> None:
 def test_class_numbers_that_do_not_fit_are_refused(y: Tensor, message: str) -> None:
     with pytest.raises(InputError, match=message):
         train(MAML(nn.Linear(3, 2)), (X[None], y[None]) * 2)
+
+
+class Set(nn.Module):
+    """A network of sets of six samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(x) == 6, "needs six"
+        y: Tensor = self.layer(x - x.mean(0))
+        return y
+
+
+def test_a_network_of_sets_may_refuse_others_as_it_likes(recwarn: pytest.WarningsRecorder) -> None:
+    train(MAML(Set(), inner_steps=1), (torch.randn(2, 6, 3), torch.randn(2, 6, 2)) * 2)
+    assert any("no other number of samples per task than 6" in str(warning.message) for warning in recwarn)
+
+
+def test_a_named_tuple_in_another_order_is_refused() -> None:
+    swapped = namedtuple("swapped", "query_x query_y support_x support_y")
+    with pytest.raises(InputError, match=r"batches must be .*got \(query_x, query_y, support_x, support_y\)"):
+        as_task_batch(swapped(X[None], Y[None], X[None], Y[None]))
+    same = namedtuple("same", "support_x support_y query_x query_y")
+    as_task_batch(same(X[None], Y[None], X[None], Y[None]))
+
+
+@pytest.mark.parametrize("run", ["validate", "test"])
+def test_several_loaders_of_an_evaluation_are_refused(run: str) -> None:
+    loaders = [DataLoader([(X[None], Y[None]) * 2], batch_size=None) for _ in range(2)]  # type: ignore[list-item,var-annotated]
+    with pytest.raises(InputError, match=r"evaluation takes one loader.*got 2"):
+        getattr(trainer(), run)(MAML(nn.Linear(3, 2), inner_steps=1), loaders, verbose=False)
+
+
+def test_more_outputs_than_classes_are_drawn(glyphs: Any, tmp_path: Path) -> None:
+    fit = trainer(
+        logger=TensorBoardLogger(tmp_path), callbacks=[Dashboard()], limit_val_batches=1, limit_test_batches=1
+    )
+    fit.test(MAML(Conv4(filters=4, ways=7), inner_steps=1), Glyphs(ways=3, meta_batch_size=2), verbose=False)

@@ -15,7 +15,14 @@ import lightning as L
 import pytest
 import torch
 from conftest import Seen, trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
@@ -282,6 +289,7 @@ class Odd(SGD):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.state["total"] = 1 + self.state.get("total", 0)  # of no parameter
         for group in self.param_groups:
             group["calls"] += 1
             for p in group["params"]:
@@ -291,6 +299,10 @@ class Odd(SGD):
                 state.setdefault("first", p.grad.clone())
                 state["steps"] = state.get("steps", 0) + 1
                 state["past"] = [*state.get("past", ()), p.grad.clone()]
+                state.pop("gone", None)
+                state["grown"] = torch.zeros(state["steps"])
+                if state["steps"] == 1:
+                    state["gone"] = torch.ones(1)
                 group["d"] = max(group["d"], float(p.grad.norm()))
                 p -= group["lr"] * p.grad
 
@@ -582,3 +594,13 @@ def test_patterns_also_hold_for_parameters_that_are_unfrozen_later(mlp: MLP) -> 
     mlp.features.requires_grad_(False)
     with pytest.raises(InputError, match=r"inner_freeze must leave a parameter"):
         MAML(mlp, inner_freeze=["head.*"])
+
+
+@pytest.mark.parametrize("callback", [StochasticWeightAveraging(0.1), ModelPruning("l1_unstructured")])
+def test_a_subclass_that_defines_callbacks_is_checked_as_well(callback: Any, mlp: MLP, sinusoid: Sinusoid) -> None:
+    class Own(MAML):
+        def configure_callbacks(self) -> Any:
+            return []
+
+    with pytest.raises(InputError, match=rf"trainer\.callbacks must not hold {type(callback).__name__}"):
+        trainer(max_steps=1, callbacks=[callback]).fit(Own(mlp), sinusoid)

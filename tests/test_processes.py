@@ -145,3 +145,18 @@ def test_a_killed_process_takes_its_workers_along(tmp_path: Path) -> None:
 def alive(pid: int) -> bool:
     """Whether a process runs, and is not a zombie that nobody waits for."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def fails_late(number: int) -> int:
+    time.sleep(0.01)
+    if number == 150:
+        raise OSError(5, "Input/output error", "picture.png")
+    return number
+
+
+def test_an_error_of_a_worker_is_the_error_itself() -> None:
+    results = mapped(fails_late, range(300))
+    assert [next(results) for _ in range(150)] == [*range(150)]
+    with pytest.raises(OSError, match=r"Errno 5.*picture\.png") as error:
+        next(results)
+    assert error.value.filename == "picture.png"

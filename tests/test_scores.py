@@ -10,7 +10,7 @@ from conftest import TINY, trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassConfusionMatrix,
     MulticlassF1Score,
@@ -22,6 +22,8 @@ from torchmetrics.functional.classification import multiclass_f1_score, multilab
 from meta_lightning import FOMAML, MAML, Reptile
 from meta_lightning.checks import InputError
 from meta_lightning.cli import main
+from meta_lightning.runs.checkpoint_callback import Checkpoints
+from meta_lightning.scores import Scores
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -49,11 +51,24 @@ def validated(learner: Any, x: Tensor, y: Tensor) -> dict[str, float]:
     return {name: value.item() for name, value in fit.callback_metrics.items()}
 
 
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.CrossEntropyLoss(ignore_index=0)
+
+    def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self.inner(predictions, targets)
+        return loss
+
+
 LOSSES = [
     pytest.param(None, -100, id="default"),
     pytest.param(nn.CrossEntropyLoss(), -100, id="module"),
     pytest.param(nn.CrossEntropyLoss(ignore_index=2), 2, id="module with an index"),
     pytest.param(partial(F.cross_entropy, ignore_index=0), 0, id="partial function"),
+    pytest.param(Wrapped(), 0, id="module in a module"),
+    pytest.param(lambda p, y: F.cross_entropy(p, y, ignore_index=0), 0, id="function"),
+    pytest.param(lambda p, y: F.nll_loss(p.log_softmax(1), y, ignore_index=0), 0, id="nll_loss"),
 ]
 
 
@@ -91,6 +106,9 @@ def focal(predictions: Tensor, targets: Tensor) -> Tensor:
         nn.CrossEntropyLoss(),  # of class probabilities
         partial(F.cross_entropy, label_smoothing=0.1),
         focal,
+        nn.PoissonNLLLoss(),
+        nn.SoftMarginLoss(),
+        lambda p, y: (F.softplus(p) - y * p).mean(),
     ],
 )
 def test_a_loss_of_probabilities_has_no_mse(loss: Any) -> None:
@@ -108,8 +126,6 @@ def test_a_loss_of_real_values_has_one(loss: Any) -> None:
 
 
 def test_the_monitor_hint_names_what_there_is() -> None:
-    from meta_lightning.runs.checkpoint_callback import Checkpoints
-
     x, y = torch.randn(2, 6, 3), (torch.rand(2, 6, 3) > 0.5).float()
     loader: Any = DataLoader([(x, y, x, y)], batch_size=None)  # type: ignore[arg-type]
     fit = trainer(callbacks=[Checkpoints("kept")], enable_checkpointing=True, max_steps=1)
@@ -177,3 +193,34 @@ def test_metrics_by_class_path_are_monitored_and_survive_a_resume(tmp_path: Path
     assert torch.load("kept/last.ckpt", weights_only=True)["global_step"] == 6
     main(["test", "--ckpt_path", "kept/last.ckpt"])
     assert '"test/f1_ci95"' in next(Path().rglob("test.json")).read_text()
+
+
+def test_a_loss_that_draws_random_numbers_goes_on_exactly(mlp: Any, sinusoid: Any, tmp_path: Path) -> None:
+    def noisy(p: Tensor, y: Tensor) -> Tensor:
+        return (p + 0.1 * torch.randn_like(p) - y).square().mean()
+
+    def run(steps: int, path: Path | None = None) -> list[Tensor]:
+        torch.manual_seed(0)
+        network = type(mlp)(hidden=[8])
+        options = {"limit_val_batches": 0, "log_every_n_steps": 3, "enable_checkpointing": True}
+        fit = trainer(max_steps=steps, callbacks=[Checkpoints(str(tmp_path))], **options)
+        fit.fit(MAML(network, noisy, inner_steps=2), sinusoid, ckpt_path=path)
+        return [p.detach().clone() for p in network.parameters()]
+
+    whole = run(8)
+    run(4)
+    resumed = run(8, tmp_path / "last.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_metrics_keep_their_precision() -> None:
+    x, y = torch.randn(2, 700, 3).bfloat16(), torch.randint(0, 3, (2, 700))
+    (f1,) = Scores({"f1": MulticlassF1Score(3)})(F.cross_entropy, x, y)["f1"][:1]
+    assert f1 == multiclass_f1_score(x[0], y[0], 3)
+
+
+@pytest.mark.parametrize("metric", [MulticlassF1Score(5), MeanMetric()])
+def test_a_metric_that_does_not_fit_is_named(metric: Metric) -> None:
+    x, y = torch.randn(2, 6, 3), torch.randint(0, 3, (2, 6))
+    with pytest.raises(InputError, match=r"metrics must take .*got \[6, 3\] and \[6\] for mine \("):
+        validated(MAML(Echo(), metrics={"mine": metric}), x, y)

@@ -449,7 +449,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         require(several == 1, f"evaluation takes one loader, whose batches are of tasks, got {several}")
         self.evaluation = Evaluation()
 
-    def validation_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
+    def validation_step(self, batch: TaskBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Adapt to each task, record query loss and scores before and after, and return the predictions after."""
         batch = as_task_batch(batch)
         before_and_after = self.predict_tasks(batch, first=self.evaluation.begin(batch))

@@ -183,8 +183,13 @@ def visible(folder: Path) -> list[Path]:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """The folders in a folder that are not hidden, sorted by name."""
-    return [entry for entry in visible(folder) if entry.is_dir()]
+    """The folders in a folder that are neither hidden nor links to it or above, sorted by name."""
+    return [entry for entry in visible(folder) if entry.is_dir() and not is_loop(entry)]
+
+
+def is_loop(entry: Path) -> bool:
+    """Whether a folder is a link to one that it is in."""
+    return entry.is_symlink() and entry.parent.resolve().is_relative_to(entry.resolve())
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -193,7 +198,7 @@ def files_below(folder: Path) -> Iterator[Path]:
         if not entry.is_dir():
             if entry.is_file() or entry.is_symlink():
                 yield entry
-        elif not (entry.is_symlink() and folder.resolve().is_relative_to(entry.resolve())):  # not a loop
+        elif not is_loop(entry):
             yield from files_below(entry)
 
 

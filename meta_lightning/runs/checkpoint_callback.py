@@ -100,6 +100,9 @@ class Checkpoints(ModelCheckpoint):
             set_random_states(self.random_states, pl_module.device)
             self.random_states = None
         self.saved_step = 0
+        former = self.last_model_path or self.best_model_path
+        new = trainer.global_step > 0 or not former
+        require(new, f"callbacks must hold new Checkpoints for a new training, got one that has saved {former}")
         self.signal, self.stop, self.vote = None, False, None
         # on the CPU: a decision through the devices would wait for them at every step
         several = trainer.world_size > 1 and torch.distributed.is_gloo_available()

@@ -13,7 +13,7 @@ from meta_lightning.checks import InputError
 
 LOCK = ".lock"
 HOUR = 3600.0
-CLAIMED: set[Path] = set()  # log folders that this process has made
+CLAIMED: set[Path] = set()  # log folders that this process has made for its present run
 
 
 def remove_remains(root: Path) -> None:

@@ -41,6 +41,7 @@ def settle_progress(fit_loop: dict[str, Any], epoch_length: float) -> None:
 @rank_zero_only
 def claim_log_folders(loggers: Iterable[Logger]) -> None:
     """Create the folder of the next version, atomically since other runs may start now, where none is set."""
+    CLAIMED.clear()
     claimed: dict[str, str | int] = {}  # loggers with one root share a version
     for logger in loggers:
         if not isinstance(logger, TensorBoardLogger | CSVLogger) or "://" in logger.root_dir:
