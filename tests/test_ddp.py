@@ -95,6 +95,28 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None
     assert torch.load(last, weights_only=True)["global_step"] == 5, done.stderr
 
 
+@pytest.mark.parametrize("algorithm", ["MAML", "Reptile"])
+def test_what_is_unfrozen_later_is_averaged_or_refused(algorithm: str, tmp_path: Path) -> None:
+    """DDP averages the parameters that it has wrapped; Reptile averages by itself."""
+    options = ["--model", algorithm, "--data.epoch_length=2", "--trainer.callbacks+=ddp_signal.Unfreeze"]
+    done = subprocess.run(
+        [*TORCHRUN, "2", *FIT, *options],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    if algorithm == "MAML":
+        assert done.returncode != 0
+        assert "must train the same parameters from the start, got features.1.bias, features.1.weight" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        a, b = (torch.load(tmp_path / f"unfrozen-{rank}.pt", weights_only=True) for rank in range(2))
+        assert torch.equal(a, b)
+
+
 def test_torchrun_starts_and_resumes(tmp_path: Path) -> None:
     for max_steps in (3, 5):
         run(tmp_path, *TORCHRUN, "2", *FIT, "--trainer.max_steps", str(max_steps), "--ckpt_path", "last")

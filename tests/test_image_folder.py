@@ -679,3 +679,24 @@ def test_classes_too_few_for_the_fractions_say_which_would_do(tmp_path: Path) ->
         pytest.raises(InputError, match=r"three splits need 57 .*\"\[.*\]\" would do for 5 ways$"),
     ):
         tasks(tmp_path / "p", **options | {"ways": 19}, shots=2).setup("fit")
+
+
+def test_too_few_images_are_not_said_to_be_too_few_classes(tmp_path: Path) -> None:
+    for label in range(15):
+        for number in range(5):
+            path = tmp_path / f"class{label}/{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("L", (8, 8), 10 * label + number).save(path)
+    data = ImageFolderTasks(str(tmp_path), ways=2, shots=4, queries=2, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(
+        InputError, match=r"2 classes \(ways\) of 6 images .*got 0 and 3 .*; fewer shots or queries would do$"
+    ):
+        data.task_set("test")
+
+
+def test_a_link_to_the_root_is_no_class(tmp_path: Path) -> None:
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / label / "0.png")
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    assert ImageFolderTasks(str(tmp_path)).listing[0] == ["a", "b"]

@@ -166,7 +166,8 @@ class ImageFolderTasks(RandomSplit, FolderTasks):
             drawn = f" (split_fractions gives it {of_split} of the {len(self.drawn)} classes)" if self.drawn else ""
             needs = f"{ways} classes (ways) of {self.takes[row]} images (shots + queries) for the {split} split{drawn}"
             came = f"{enough} and {of_split - enough} with fewer images in {self.folder}"
-            advice = f"; {self.fitting_fractions()}" if self.drawn else ""
+            more = "; fewer shots or queries would do" if of_split >= ways else ""  # the classes are enough
+            advice = f"; {self.fitting_fractions()}" if self.drawn and not more else more
             raise InputError(f"root must hold at least {needs}, got {came}{advice}")
         return super().task_set(split)
 

@@ -166,7 +166,7 @@ def check_unfreezing(algorithm: Algorithm, **of: Any) -> None:
     "callbacks",
     "BaseFinetuning",
     "works",
-    "unfreezes in both loops; the schedule moves the groups of `configure_optimizers`; resumes where "
+    "unfreezes in both loops, in one process; the schedule moves the groups of `configure_optimizers`; resumes where "
     "`finetune_function` makes trainable what was",
     with_="MAML",
     algorithms=[MAML],
