@@ -19,8 +19,13 @@ FIT += ["--model.network", "meta_lightning.MLP", "--checkpoint.monitor", "val/ms
 FIT += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 
+def ended(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=400, check=False)
+
+
 def run(folder: Path, *command: str) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400, check=False)
+    done = ended(folder, *command)
     assert done.returncode == 0, done.stderr
 
 
@@ -80,15 +85,7 @@ def test_the_command_line_starts_its_ranks(tmp_path: Path) -> None:
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
     options = ["--trainer.max_steps=20", "--data.epoch_length=20", "--trainer.callbacks+=ddp_signal.Terminate"]
-    done = subprocess.run(
-        [*TORCHRUN, "2", *FIT, *options],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(TESTS)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    done = ended(tmp_path, *TORCHRUN, "2", *FIT, *options)
     assert done.returncode != 0
     (last,) = tmp_path.rglob("last.ckpt")
     # received in meta-iteration 3 (from 0), asked about at its end, answered at the end of the next one
@@ -99,15 +96,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None
 def test_what_is_unfrozen_later_is_averaged_or_refused(algorithm: str, tmp_path: Path) -> None:
     """DDP averages the parameters that it has wrapped; Reptile averages by itself."""
     options = ["--model", algorithm, "--data.epoch_length=2", "--trainer.callbacks+=ddp_signal.Unfreeze"]
-    done = subprocess.run(
-        [*TORCHRUN, "2", *FIT, *options],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(TESTS)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    done = ended(tmp_path, *TORCHRUN, "2", *FIT, *options)
     if algorithm == "MAML":
         assert done.returncode != 0
         assert "must train the same parameters from the start, got features.1.bias, features.1.weight" in done.stderr
