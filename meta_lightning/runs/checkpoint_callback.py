@@ -1,8 +1,6 @@
 """The checkpoint callback: best and last checkpoints, and exact resume."""
 
 import os
-import signal
-import threading
 from pathlib import Path
 from typing import Any, Literal
 from weakref import proxy
@@ -21,6 +19,7 @@ from meta_lightning.random_states import random_states, set_random_states
 from meta_lightning.runs.checkpoint_file import LAST, WholeFiles
 from meta_lightning.runs.folders import lock, release, remove_empty, remove_refused
 from meta_lightning.runs.resume import settle_progress
+from meta_lightning.runs.signals import Signals
 
 
 class Checkpoints(ModelCheckpoint):
@@ -61,10 +60,7 @@ class Checkpoints(ModelCheckpoint):
         self.saved_step = 0  # of the last checkpoint
         self.random_states: dict[str, Any] | None = None  # to save, or to restore at the start of training
         self.lock: BaseFileLock | None = None  # of ``dirpath``, while training
-        self.signal: int | None = None  # received by this process
-        self.stop = False  # agreed on by all processes at the end of a meta-iteration
-        self.voters: Any = None  # process group, if there are several
-        self.vote: tuple[Any, torch.Tensor] | None = None
+        self.signals: Signals | None = None  # while training
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make checkpoint writes atomic, and lock ``dirpath`` against other runs."""
@@ -91,7 +87,7 @@ class Checkpoints(ModelCheckpoint):
         require(known, f"checkpoint.monitor must be one of {', '.join(values)}, got {self.monitor}; {hint}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the random states of a resumed run, and install the signal handlers."""
+        """Restore the random states of a resumed run, and listen to signals."""
         super().on_train_start(trainer, pl_module)
         epoch_loop = trainer.fit_loop.epoch_loop
         if epoch_loop.batch_progress.current.ready == 0:
@@ -103,39 +99,13 @@ class Checkpoints(ModelCheckpoint):
         former = self.last_model_path or self.best_model_path
         new = trainer.global_step > 0 or not former
         require(new, f"callbacks must hold new Checkpoints for a new training, got one that has saved {former}")
-        self.signal, self.stop, self.vote = None, False, None
-        # on the CPU: a decision through the devices would wait for them at every step
-        several = trainer.world_size > 1 and torch.distributed.is_gloo_available()
-        self.voters = torch.distributed.new_group(backend="gloo") if several else None
-        if threading.current_thread() is threading.main_thread():  # required by signal; Lightning restores the handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self.on_signal)
-
-    def on_signal(self, number: int, frame: Any) -> None:
-        """Stop after this meta-iteration; a second Ctrl-C stops at once."""
-        self.signal = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
+        self.signals = Signals(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Note the random states if a save is due: augmentation of the next batch precedes the save."""
-        self.stop = self.agreed(trainer)
-        if self.stop or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
+        assert self.signals is not None
+        if self.signals.ask(trainer) or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             self.random_states = random_states(pl_module.device)
-
-    def agreed(self, trainer: L.Trainer) -> bool:
-        """Whether a process has received a signal; of several processes, one meta-iteration later in all of them."""
-        received = self.signal is not None
-        if self.voters is None:
-            return trainer.strategy.reduce_boolean_decision(received, all=False)
-        answer = False
-        if self.vote is not None:
-            work, count = self.vote
-            work.wait()  # it had a whole meta-iteration to arrive
-            answer = bool(count)
-        count = torch.tensor(int(received))
-        self.vote = torch.distributed.all_reduce(count, group=self.voters, async_op=True), count
-        return answer
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the best checkpoint; the last one is due before the next meta-iteration or at the end of the epoch."""
@@ -148,8 +118,8 @@ class Checkpoints(ModelCheckpoint):
         if self.random_states is not None:
             self.keep_last(trainer)
             self.random_states = None
-        if self.stop:
-            raise SIGTERMException(128 + (self.signal or signal.SIGTERM))
+        if self.signals is not None and self.signals.stop:
+            raise SIGTERMException(self.signals.status)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the best and the last checkpoint."""
@@ -171,16 +141,11 @@ class Checkpoints(ModelCheckpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """End the votes, and say that there is no best checkpoint if training ended before its first validation."""
         super().on_train_end(trainer, pl_module)
-        if self.voters is not None:
-            if self.vote is not None:
-                self.vote[0].wait()
-            torch.distributed.destroy_process_group(self.voters)
-            self.voters = None
-        validates = (
-            self.save_top_k != 0
-            and sum(map(bool, trainer.num_val_batches)) > 0
-            and str(self.monitor).startswith("val/")
-        )
+        if self.signals is not None:
+            self.signals.end()
+            self.signals = None
+        loaders = sum(map(bool, trainer.num_val_batches))
+        validates = loaders > 0 and self.save_top_k != 0 and str(self.monitor).startswith("val/")
         if validates and self.monitor not in trainer.callback_metrics and not self.best_model_path:
             kept = f"; {self.last_model_path} has the last parameters" if self.last_model_path else ""
             steps = f"{trainer.global_step} meta-iterations, before the first validation"
