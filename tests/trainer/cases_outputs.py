@@ -1,6 +1,7 @@
 """Lightning's loggers and profilers: the checks of what each does here."""
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,14 @@ def tensorboard_logger(algorithm: Algorithm) -> None:
     assert any("Linear[head]" in node.name for node in found.Graph().node)
 
 
-def of_package(name: str, package: str, what: str, make: Any) -> None:
-    """Register a logger whose package need not be installed."""
+def of_package(name: str, package: str, what: str, make: Any, account: str = "") -> None:
+    """Register a logger whose package need not be installed, and that may need an account by a variable."""
 
     @case("loggers", name, "works", f"{what}; needs `{package}`", algorithms=ONE)
     def check(algorithm: Algorithm) -> None:
         pytest.importorskip(package)
+        if account and account not in os.environ:
+            pytest.skip(f"{name} needs {account}")
         made = make(getattr(loggers, name))
         written: list[Any] = []
         log_metrics = made.log_metrics
@@ -99,9 +102,15 @@ def of_package(name: str, package: str, what: str, make: Any) -> None:
 
 
 of_package("WandbLogger", "wandb", "logs offline too", lambda kind: kind(offline=True))
-of_package("MLFlowLogger", "mlflow", "logs into a folder", lambda kind: kind(tracking_uri=f"file:{Path.cwd()}/mlruns"))
+of_package("MLFlowLogger", "mlflow", "logs into a database", lambda kind: kind(tracking_uri="sqlite:///mlflow.db"))
 of_package("CometLogger", "comet_ml", "logs offline too", lambda kind: kind(online=False))
-of_package("LitLogger", "litlogger", "logs to its service", lambda kind: kind(save_logs=False))
+of_package(
+    "LitLogger",
+    "litlogger",
+    "logs to its service, with an account; run only where there is one",
+    lambda kind: kind(save_logs=False),
+    account="LIGHTNING_API_KEY",
+)
 
 
 @case("profilers", "Profiler", "works", "a subclass gets start and stop of every action", algorithms=ONE)
