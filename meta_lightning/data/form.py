@@ -31,7 +31,7 @@ class SampleForm:
     mean: list[float] | None = None  # per channel, of pixels in [0, 1]
     std: list[float] | None = None
     pixels: bool | None = None  # whether samples were uint8 pixels, scaled to [0, 1]; None: if ``image_size`` is known
-    look: dict[str, tuple[float, float]] | None = None  # mean and standard deviation of each of LOOKS over images
+    look: dict[str, list[float]] | None = None  # mean and standard deviation of each of ``looks`` over images
 
     def prepare(self, path: Path) -> Array:
         """Read an image file in this form; InputError if the samples were no images.  # C H W"""
@@ -84,9 +84,9 @@ def looks(images: Array) -> dict[str, Array]:
     }
 
 
-def look_of(images: Array) -> dict[str, tuple[float, float]]:
+def look_of(images: Array) -> dict[str, list[float]]:
     """Mean and standard deviation of ``looks`` over images.  # M C H W, uint8"""
-    return {name: (float(value.mean()), float(value.std())) for name, value in looks(images / np.float32(255)).items()}
+    return {name: [float(value.mean()), float(value.std())] for name, value in looks(images / np.float32(255)).items()}
 
 
 def form_of(hparams: Mapping[str, Any], data_class: type | None = None) -> SampleForm:

@@ -24,11 +24,12 @@ def copied(network: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
         for value in tensors_in(vars(module), set()):
             if value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
+    known = dict(memo)
     try:
-        new: nn.Module = copy.deepcopy(network, dict(memo))
+        new: nn.Module = copy.deepcopy(network, memo)
     except (RuntimeError, TypeError):  # hooks of a profiler hold what cannot be copied, and are shared
         hooks = [hook for m in network.modules() for kind in HOOKS for hook in vars(m)[kind].values()]
-        memo |= {id(hook): hook for hook in hooks}
+        memo = known | {id(hook): hook for hook in hooks}
         new = copy.deepcopy(network, memo)
     for module in new.modules():
         rebind(module, memo)
