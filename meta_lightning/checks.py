@@ -101,7 +101,7 @@ def require_supported(precision: str, strategy: Strategy) -> None:
     )
 
 
-def require_own_options(trainer: Any, learner: Module) -> None:
+def require_own_options(trainer: Any, learner: Any) -> None:
     """Raise InputError for options and callbacks of a Trainer that expect automatic optimization."""
     for name, (default, instead) in AUTOMATIC.items():
         came = getattr(trainer, name)
@@ -109,11 +109,11 @@ def require_own_options(trainer: Any, learner: Module) -> None:
     synced = vars(trainer.strategy).get("_layer_sync") is not None  # there is no public name
     require(not synced, "trainer.sync_batchnorm must be False, got True: it mixes the statistics of tasks")
     for callback in trainer.callbacks:
-        alone = isinstance(callback, BackboneFinetuning) and not hasattr(learner, "backbone")
-        require(not alone, "BackboneFinetuning needs the attribute backbone, got none: subclass BaseFinetuning instead")
-        for kind, reason in UNSUPPORTED.items():
+        for kind, reason in learner.unsupported.items():
             name = type(callback).__name__
             require(not isinstance(callback, kind), f"trainer.callbacks must not hold {name}, which {reason}")
+        alone = isinstance(callback, BackboneFinetuning) and not hasattr(learner, "backbone")
+        require(not alone, "BackboneFinetuning needs the attribute backbone, got none: subclass BaseFinetuning instead")
 
 
 def from_command_line() -> bool:

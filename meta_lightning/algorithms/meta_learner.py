@@ -21,6 +21,7 @@ from meta_lightning.adaptation.adapt import adapt_to
 from meta_lightning.adaptation.predictor import Predictor
 from meta_lightning.adaptation.surgery import in_evaluation
 from meta_lightning.checks import (
+    UNSUPPORTED,
     NamedOptions,
     from_command_line,
     plain,
@@ -98,6 +99,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
     second_order: ClassVar[bool] = False  # whether training differentiates through the inner gradients
     greatest_outer_lr: ClassVar[float] = math.inf
+    unsupported: ClassVar[Mapping[type[L.Callback], str]] = UNSUPPORTED  # callbacks, and why
 
     def __init__(
         self,

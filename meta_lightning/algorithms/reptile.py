@@ -4,13 +4,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning import Callback
 from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from meta_lightning.algorithms.meta_learner import MetaLearner
-from meta_lightning.checks import require, require_at_least, require_choice
+from meta_lightning.checks import UNSUPPORTED, require, require_at_least, require_choice
 from meta_lightning.data.streams import uniforms
 from meta_lightning.data.tasks import TaskBatch, as_task_batch
 from meta_lightning.inner.loop import Support, minibatches
@@ -43,6 +42,9 @@ class Reptile(MetaLearner):
     """
 
     greatest_outer_lr = 1.0
+    unsupported = UNSUPPORTED | {
+        BackboneFinetuning: "sets learning rates of an optimizer, which Reptile does not have; subclass BaseFinetuning"
+    }
 
     def __init__(
         self,
@@ -124,12 +126,6 @@ class Reptile(MetaLearner):
 
     def configure_optimizers(self) -> None:
         """No outer optimizer."""
-
-    def configure_callbacks(self) -> list[Callback]:
-        """No callbacks; refuse those that set the learning rates of an optimizer."""
-        setting = [c for c in self.trainer.callbacks if isinstance(c, BackboneFinetuning)]  # type: ignore[attr-defined]
-        require(not setting, "Reptile has no learning rates for BackboneFinetuning to set: subclass BaseFinetuning")
-        return super().configure_callbacks()
 
     def on_fit_start(self) -> None:
         """Let Lightning's stand-in for the optimizer hold ε."""

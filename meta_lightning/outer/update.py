@@ -225,10 +225,8 @@ def undone_unless(condition: Tensor, tensors: Sequence[Tensor], optimizer: Optim
     others = [place for place in places if not same(before.get(place, after), after.get(place, before))]
     if others and not condition:
         for owner, name in others:
-            holder = optimizer.param_groups[owner] if isinstance(owner, int) else optimizer.state
-            if not isinstance(owner, int) and name is not None:
-                holder = optimizer.state[owner]
-            key = owner if name is None else name
+            owners: Any = optimizer.param_groups if isinstance(owner, int) else optimizer.state
+            holder, key = (owners, owner) if name is None else (owners[owner], name)
             if (owner, name) in before:
                 holder[key] = before[owner, name]
             else:
