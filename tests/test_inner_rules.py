@@ -89,7 +89,7 @@ def test_a_rule_of_ones_own_agrees_with_a_loop(options: dict[str, Any]) -> None:
     meta_gradient, *_ = learner.meta_gradient(batch)
     by_theta, by_rates = momentum_loop(network, batch, rates)
     assert error({n: g for n, g in meta_gradient.items() if not n.startswith(".")}, by_theta) <= EXACT
-    assert error({n: meta_gradient[f".rates.{in_module(n)}"] for n in by_rates}, by_rates) <= EXACT
+    assert error({n: meta_gradient[f".rule.rates.{in_module(n)}"] for n in by_rates}, by_rates) <= EXACT
 
 
 def adam_slope(network: nn.Module, batch: TaskBatch, direction: Params) -> float:

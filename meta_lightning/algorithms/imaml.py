@@ -45,33 +45,40 @@ class IMAML(MAML):
         require_no_parameters(self.inner_rule, "on which no minimum depends")
         self.proximal_weight, self.cg_steps = proximal_weight, cg_steps
 
-    def inner_losses(self, theta: Params) -> Callable[[Params, Tensor, Tensor], Tensor]:
-        """``L_support(θ') + λ/2 ‖θ' − θ‖²`` as a function of θ' and the support set.  # T"""
+    def inner_losses(self, start: Params) -> Callable[[Params, Tensor, Tensor], Tensor]:
+        """``L_support(θ') + λ/2 ‖θ' − θ'_0‖²`` as a function of θ' and the support set.  # T"""
 
         def losses(params: Params, x: Tensor, y: Tensor) -> Tensor:
-            distance = {name: params[name] - p for name, p in self.adapted(theta).items()}
+            distance = {name: params[name] - p for name, p in self.adapted(start).items()}
             return self.task_network.losses_of(params, x, y) + self.proximal_weight / 2 * dot(distance, distance)
 
         return losses
 
-    def inner_trajectory(self, theta: Params, support: Support, **options: bool) -> Iterator[Adapted]:
-        """θ' of every task after 1, …, K steps on ``inner_losses``."""
-        step = InnerStep(self.inner_losses(theta), self.inner_rule, self.inner_lr, [*self.adapted(theta)])
-        return trajectory(step, theta, support, **options)
+    def inner_trajectory(self, start: Params, support: Support, **options: bool) -> Iterator[Adapted]:
+        """θ' of every task after 0, …, K steps on ``inner_losses``."""
+        step = InnerStep(self.inner_losses(start), self.inner_rule, self.inner_lr, [*self.adapted(start)])
+        return trajectory(step, start, support.steps, **options)
 
     def pass_gradient(self, support: Support, query_x: Tensor, query_y: Tensor) -> tuple[Params, Tensor, Tensor]:
         """``meta_gradient`` of the tasks of one pass (algorithm 2)."""
         theta = leaves(stack(self.meta_parameters(), len(query_x)))
-        params = leaves(of_network(self.inner_loop(theta, support).params))  # line 3: θ'
+        graph = self.start(theta, support)
+        start = leaves(graph)  # the minimum does not depend on the steps to it
+        params = leaves(of_network(self.inner_loop(start, support).params))  # line 3: θ'
         predictions = self.task_network.predict(params, query_x)
         losses = self.task_network.losses(predictions, query_y)
         by_query = gradient(losses.sum(), params)  # line 4: ∇L_query(θ')
-        meta_gradient = self.implicit_gradient(theta, params, by_query, *support[-1])  # line 5
-        return mean_over_tasks(self.learned(meta_gradient)), losses.detach(), predictions.detach()
+        by_start = self.implicit_gradient(start, params, by_query, *support.steps[-1])  # line 5
+        learned = self.learned(theta)
+        grads = torch.autograd.grad(
+            [graph[name] for name in by_start], [*learned.values()], [*by_start.values()], materialize_grads=True
+        )
+        meta_gradient = mean_over_tasks(dict(zip(learned, grads, strict=True)))
+        return meta_gradient, losses.detach(), predictions.detach()
 
-    def implicit_gradient(self, theta: Params, params: Params, by_query: Params, x: Tensor, y: Tensor) -> Params:
-        """dL_query/dθ by the implicit function theorem (lemma 1).  # T ..."""
-        by_support = gradient(self.inner_losses(theta)(params, x, y).sum(), self.adapted(params), create_graph=True)
+    def implicit_gradient(self, start: Params, params: Params, by_query: Params, x: Tensor, y: Tensor) -> Params:
+        """dL_query/dθ'_0 by the implicit function theorem (lemma 1).  # T ..."""
+        by_support = gradient(self.inner_losses(start)(params, x, y).sum(), self.adapted(params), create_graph=True)
 
         def product(v: Params, by: Params) -> Params:  # ∂⟨∇(L_support + λ/2 ‖θ' − θ‖²), v⟩ / λ; by θ' it is (I + H/λ) v
             scaled = [v[name] / self.proximal_weight for name in by_support]

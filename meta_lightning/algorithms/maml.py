@@ -81,7 +81,7 @@ class MAML(MetaLearner):
 
     def meta_gradient(self, batch: TaskBatch) -> tuple[Params, Tensor, Tensor]:
         """``∇_θ mean_i L_query,i(θ'_i(θ))``, with the query losses and predictions of the tasks.  # ..., T, T R ..."""
-        support = self.inner_batches(batch.support_x, batch.support_y, self.inner_steps)
+        support = self.support(batch.support_x, batch.support_y, self.inner_steps)
         try:
             meta_gradient, losses, predictions = self.in_passes(
                 self.pass_gradient, support, batch.query_x, batch.query_y, compiled=True
@@ -99,7 +99,7 @@ class MAML(MetaLearner):
         """``meta_gradient`` of the tasks of one pass; the lines are those of algorithm 2."""
         theta = leaves(stack(self.meta_parameters(), len(query_x)))
         adapted = self.inner_loop(  # lines 6 and 7: θ' ← θ' − α ∇L_support(θ')
-            theta, support, second_order=self.second_order, recompute=self.recompute_inner_steps
+            self.start(theta, support), support, second_order=self.second_order, recompute=self.recompute_inner_steps
         )
         predictions = self.task_network.predict(adapted.params, query_x)
         losses = self.task_network.losses(predictions, query_y)
@@ -115,7 +115,8 @@ class MAML(MetaLearner):
         for p in theta.values():
             p.grad = None
         # in backward, since DDP averages there, and waits for every parameter
-        others = {p: torch.zeros_like(p) for p in self.parameters() if p.requires_grad} if self.outer_frozen else {}
+        idle = self.outer_frozen or self.head_start.computed
+        others = {p: torch.zeros_like(p) for p in self.parameters() if p.requires_grad} if idle else {}
         handed = others | {p: meta_gradient[name].detach() for name, p in theta.items()}
         self.manual_backward(WithGradient.apply([*handed.values()], *handed))
         for p in {*others} - {*theta.values()}:

@@ -37,10 +37,21 @@ from meta_lightning.data.form import SampleForm, form_of
 from meta_lightning.data.module import TaskDataModule
 from meta_lightning.data.tasks import Array, TaskBatch, as_task_batch, scale_pixels
 from meta_lightning.inner.copies import Original, copied
+from meta_lightning.inner.heads import HeadStart, LearntRows, class_counts
 from meta_lightning.inner.loop import Adapted, InnerStep, Support, trajectory
-from meta_lightning.inner.params import RULE, Params, for_rule, leaves, of_network, stack, tree_leaves, unstack
+from meta_lightning.inner.params import (
+    HEAD,
+    RULE,
+    Params,
+    leaves,
+    of_network,
+    stack,
+    tree_leaves,
+    unstack,
+    with_prefix,
+)
 from meta_lightning.inner.passes import Compile, Passes
-from meta_lightning.inner.rules import FORMER_KEYS, InnerRule, as_rule, require_prepared
+from meta_lightning.inner.rules import FORMER_KEYS, SGD, InnerRule, require_prepared
 from meta_lightning.inner.state import release, setting, unchanged
 from meta_lightning.inner.task_network import Loss, TaskNetwork, default_loss
 from meta_lightning.networks.batch_statistics import with_batch_statistics
@@ -69,6 +80,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             integer targets, mean squared error for floating-point targets.
         test_inner_steps: Inner steps in validation, test and prediction. Default: ``inner_steps``.
         inner_rule: Rule of the inner steps: ``SGD`` (default), ``MetaSGD``, ``Adam`` or a custom ``InnerRule``.
+        head_start: Rows with which the last linear layer starts a task: ``LearntRows`` (default), ``ZeroRows``,
+            ``OneVector``, ``Prototypes`` or a custom ``HeadStart``. With all but the first, tasks may have any number
+            of classes.
         inner_freeze: Name patterns of parameters that the inner loop does not update: ``features.*`` adapts the head
             only (ANIL, Raghu et al., 2020, https://arxiv.org/abs/1909.09157), ``head.*`` the body only (BOIL, Oh et
             al., 2021, https://arxiv.org/abs/2008.08882).
@@ -111,6 +125,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         outer_lr: float,
         test_inner_steps: int | None = None,
         inner_rule: InnerRule | None = None,
+        head_start: HeadStart | None = None,
         inner_freeze: Sequence[str] = (),
         outer_freeze: Sequence[str] = (),
         optimizer: OuterOptimizer | None = None,
@@ -126,14 +141,16 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         super().__init__()
         # in Python these are objects, which cannot be loaded with weights_only; configurations describe them in plain
         # values. init_from is not needed, as the checkpoint has the weights
-        objects = [] if from_command_line() else ["network", "loss", "optimizer", "scheduler", "inner_rule", "metrics"]
+        described = {"inner_rule": inner_rule, "head_start": head_start}
+        objects = [] if from_command_line() else ["network", "loss", "optimizer", "scheduler", "metrics", *described]
         self.save_hyperparameters(ignore=["init_from", *objects])
         # NumPy's scalars, of np.logspace for example, do not load with weights_only
         self.hparams.update({name: v.item() for name, v in self.hparams.items() if isinstance(v, np.generic)})
         inner_lr, outer_lr = plain(inner_lr), plain(outer_lr)
-        rule = as_rule(inner_rule)
-        if inner_rule is not None and objects:
-            self.save_hyperparameters({"inner_rule": rule.description()})
+        rule, head = InnerRule.of(inner_rule, SGD), HeadStart.of(head_start, LearntRows)
+        if objects:
+            parts = {part.argument: part.description() for part in (rule, head) if described[part.argument] is not None}
+            self.save_hyperparameters(parts)
         test_inner_steps = inner_steps if test_inner_steps is None else test_inner_steps
         require_positive(inner_lr=inner_lr, outer_lr=outer_lr)
         most = self.greatest_outer_lr
@@ -158,8 +175,11 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         for argument, frozen in (("inner_freeze", self.inner_frozen), ("outer_freeze", self.outer_frozen)):
             require(not trained or bool(trained - frozen), f"{argument} must leave a parameter, got patterns of all")
         self.task_network = TaskNetwork(self)
-        self.inner_rule = rule
-        adapted = self.adapted(self.network_parameters())
+        self.inner_rule, self.head_start = rule, head
+        self.head_start.find(self.network)
+        # rows that are computed share what the inner rule keeps of them: it gets one
+        rows = self.head_start.replaced(self.network.named_parameters())
+        adapted = self.adapted(self.network_parameters() | {name: p[:1].detach() for name, p in rows.items()})
         self.prepared = frozenset(adapted)
         self.inner_rule.prepare(adapted, inner_lr)
         self.passes = Passes(tasks_per_pass, compile_passes)
@@ -172,12 +192,15 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
     def network_parameters(self) -> Params:
         """The network's parameters that the inner or the outer loop updates."""
-        frozen = self.inner_frozen & self.outer_frozen
-        return {name: p for name, p in self.network.named_parameters() if p.requires_grad and name not in frozen}
+        params = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        fixed = (self.inner_frozen & self.outer_frozen) | self.head_start.replaced(params.items()).keys()
+        return {name: p for name, p in params.items() if name not in fixed}
 
     def meta_parameters(self) -> Params:
-        """θ: ``network_parameters`` and the inner rule's parameters, the latter with a leading dot."""
-        return self.network_parameters() | for_rule(dict(self.inner_rule.named_parameters()))
+        """θ: ``network_parameters`` and those of inner rule and head start, with the prefixes RULE and HEAD."""
+        parts = ((self.inner_rule, RULE), (self.head_start, HEAD))
+        own = [with_prefix(dict(part.named_parameters()), prefix) for part, prefix in parts]
+        return self.network_parameters() | own[0] | own[1]
 
     def adapted(self, params: Params) -> Params:
         """The subset that the inner loop updates."""
@@ -187,23 +210,41 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         """The subset that the outer loop updates."""
         return {name: p for name, p in params.items() if name not in self.outer_frozen}
 
-    def inner_batches(self, x: Tensor, y: Tensor, steps: int, first: int | None = None) -> Support:
+    def support(self, x: Tensor, y: Tensor, steps: int, first: int | None = None) -> Support:
+        """Support sets, and what inner steps take of them; for ``first`` see ``inner_batches``.  # T S ..., T S ..."""
+        counted = self.head_start.computed or not self.training  # in training only if needed, as it waits for a GPU
+        counts = class_counts(y, self.head_start.outputs) if counted else y.new_zeros(len(y), 0)
+        return Support(x, y, self.inner_batches(x, y, steps, first), counts)
+
+    def inner_batches(self, x: Tensor, y: Tensor, steps: int, first: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """Support samples and targets of each inner step: all of them.  # T S ..., T S ...
 
         In evaluation ``first`` is the number of the first of these tasks among those of this process.
         """
         return [(x, y)] * steps
 
-    def inner_trajectory(self, theta: Params, support: Support, **options: bool) -> Iterator[Adapted]:
-        """θ' of every task after 1, …, K inner steps; for the options see ``trajectory``."""
-        moved = [*self.adapted(theta)]
+    def start(self, theta: Params, support: Support, task_network: TaskNetwork | None = None) -> Params:
+        """θ'_0 of every task, with its graph to ``theta``: θ with the rows of the head."""
+        network, head = task_network or self.task_network, self.head_start
+        if head.computed:
+            network.require_last(head.path, support.x)
+        return head.start(theta, lambda: network.features(theta, support.x, head.path), support.y, support.classes)
+
+    def start_alone(self, support: Support, theta: Params | None = None) -> Params:
+        """θ'_0 of every task, without a graph."""
+        with torch.no_grad():
+            return leaves(self.start(stack(theta or self.meta_parameters(), len(support.x)), support))
+
+    def inner_trajectory(self, start: Params, support: Support, **options: bool) -> Iterator[Adapted]:
+        """θ' of every task after 0, …, K inner steps from θ'_0; for the options see ``trajectory``."""
+        moved = [*self.adapted(start)]
         require_prepared(self.inner_rule, self.prepared, moved)
         step = InnerStep(self.task_network.losses_of, self.inner_rule, self.inner_lr, moved)
-        return trajectory(step, theta, support, **options)
+        return trajectory(step, start, support.steps, **options)
 
-    def inner_loop(self, theta: Params, support: Support, **options: bool) -> Adapted:
-        """θ'_K of every task, task-stacked, with its graph to ``theta``; for the options see ``trajectory``."""
-        (adapted,) = deque(self.inner_trajectory(theta, support, **options), maxlen=1)  # keeps θ'_K only
+    def inner_loop(self, start: Params, support: Support, **options: bool) -> Adapted:
+        """θ'_K of every task, task-stacked, with its graph to θ'_0; for the options see ``trajectory``."""
+        (adapted,) = deque(self.inner_trajectory(start, support, **options), maxlen=1)  # keeps θ'_K only
         return adapted
 
     def in_passes(self, function: Callable[..., tuple[Any, ...]], *stacked: Any, compiled: bool) -> tuple[Any, ...]:
@@ -249,10 +290,11 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         steps = self.inner_steps if self.training else self.test_inner_steps
         theta = stack(self.meta_parameters(), tasks=1)
         with torch.enable_grad():
-            support = self.inner_batches(scale_pixels(support_x)[None], support_y[None], steps)
-            self.task_network.examine(*support[0])
+            support = self.support(scale_pixels(support_x)[None], support_y[None], steps)
+            self.task_network.examine(support.x, support.y)
             with self.task_network.around():
-                adapted = self.inner_loop(theta, support, second_order=self.second_order and self.training)
+                start = self.start(theta, support)
+                adapted = self.inner_loop(start, support, second_order=self.second_order and self.training)
         params = unstack(of_network(adapted.params), 0)
         return params if self.training else {name: p.detach() for name, p in params.items()}
 
@@ -296,10 +338,10 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         require_at_least(1, steps=steps)
 
         def inner_loop(theta: Params, x: Tensor, y: Tensor) -> Params:
-            support = self.inner_batches(x[None], y[None], steps)
-            self.task_network.examine(*support[0])
+            support = self.support(x[None], y[None], steps)
+            self.task_network.examine(support.x, support.y)
             with self.task_network.around():
-                adapted = self.inner_loop(leaves(stack(theta, 1)), support)
+                adapted = self.inner_loop(self.start_alone(support, theta), support)
             params = unstack(of_network(adapted.params), 0)
             if not is_finite(params):
                 raise FloatingPointError(f"the adaptation diverged in {steps} steps of inner_lr {self.inner_lr}")
@@ -354,7 +396,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
     def without_gradient(self, batch: TaskBatch) -> list[str]:
         """Names of parameters that the support loss of the first task does not depend on."""
-        theta, devices = leaves(stack(self.network_parameters(), 1)), [self.device] * (self.device.type == "cuda")
+        theta, devices = leaves(stack(self.meta_parameters(), 1)), [self.device] * (self.device.type == "cuda")
         x, y, loss = batch.support_x[:1], batch.support_y[:1], self.loss
         # copies and a fork, which leave the state of network and loss and the random numbers to training
         copies = SimpleNamespace(
@@ -363,9 +405,10 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         probe = TaskNetwork(copies)
         probe.traits = self.task_network.examine(x, y)
         with torch.random.fork_rng(devices):
-            losses = probe.losses_of(theta, x, y)
-        grads = torch.autograd.grad(losses.sum(), list(theta.values()), allow_unused=True)
-        return [name for name, g in zip(theta, grads, strict=True) if g is None]
+            losses = probe.losses_of(self.start(theta, self.support(x, y, 0), probe), x, y)
+        of_parameters = of_network(theta)
+        grads = torch.autograd.grad(losses.sum(), list(of_parameters.values()), allow_unused=True)
+        return [name for name, g in zip(of_parameters, grads, strict=True) if g is None]
 
     def on_train_epoch_end(self) -> None:
         """Step Lightning's schedulers of epochs, if a subclass or a callback has any."""
@@ -428,15 +471,15 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
                 with torch.no_grad():
                     return self.task_network.predict_queries(params, support_x, query_x, self.transductive)
 
-            theta = leaves(stack(self.meta_parameters(), len(query_x)))
+            start = self.start_alone(support)
             if each_step:
-                return (), answers(theta), *(answers(step.params) for step in self.inner_trajectory(theta, support))
-            return (), answers(theta), answers(self.inner_loop(theta, support).params)
+                return (), *(answers(step.params) for step in self.inner_trajectory(start, support))
+            return (), answers(start), answers(self.inner_loop(start, support).params)
 
         # Lightning evaluates in inference mode, whose tensors autograd rejects even in enable_grad: hence the clones
         with torch.inference_mode(False), torch.enable_grad():
             batch = TaskBatch(*(part.clone() for part in batch))
-            support = self.inner_batches(batch.support_x, batch.support_y, self.test_inner_steps, first)
+            support = self.support(batch.support_x, batch.support_y, self.test_inner_steps, first)
             _, *predictions = self.in_passes(predict, support, batch.support_x, batch.query_x, compiled=False)
         return predictions
 

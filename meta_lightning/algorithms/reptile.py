@@ -13,7 +13,7 @@ from meta_lightning.checks import UNSUPPORTED, require, require_at_least, requir
 from meta_lightning.data.streams import uniforms
 from meta_lightning.data.tasks import TaskBatch, as_task_batch
 from meta_lightning.inner.loop import Support, minibatches
-from meta_lightning.inner.params import Params, for_rule, leaves, mean_over_tasks, of_network, of_rule, stack
+from meta_lightning.inner.params import RULE, Params, mean_over_tasks, of_network, with_prefix, without_prefix
 from meta_lightning.inner.rules import Adam, chosen_by, require_no_parameters
 from meta_lightning.outer.update import mean_over_ranks
 
@@ -71,6 +71,10 @@ class Reptile(MetaLearner):
             bool(self.learned(self.adapted(self.meta_parameters()))),
             "inner_freeze and outer_freeze must leave Reptile a parameter that both loops update, got patterns of all",
         )
+        require(
+            not self.head_start.must_be_learnt,
+            f"head_start must need no meta-gradient, which Reptile does not have, got {type(self.head_start).__name__}",
+        )
         for name, size in (("inner_batch_size", inner_batch_size), ("test_inner_batch_size", test_inner_batch_size)):
             require_at_least(1, **{name: 1 if size is None else size})
         if outer_lr < 0.01:
@@ -84,16 +88,16 @@ class Reptile(MetaLearner):
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """One meta-iteration: adapt to every task, then move θ towards the mean of the tasks."""
         batch = as_task_batch(batch)
-        support = self.inner_batches(batch.support_x, batch.support_y, self.inner_steps)
+        support = self.support(batch.support_x, batch.support_y, self.inner_steps)
         mean, losses = self.in_passes(self.adapt_pass, support, compiled=True)
         self.outer_step(mean)
         return self.log_training(losses)
 
     def adapt_pass(self, support: Support) -> tuple[Params, Tensor]:
         """``mean_i θ'_i`` of one pass, with the inner rule's carried state, and the last losses.  # ..., T"""
-        theta = leaves(stack(self.meta_parameters(), len(support[0][0])))
-        params, losses, state = self.inner_loop(theta, support)
-        return mean_over_tasks(self.learned(self.adapted(params)) | for_rule(self.inner_rule.carried(state))), losses
+        params, losses, state = self.inner_loop(self.start_alone(support), support)
+        moved = {name: p for name, p in self.learned(self.adapted(params)).items() if name in self.network_parameters()}
+        return mean_over_tasks(moved | with_prefix(self.inner_rule.carried(state), RULE)), losses
 
     def outer_step(self, mean: Params) -> None:
         """Update ``θ ← θ + ε mean_i (θ'_i − θ)``, the mean over the tasks of all ranks."""
@@ -101,10 +105,10 @@ class Reptile(MetaLearner):
         with self.outer_iteration(mean) as stand_in:
             for name, target in of_network(mean).items():
                 theta[name].lerp_(target, stand_in.param_groups[0]["lr"])
-            self.inner_rule.keep(of_rule(mean), self.inner_steps)
+            self.inner_rule.keep(without_prefix(mean, RULE), self.inner_steps)
             stand_in.step()  # only counts global_step
 
-    def inner_batches(self, x: Tensor, y: Tensor, steps: int, first: int | None = None) -> Support:
+    def inner_batches(self, x: Tensor, y: Tensor, steps: int, first: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """Support samples and targets of each inner step, in minibatches if configured."""
         size = self.inner_batch_size if self.training else self.test_inner_batch_size
         if size is None:

@@ -14,17 +14,24 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from meta_lightning.inner.params import Params, gradient, of_rule, tree_flatten, tree_unflatten
+from meta_lightning.inner.params import RULE, Params, gradient, tree_flatten, tree_unflatten, without_prefix
 from meta_lightning.inner.rules import InnerRule
 
-Support = Sequence[tuple[Tensor, Tensor]]  # samples and targets of each inner step: K of T S ..., T S ...
+
+class Support(NamedTuple):
+    """The support sets of the tasks of a pass."""
+
+    x: Tensor  # T S ...
+    y: Tensor  # T S ...
+    steps: Sequence[tuple[Tensor, Tensor]]  # samples and targets of each inner step: K of T s ..., T s ...
+    classes: Tensor  # T N: samples per class; T 0 if nobody asks
 
 
 class Adapted(NamedTuple):
     """The result of an inner step."""
 
     params: Params  # θ'_k
-    losses: Tensor  # T: the support losses at θ'_{k-1}
+    losses: Tensor  # T: the support losses at θ'_{k-1}; empty for θ'_0
     state: Any  # of the inner rule, task-stacked
 
 
@@ -40,26 +47,33 @@ class InnerStep(NamedTuple):
         """Take the step."""
         losses = self.support_losses(params, x, y)
         grads = gradient(losses.sum(), {name: params[name] for name in self.moved}, create_graph)
-        change, state = self.rule.update(grads, state, of_rule(params), self.lr)
+        change, state = self.rule.update(grads, state, without_prefix(params, RULE), self.lr)
         params = params | {name: params[name] + delta for name, delta in change.items()}
         return Adapted(params, losses.detach(), state)
 
 
 def trajectory(
-    step: InnerStep, params: Params, support: Support, second_order: bool = False, recompute: bool = False
+    step: InnerStep,
+    params: Params,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    second_order: bool = False,
+    recompute: bool = False,
 ) -> Iterator[Adapted]:
-    """θ'_1 … θ'_K of every task (Finn et al., 2017, algorithm 2, lines 6 and 7)."""
+    """θ'_0 … θ'_K of every task (Finn et al., 2017, algorithm 2, lines 6 and 7)."""
     state = step.rule.start()
+    yield Adapted(params, torch.zeros(0), state)
     take: Callable[..., Adapted] = partial(step.__call__, create_graph=second_order)
     if second_order and recompute:
         take = partial(recomputed, step)
-    for x, y in support:
+    for x, y in batches:
         adapted = take(params, state, x, y)
         params, state = adapted.params, adapted.state
         yield adapted
 
 
-def minibatches(x: Tensor, y: Tensor, steps: int, size: int, draw: Callable[[int], Tensor]) -> Support:
+def minibatches(
+    x: Tensor, y: Tensor, steps: int, size: int, draw: Callable[[int], Tensor]
+) -> list[tuple[Tensor, Tensor]]:
     """Minibatches for each inner step: a cycle through the support set, reshuffled each round.
 
     ``draw`` returns so many random numbers per task.  # T count

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 Params = dict[str, Tensor]
-RULE = "."  # prefix of the inner rule's parameters in θ: no parameter of a network starts with a dot
+# prefixes in θ of the parameters of inner rule and head start: no name of a network starts with a dot
+RULE, HEAD = ".rule.", ".head."
 
 
 def stack(params: Params, tasks: int) -> Params:
@@ -30,17 +31,17 @@ def leaves(params: Params) -> Params:
 
 def of_network(params: Params) -> Params:
     """The network's parameters in θ."""
-    return {name: p for name, p in params.items() if not name.startswith(RULE)}
+    return {name: p for name, p in params.items() if not name.startswith(".")}
 
 
-def of_rule(params: Params) -> Params:
-    """The inner rule's parameters in θ, under the rule's names."""
-    return {name.removeprefix(RULE): p for name, p in params.items() if name.startswith(RULE)}
+def without_prefix(params: Params, part: str) -> Params:
+    """The parameters in θ of a part, ``RULE`` or ``HEAD``, under the part's names."""
+    return {name.removeprefix(part): p for name, p in params.items() if name.startswith(part)}
 
 
-def for_rule(own: Params) -> Params:
-    """The inverse of ``of_rule``."""
-    return {RULE + name: p for name, p in own.items()}
+def with_prefix(own: Params, part: str) -> Params:
+    """The inverse of ``without_prefix``."""
+    return {part + name: p for name, p in own.items()}
 
 
 def mean_over_tasks(params: Params) -> Params:

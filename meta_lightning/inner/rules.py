@@ -1,31 +1,31 @@
 """Inner rules: how the gradient of the support loss becomes an inner step."""
 
-import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
-from inspect import signature
-from pkgutil import resolve_name
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from meta_lightning.checks import InputError, plain, require
+from meta_lightning.checks import InputError, require
+from meta_lightning.inner.described import Described
 from meta_lightning.inner.params import Params
 
 # prefixes in state dicts of version 0.1, and their present names
 FORMER_KEYS = {"inner_rates.": "inner_rule.rates.", "moments.": "inner_rule."}
 
 
-class InnerRule(nn.Module, ABC):
+class InnerRule(Described, ABC):
     """Rule of the inner steps, ``θ' ← θ' + update(∇L_support(θ'))``.
 
     A custom rule implements ``update``. Parameters created in ``prepare`` are part of θ and meta-learnt; buffers are
     saved in checkpoints. Constructor arguments must be plain values and kept as attributes of the same name, so that a
     checkpoint can describe the rule.
     """
+
+    argument = "inner_rule"
 
     def prepare(self, params: Params, lr: float) -> None:
         """Create the rule's parameters and buffers; called once, by the learner.
@@ -63,34 +63,6 @@ class InnerRule(nn.Module, ABC):
     def shaped_like(self, name: str) -> list[str]:
         """Names of the rule's parameters that have the shape of this one and grow with a widened head."""
         return []
-
-    def description(self) -> dict[str, Any]:
-        """Class path and arguments, as in configurations and checkpoints.
-
-        Raises:
-            InputError: If an argument is not kept as an attribute of its name, or is no plain value.
-        """
-        arguments = {}
-        for name, p in signature(type(self)).parameters.items():
-            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-                value = getattr(self, name, self)
-                arguments[name] = plain(value)
-                kept = value is None or arguments[name] is not None
-                require(kept, f"inner_rule must keep its argument {name} as a plain attribute, got {value}")
-        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": arguments}
-
-
-def as_rule(given: InnerRule | Mapping[str, Any] | None) -> InnerRule:
-    """A copy of the given rule, or the rule of the given description; SGD by default."""
-    if isinstance(given, Mapping):
-        try:
-            rule = resolve_name(given["class_path"])(**given.get("init_args", {}))
-        except (ImportError, AttributeError, ValueError) as error:
-            raise InputError(f"inner_rule must be given: {given['class_path']} cannot be imported ({error})") from None
-    else:
-        rule = SGD() if given is None else copy.deepcopy(given)
-    require(isinstance(rule, InnerRule), f"inner_rule must be an InnerRule, such as MetaSGD(), got {given!r}")
-    return rule  # type: ignore[no-any-return]
 
 
 def require_no_parameters(rule: InnerRule, reason: str) -> None:
@@ -209,7 +181,9 @@ class Adam(InnerRule):
     def carried(self, state: AdamState) -> Params:
         """The moments by buffer name."""
         moments = {"first": state.first, "second": state.second}
-        return {f"{order}.{in_module(n)}": m for order, of_order in moments.items() for n, m in of_order.items()}
+        named = {f"{order}.{in_module(n)}": m for order, of_order in moments.items() for n, m in of_order.items()}
+        # rows of a head that a start computes share their moments
+        return {n: m if m.shape[1:] == self.get_buffer(n).shape else m.mean(1, keepdim=True) for n, m in named.items()}
 
     def keep(self, means: Params, steps: int) -> None:
         """Store the moments."""

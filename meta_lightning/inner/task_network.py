@@ -11,6 +11,7 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from meta_lightning.checks import require
+from meta_lightning.inner.copies import copied
 from meta_lightning.inner.exact import Exact, differentiable_attention
 from meta_lightning.inner.params import Params, of_network
 from meta_lightning.inner.state import form, hooked_parameters
@@ -47,6 +48,7 @@ class TaskNetwork:
         self.loops_over_tasks = False
         self.said: set[str] = set()
         self.outputs_checked = False
+        self.last_layers: set[str] = set()  # that were found to run last
 
     def examine(self, x: Tensor, y: Tensor | None = None) -> Traits:
         """Find the traits of network and loss in their present setting from the first task.  # T S ..., T S ..."""
@@ -85,6 +87,32 @@ class TaskNetwork:
         """Predictions of one task.  # S ... -> S ..."""
         assert self.traits is not None
         return self.traits.forward(self.owner.network, of_network(params), x)
+
+    def require_last(self, layer: str, x: Tensor) -> None:
+        """Raise InputError unless this is the layer with parameters that runs last.  # T S ..."""
+        if layer not in self.last_layers:
+            last = last_layer(copied(self.owner.network), x[0])
+            require(last == layer, f"layer of head_start must be the layer that runs last, {last}, got {layer}")
+            self.last_layers.add(layer)
+
+    def features(self, params: Params, x: Tensor, layer: str) -> Tensor:
+        """Inputs of a layer that runs once, for every task.  # T S ... -> T S D"""
+        if self.traits is None:
+            self.examine(x)
+        inputs: list[Tensor] = []
+
+        def features_of_task(params: Params, x: Tensor) -> Tensor:
+            inputs.clear()
+            self.predict_task(params, x)
+            require(len(inputs) == 1, f"layer of head_start must run once, got {len(inputs)} runs of {layer}")
+            return inputs[0]
+
+        module = self.owner.network.get_submodule(layer)
+        hook = module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        try:
+            return self.over_tasks(features_of_task, params, x)
+        finally:
+            hook.remove()
 
     def predict_queries(self, params: Params, support_x: Tensor, query_x: Tensor, transductive: bool) -> Tensor:
         """Predictions of every task's queries with its own parameters.  # T R ..."""
@@ -177,6 +205,17 @@ def parts_of_tasks(stacked: Params | Tensor) -> Sequence[Any]:
     # the backward of indexing allocates zeros for all tasks, once per task; that of unbind copies once. Samples are
     # copied, since a network may write into its input, which views of one tensor do not allow
     return stacked.unbind() if stacked.requires_grad else [stacked[task].clone() for task in range(len(stacked))]
+
+
+@torch.no_grad()
+def last_layer(network: nn.Module, x: Tensor) -> str:
+    """Name of the layer with parameters that runs last on these samples, by hooks that stay."""
+    started = [""]
+    for name, part in network.named_modules():
+        if any(True for _ in part.parameters(recurse=False)):
+            part.register_forward_pre_hook(lambda *_, name=name: started.append(name))
+    network(x)
+    return started[-1]
 
 
 def check_outputs(predictions: Tensor, targets: Tensor) -> None:

@@ -143,6 +143,10 @@ class Traits(NamedTuple):
         """Complete them by whether the loss changes itself."""
         one = copied(loss)
         before = contents(one)
+        if not y.is_floating_point() and y.numel() and 0 < output.shape[1] <= (most := int(y.max())):
+            output = output[
+                :, torch.arange(most + 1, device=y.device) % output.shape[1]
+            ]  # as many as a head start makes
         one(output, y)
         changed = changes(before, contents(one))
         return self._replace(in_turn=self.in_turn or f"the loss changes {listed(changed)}") if changed else self
