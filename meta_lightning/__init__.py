@@ -22,7 +22,7 @@ from meta_lightning.data import (
 )
 from meta_lightning.data.tasks import TaskBatch
 from meta_lightning.inner.heads import HeadStart, LearntRows, OneVector, Prototypes, ZeroRows
-from meta_lightning.inner.rules import SGD, Adam, InnerRule, MetaSGD
+from meta_lightning.inner.rules import LSLR, SGD, Adam, InnerRule, MetaSGD
 from meta_lightning.moved import FormerModules
 from meta_lightning.networks import MLP, Conv4, ResNet12
 from meta_lightning.scores import TaskMean
@@ -33,7 +33,7 @@ sys.meta_path.append(FormerModules())  # finds what no other finder does
 __version__ = "0.1.0"
 
 __all__ = ["FOMAML", "IMAML", "MAML", "MetaLearner", "Reptile", "load_learner", "train_maml"]
-__all__ += ["SGD", "Adam", "InnerRule", "MetaSGD"]
+__all__ += ["LSLR", "SGD", "Adam", "InnerRule", "MetaSGD"]
 __all__ += ["HeadStart", "LearntRows", "OneVector", "Prototypes", "ZeroRows"]
 __all__ += ["MLP", "Conv4", "Dashboard", "Predictor", "ResNet12", "TaskBatch", "TaskMean"]
 __all__ += ["ImageFolderTasks", "ImageTasks", "ImageTransforms", "RegressionTasks", "TaskDataModule", "TensorTasks"]

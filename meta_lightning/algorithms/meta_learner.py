@@ -79,7 +79,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         loss: Function or module from predictions and targets of one task to a scalar. Default: cross-entropy for
             integer targets, mean squared error for floating-point targets.
         test_inner_steps: Inner steps in validation, test and prediction. Default: ``inner_steps``.
-        inner_rule: Rule of the inner steps: ``SGD`` (default), ``MetaSGD``, ``Adam`` or a custom ``InnerRule``.
+        inner_rule: Rule of the inner steps: ``SGD`` (default), ``MetaSGD``, ``LSLR``, ``Adam`` or a custom
+            ``InnerRule``.
         head_start: Rows with which the last linear layer starts a task: ``LearntRows`` (default), ``ZeroRows``,
             ``OneVector``, ``Prototypes`` or a custom ``HeadStart``. With all but the first, tasks may have any number
             of classes.

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from meta_lightning.checks import InputError, require
+from meta_lightning.checks import InputError, require, require_at_least
 from meta_lightning.inner.described import Described
 from meta_lightning.inner.params import Params
 
@@ -123,6 +123,42 @@ class MetaSGD(InnerRule):
     def shaped_like(self, name: str) -> list[str]:
         """The parameter's rates."""
         return [f"rates.{in_module(name)}"]
+
+
+class LSLR(InnerRule):
+    """``θ'_p ← θ'_p − α_p,k g_p`` with a learnt rate per parameter tensor p and inner step k.
+
+    These are the per-layer per-step learning rates of MAML++ (Antoniou, Edwards and Storkey, 2019,
+    https://arxiv.org/abs/1810.09502, section 4). The rates start at ``inner_lr`` and are meta-learnt together with θ.
+
+    Args:
+        steps: Number of inner steps with rates of their own, usually ``inner_steps``; later steps use the last rates.
+
+    Raises:
+        InputError: If an argument is outside its range.
+    """
+
+    def __init__(self, steps: int = 5) -> None:
+        super().__init__()
+        require_at_least(1, steps=steps)
+        self.steps = steps
+
+    def prepare(self, params: Params, lr: float) -> None:
+        """Create the rates."""
+        self.register_buffer("taken", torch.zeros(1, dtype=torch.int64), persistent=False)  # moves with the learner
+        self.rates = nn.Module()
+        for name, p in params.items():
+            self.rates.register_parameter(in_module(name), nn.Parameter(p.new_full((self.steps,), lr)))
+
+    def start(self) -> Tensor:
+        """No steps taken."""
+        return self.get_buffer("taken")
+
+    def update(self, grads: Params, state: Tensor, own: Params, lr: float) -> tuple[Params, Tensor]:
+        """Return −α_p,k g and the number of steps taken."""
+        k = state.clamp(max=self.steps - 1)
+        rates = {name: own[f"rates.{in_module(name)}"].index_select(1, k) for name in grads}  # T 1
+        return {name: -rates[name].view(-1, *[1] * (g.ndim - 1)) * g for name, g in grads.items()}, state + 1
 
 
 class AdamState(NamedTuple):
