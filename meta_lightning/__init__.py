@@ -3,11 +3,12 @@
 import sys
 
 from meta_lightning.adaptation.predictor import Predictor
-from meta_lightning.algorithms import FOMAML, IMAML, MAML, MetaLearner, Reptile
+from meta_lightning.algorithms import FOMAML, IMAML, MAML, Baseline, MetaLearner, ProtoNet, Reptile
 from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import (
     CIFARFS,
     FC100,
+    Characters,
     Glyphs,
     ImageFolderTasks,
     ImageTasks,
@@ -32,9 +33,9 @@ sys.meta_path.append(FormerModules())  # finds what no other finder does
 
 __version__ = "0.1.0"
 
-__all__ = ["FOMAML", "IMAML", "MAML", "MetaLearner", "Reptile", "load_learner", "train_maml"]
+__all__ = ["FOMAML", "IMAML", "MAML", "Baseline", "MetaLearner", "ProtoNet", "Reptile", "load_learner", "train_maml"]
 __all__ += ["LSLR", "SGD", "Adam", "InnerRule", "MetaSGD"]
 __all__ += ["HeadStart", "LearntRows", "OneVector", "Prototypes", "ZeroRows"]
 __all__ += ["MLP", "Conv4", "Dashboard", "Predictor", "ResNet12", "TaskBatch", "TaskMean"]
 __all__ += ["ImageFolderTasks", "ImageTasks", "ImageTransforms", "RegressionTasks", "TaskDataModule", "TensorTasks"]
-__all__ += ["CIFARFS", "FC100", "Glyphs", "MiniImagenet", "Omniglot", "Sinusoid", "TieredImagenet"]
+__all__ += ["CIFARFS", "FC100", "Characters", "Glyphs", "MiniImagenet", "Omniglot", "Sinusoid", "TieredImagenet"]

@@ -1,6 +1,6 @@
 """Adapt a network and its initialisation to the support set of one task."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from meta_lightning.adaptation.partitions import Combined, members, partitions, shares
 from meta_lightning.adaptation.predictor import Predictor
-from meta_lightning.adaptation.surgery import set_parameters, widened_head
+from meta_lightning.adaptation.surgery import set_parameters
 from meta_lightning.checks import InputError, require
 from meta_lightning.data.form import SampleForm
 from meta_lightning.data.tasks import Array
@@ -21,13 +22,12 @@ from meta_lightning.networks.batch_statistics import freeze_statistics
 
 def adapt_to(
     network: nn.Module,
-    theta: Params,
-    inner_loop: Callable[[Params, Tensor, Tensor], Params],
+    inner_loop: Callable[[Tensor, Tensor], Params],
     x: Tensor | Array,
     y: Tensor | Array | Sequence[str],
     class_names: Sequence[str] | None,
+    any_ways: bool,
     form: SampleForm,
-    grown_with: Mapping[str, Sequence[str]],
     description: dict[str, Any] | None,
 ) -> Predictor:
     """Implement ``MetaLearner.adapt``, with its ``x``, ``y``, ``class_names`` and errors."""
@@ -35,17 +35,27 @@ def adapt_to(
     if unlike := form.unlike(x):
         rank_zero_warn(f"The images of x do not look like those of training: {unlike}. Expect a lower accuracy")
     require(len(x) == len(targets), f"x and y must have the same length, got {len(x)} and {len(targets)}")
+
+    def adapted(inputs: Tensor, targets: Tensor) -> nn.Module:
+        params, copy = inner_loop(inputs, targets), copied(network)
+        set_parameters(copy, params)
+        freeze_statistics(copy, inputs)
+        return copy
+
     with torch.inference_mode(False), torch.enable_grad():
-        p = next(iter(theta.values()))
+        p = next(network.parameters())
         # autograd rejects tensors made in inference mode, but not their clones
-        inputs = form.network_input(x.to(p.device).clone(), p.dtype)
-        if names is not None and (outputs := outputs_of(network, inputs, len(names))) < len(names):
-            theta = theta | widened_head(network, inputs, theta, grown_with, len(names), outputs)
-        params = inner_loop(theta, inputs, targets.to(p.device).clone())
-        network = copied(network)
-        set_parameters(network, params)
-        freeze_statistics(network, inputs)
-    return Predictor(network, names, x.shape[1:], form, description)
+        inputs, targets = form.network_input(x.to(p.device).clone(), p.dtype), targets.to(p.device).clone()
+        outputs = outputs_of(network, inputs, len(names)) if names is not None else 0
+        if names is None or any_ways or len(names) <= outputs:
+            return Predictor(adapted(inputs, targets), names, x.shape[1:], form, description)
+        groups = partitions(len(names), outputs)
+        came = f"the network has {outputs} outputs for {len(names)} classes"
+        hint = "a learner that was trained with head_start Prototypes takes any number"
+        rank_zero_warn(f"{len(groups)} adaptations to groups of the classes are combined, since {came}; {hint}")
+        parts = [(inputs[rows], numbers) for rows, numbers in (members(targets, group) for group in groups)]
+        combination = Combined([adapted(*part) for part in parts], shares(groups, len(names)).to(p))
+    return Predictor(combination, names, x.shape[1:], form, description)
 
 
 def numbered(y: Tensor | Array | Sequence[str], class_names: Sequence[str] | None) -> tuple[list[str] | None, Tensor]:

@@ -9,7 +9,7 @@ class FOMAML(MAML):
     ``θ ← θ − β mean_i ∇_θ' L_query,i(θ'_i)``: MAML without second derivatives. The gradient is taken at the adapted
     parameters.
 
-    The arguments are those of ``MAML``; ``recompute_inner_steps`` has no effect.
+    The arguments are those of ``MAML``; ``recompute_inner_steps`` and ``first_order_steps`` have no effect.
     """
 
     second_order = False  # the inner gradients are constants, and ∂θ'/∂θ is the identity

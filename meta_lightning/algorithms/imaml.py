@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from meta_lightning.algorithms.maml import MAML
-from meta_lightning.checks import require_at_least, require_positive
+from meta_lightning.checks import require, require_at_least, require_positive
 from meta_lightning.inner.loop import Adapted, InnerStep, Support, trajectory
 from meta_lightning.inner.params import Params, gradient, leaves, mean_over_tasks, of_network, stack
 from meta_lightning.inner.rules import require_no_parameters
@@ -25,7 +25,8 @@ class IMAML(MAML):
 
     A parameter that ``inner_freeze`` matches gets ``∂L_query/∂w − ∂⟨∇L_support, v⟩/∂w / λ``, v being the solution.
 
-    The arguments are those of ``MAML``; ``recompute_inner_steps`` has no effect.
+    The arguments are those of ``MAML``; ``recompute_inner_steps`` and ``first_order_steps`` have no effect, and
+    ``multi_step_loss`` must be 0.
 
     Args:
         proximal_weight: Weight of the distance to θ in the inner loss (λ).
@@ -42,6 +43,8 @@ class IMAML(MAML):
         super().__init__(*args, **options)
         require_positive(proximal_weight=proximal_weight)
         require_at_least(0, cg_steps=cg_steps)
+        last_only = "multi_step_loss must be 0 for IMAML, whose meta-gradient depends on the last inner step alone"
+        require(self.multi_step_loss == 0, f"{last_only}, got {self.multi_step_loss}")
         require_no_parameters(self.inner_rule, "on which no minimum depends")
         self.proximal_weight, self.cg_steps = proximal_weight, cg_steps
 
@@ -59,8 +62,10 @@ class IMAML(MAML):
         step = InnerStep(self.inner_losses(start), self.inner_rule, self.inner_lr, [*self.adapted(start)])
         return trajectory(step, start, support.steps, **options)
 
-    def pass_gradient(self, support: Support, query_x: Tensor, query_y: Tensor) -> tuple[Params, Tensor, Tensor]:
-        """``meta_gradient`` of the tasks of one pass (algorithm 2)."""
+    def pass_gradient(
+        self, support: Support, query_x: Tensor, query_y: Tensor, weights: Tensor | None = None
+    ) -> tuple[Params, Tensor, Tensor]:
+        """``meta_gradient`` of the tasks of one pass (algorithm 2); there are no ``weights``."""
         theta = leaves(stack(self.meta_parameters(), len(query_x)))
         graph = self.start(theta, support)
         start = leaves(graph)  # the minimum does not depend on the steps to it

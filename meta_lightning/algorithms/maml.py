@@ -1,5 +1,6 @@
 """Model-agnostic meta-learning."""
 
+from collections import deque
 from typing import Any, Literal
 
 import torch
@@ -8,7 +9,7 @@ from torch.autograd import Function
 from torch.optim import Adam, Optimizer
 
 from meta_lightning.algorithms.meta_learner import MetaLearner
-from meta_lightning.checks import require, require_choice, require_positive
+from meta_lightning.checks import require, require_at_least, require_choice, require_positive
 from meta_lightning.data.tasks import TaskBatch, as_task_batch
 from meta_lightning.inner.loop import Support
 from meta_lightning.inner.params import Params, gradient, leaves, mean_over_tasks, stack
@@ -35,6 +36,12 @@ class MAML(MetaLearner):
         gradient_clip_algorithm: Clip by the norm of the meta-gradient, or each value.
         recompute_inner_steps: Recompute each inner step in backward instead of keeping its graph: exact, slower, and
             memory does not grow with ``inner_steps``.
+        multi_step_loss: Number of first meta-iterations in which the query loss is taken after every inner step, with
+            the weights of ``step_weights``, which move to the last step (MAML++: Antoniou et al., 2019,
+            https://arxiv.org/abs/1810.09502). They move every meta-iteration; the authors' move every epoch of 500, for
+            10 epochs on Omniglot (``multi_step_loss`` 5000) and 15 on mini-ImageNet (7500).
+        first_order_steps: Number of first meta-iterations without second derivatives, as in FOMAML (derivative-order
+            annealing of the same paper).
         learn_inner_lr: Former name of ``inner_rule: MetaSGD``.
 
     Raises:
@@ -53,6 +60,8 @@ class MAML(MetaLearner):
         gradient_clip_val: float | None = 1.0,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         recompute_inner_steps: bool = False,
+        multi_step_loss: int = 0,
+        first_order_steps: int = 0,
         learn_inner_lr: bool = False,
         **options: Any,
     ) -> None:
@@ -63,6 +72,7 @@ class MAML(MetaLearner):
         if gradient_clip_val is not None:
             require_positive(gradient_clip_val=gradient_clip_val)
         require_choice(("norm", "value"), gradient_clip_algorithm=gradient_clip_algorithm)
+        require_at_least(0, multi_step_loss=multi_step_loss, first_order_steps=first_order_steps)
         if recompute_inner_steps and self.second_order:
             require(
                 self.passes.compile is not True,
@@ -71,6 +81,8 @@ class MAML(MetaLearner):
             self.passes.compile = False
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.recompute_inner_steps = recompute_inner_steps
+        self.multi_step_loss, self.first_order_steps = multi_step_loss, first_order_steps
+        self.first_order = not self.second_order  # in this meta-iteration; an attribute, to be in the key of a graph
 
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """One meta-iteration: compute the meta-gradient and update θ."""
@@ -82,10 +94,14 @@ class MAML(MetaLearner):
     def meta_gradient(self, batch: TaskBatch) -> tuple[Params, Tensor, Tensor]:
         """``∇_θ mean_i L_query,i(θ'_i(θ))``, with the query losses and predictions of the tasks.  # ..., T, T R ..."""
         support = self.support(batch.support_x, batch.support_y, self.inner_steps)
+        self.first_order = not self.second_order or self.global_step < self.first_order_steps
+        queries = [batch.query_x, batch.query_y]
+        if self.global_step < self.multi_step_loss:
+            weights = torch.tensor(step_weights(self.inner_steps, self.global_step / self.multi_step_loss))
+            # a tensor, which a graph reads at each call; without a host sync
+            queries.append(weights.to(batch.query_x.device, non_blocking=True).expand(len(batch.query_x), -1))  # T K
         try:
-            meta_gradient, losses, predictions = self.in_passes(
-                self.pass_gradient, support, batch.query_x, batch.query_y, compiled=True
-            )
+            meta_gradient, losses, predictions = self.in_passes(self.pass_gradient, support, *queries, compiled=True)
         except RuntimeError as error:
             require(
                 not any(words in str(error) for words in ONCE_DIFFERENTIABLE),
@@ -95,15 +111,24 @@ class MAML(MetaLearner):
             raise
         return meta_gradient, losses, predictions
 
-    def pass_gradient(self, support: Support, query_x: Tensor, query_y: Tensor) -> tuple[Params, Tensor, Tensor]:
-        """``meta_gradient`` of the tasks of one pass; the lines are those of algorithm 2."""
+    def pass_gradient(
+        self, support: Support, query_x: Tensor, query_y: Tensor, weights: Tensor | None = None
+    ) -> tuple[Params, Tensor, Tensor]:
+        """``meta_gradient`` of the tasks of one pass; the lines are those of algorithm 2.
+
+        ``weights`` are those of the query losses after each inner step; without them only the last loss counts.  # T K
+        """
         theta = leaves(stack(self.meta_parameters(), len(query_x)))
-        adapted = self.inner_loop(  # lines 6 and 7: θ' ← θ' − α ∇L_support(θ')
-            self.start(theta, support), support, second_order=self.second_order, recompute=self.recompute_inner_steps
+        steps = self.inner_trajectory(  # lines 6 and 7: θ' ← θ' − α ∇L_support(θ')
+            self.start(theta, support), support, second_order=not self.first_order, recompute=self.recompute_inner_steps
         )
-        predictions = self.task_network.predict(adapted.params, query_x)
-        losses = self.task_network.losses(predictions, query_y)
-        meta_gradient = mean_over_tasks(gradient(losses.sum(), self.learned(theta)))  # line 10: ∇_θ mean L_query(θ')
+        losses_after = []
+        for adapted in deque(steps, maxlen=1 if weights is None else weights.shape[1]):
+            predictions = self.task_network.predict(adapted.params, query_x)
+            losses_after.append(self.task_network.losses(predictions, query_y))
+        losses = losses_after[-1]
+        objective = losses if weights is None else (weights * torch.stack(losses_after, 1)).sum(1)
+        meta_gradient = mean_over_tasks(gradient(objective.sum(), self.learned(theta)))  # line 10: ∇_θ mean L_query(θ')
         return meta_gradient, losses.detach(), predictions.detach()
 
     def outer_step(self, meta_gradient: Params) -> None:
@@ -135,6 +160,16 @@ class MAML(MetaLearner):
         assert self.optimizer is not None
         theta = self.learned(self.meta_parameters())
         return self.outer_update.with_kernels(self.optimizer(theta.values(), self.outer_lr), self.device)
+
+
+def step_weights(steps: int, progress: float) -> list[float]:
+    """Weights of the query losses after K inner steps in MAML++, as progress goes from 0 to 1.
+
+    They start equal, at 1/K. Those before the last step fall to 0.03/K, and the last one takes the rest (the authors'
+    ``get_per_step_loss_importance_vector``, https://github.com/AntreasAntoniou/HowToTrainYourMAMLPytorch).
+    """
+    earlier = max(1 - progress, 0.03) / steps
+    return [earlier] * (steps - 1) + [1 - earlier * (steps - 1)]
 
 
 class WithGradient(Function):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from meta_lightning.adaptation.adapt import adapt_to
+from meta_lightning.adaptation.partitions import combined, members, partitions, shares
 from meta_lightning.adaptation.predictor import Predictor
 from meta_lightning.adaptation.surgery import in_evaluation
 from meta_lightning.checks import (
@@ -37,7 +38,7 @@ from meta_lightning.data.form import SampleForm, form_of
 from meta_lightning.data.module import TaskDataModule
 from meta_lightning.data.tasks import Array, TaskBatch, as_task_batch, scale_pixels
 from meta_lightning.inner.copies import Original, copied
-from meta_lightning.inner.heads import HeadStart, LearntRows, class_counts
+from meta_lightning.inner.heads import HeadStart, LearntRows, class_counts, ways_of
 from meta_lightning.inner.loop import Adapted, InnerStep, Support, trajectory
 from meta_lightning.inner.params import (
     HEAD,
@@ -231,10 +232,10 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             network.require_last(head.path, support.x)
         return head.start(theta, lambda: network.features(theta, support.x, head.path), support.y, support.classes)
 
-    def start_alone(self, support: Support, theta: Params | None = None) -> Params:
+    def start_alone(self, support: Support) -> Params:
         """θ'_0 of every task, without a graph."""
         with torch.no_grad():
-            return leaves(self.start(stack(theta or self.meta_parameters(), len(support.x)), support))
+            return leaves(self.start(stack(self.meta_parameters(), len(support.x)), support))
 
     def inner_trajectory(self, start: Params, support: Support, **options: bool) -> Iterator[Adapted]:
         """θ' of every task after 0, …, K inner steps from θ'_0; for the options see ``trajectory``."""
@@ -318,7 +319,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     ) -> Predictor:
         """Adapt to the support set of one task, by the inner loop in evaluation mode.
 
-        For more classes than the network has outputs, its last linear layer is widened, see ``surgery.widened_head``.
+        For more classes than a head of learnt rows has, adaptations to groups of classes are combined (see
+        ``adaptation.partitions``).
 
         Args:
             x: Support samples as in the data set: uint8 pixels, or other inputs of the network. They are normalised as
@@ -331,30 +333,25 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             A predictor for queries of the task.
 
         Raises:
-            InputError: If samples and targets do not fit each other or the network, or the network cannot be widened
-                to the number of classes.
+            InputError: If samples and targets do not fit each other or the network.
             FloatingPointError: If the inner steps diverge.
         """
         steps = self.test_inner_steps if steps is None else steps
         require_at_least(1, steps=steps)
 
-        def inner_loop(theta: Params, x: Tensor, y: Tensor) -> Params:
+        def inner_loop(x: Tensor, y: Tensor) -> Params:
             support = self.support(x[None], y[None], steps)
             self.task_network.examine(support.x, support.y)
             with self.task_network.around():
-                adapted = self.inner_loop(self.start_alone(support, theta), support)
+                adapted = self.inner_loop(self.start_alone(support), support)
             params = unstack(of_network(adapted.params), 0)
             if not is_finite(params):
                 raise FloatingPointError(f"the adaptation diverged in {steps} steps of inner_lr {self.inner_lr}")
             return params
 
-        theta = self.meta_parameters()
-        # the rule's parameters that are widened with a parameter; not with a state, which belongs to the trained rows
-        grown_with = {name: [RULE + own for own in self.inner_rule.shaped_like(name)] for name in self.adapted(theta)}
-        if tree_leaves(self.inner_rule.start()):
-            grown_with = {}
+        any_ways = self.head_start.computed
         with in_evaluation(self), unchanged(self.network):
-            return adapt_to(self.network, theta, inner_loop, x, y, class_names, self.form, grown_with, self.description)
+            return adapt_to(self.network, inner_loop, x, y, class_names, any_ways, self.form, self.description)
 
     @abstractmethod
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
@@ -466,6 +463,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
         ``first`` is the number of the first of these tasks among those of this process.
         """
+        outputs = self.task_network.examine(batch.support_x, batch.support_y).outputs
+        if not self.head_start.computed and outputs > 1 and (ways := ways_of(batch.support_y)) > outputs:
+            return self.predict_groups(batch, partitions(ways, outputs), ways, each_step, first)
 
         def predict(support: Support, support_x: Tensor, query_x: Tensor) -> tuple[Any, ...]:
             def answers(params: Params) -> Tensor:
@@ -483,6 +483,22 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             support = self.support(batch.support_x, batch.support_y, self.test_inner_steps, first)
             _, *predictions = self.in_passes(predict, support, batch.support_x, batch.query_x, compiled=False)
         return predictions
+
+    def predict_groups(self, batch: TaskBatch, groups: Sequence[Tensor], ways: int, *how: Any) -> list[Tensor]:
+        """``predict_tasks`` of tasks with more classes than outputs, from adaptations to groups of their classes."""
+        classes = f"the network has {len(groups[0])} outputs for {ways} classes"
+        self.task_network.say("Adaptations to groups of the classes are combined, since ", classes)
+        of_groups = []
+        for group in groups:
+            rows, y = zip(*(members(task, group) for task in batch.support_y), strict=True)
+            x = [task[own] for task, own in zip(batch.support_x, rows, strict=True)]
+            require(
+                len({*map(len, x)}) == 1, f"support_y must hold each class equally often, since {classes}, got others"
+            )
+            parts = batch._replace(support_x=torch.stack(x), support_y=torch.stack(y))
+            of_groups.append(self.predict_tasks(parts, *how))
+        mean = shares(groups, ways).to(of_groups[0][0])
+        return [combined(logits, mean) for logits in zip(*of_groups, strict=True)]
 
     def query_scores(self, predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Loss and scores of each task by name.  # T R ..., T R ... -> T"""

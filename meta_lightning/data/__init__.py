@@ -1,5 +1,6 @@
 """Data sets of tasks, one LightningDataModule each."""
 
+from meta_lightning.data.characters import Characters as Characters
 from meta_lightning.data.cifar_fs import CIFARFS as CIFARFS
 from meta_lightning.data.fc100 import FC100 as FC100
 from meta_lightning.data.glyphs import Glyphs as Glyphs

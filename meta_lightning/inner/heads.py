@@ -175,8 +175,12 @@ def class_counts(y: Tensor, outputs: int) -> Tensor:
     """Samples per class; for real targets zeros for each output of the head.  # T S ... -> T N"""
     if y.is_floating_point():
         return y.new_zeros(len(y), outputs, dtype=torch.int64)
-    classes = torch.arange(int(y.max()) + 1, device=y.device)
-    return (y.flatten(1)[..., None] == classes).sum(1)
+    return (y.flatten(1)[..., None] == torch.arange(ways_of(y), device=y.device)).sum(1)
+
+
+def ways_of(y: Tensor) -> int:
+    """Number of classes (N); 0 for real targets."""
+    return 0 if y.is_floating_point() else int(y.max()) + 1
 
 
 def names_of(path: str, layer: nn.Module) -> list[str]:

@@ -60,10 +60,6 @@ class InnerRule(Described, ABC):
     def keep(self, means: Params, steps: int) -> None:
         """Store the means of what was ``carried`` as the start of Reptile's next tasks, after ``steps`` more steps."""
 
-    def shaped_like(self, name: str) -> list[str]:
-        """Names of the rule's parameters that have the shape of this one and grow with a widened head."""
-        return []
-
 
 def require_no_parameters(rule: InnerRule, reason: str) -> None:
     """Raise InputError for a rule with parameters, which some algorithms cannot learn."""
@@ -119,10 +115,6 @@ class MetaSGD(InnerRule):
     def update(self, grads: Params, state: Any, own: Params, lr: float) -> tuple[Params, Any]:
         """Return −α ⊙ g."""
         return {name: -own[f"rates.{in_module(name)}"] * g for name, g in grads.items()}, state
-
-    def shaped_like(self, name: str) -> list[str]:
-        """The parameter's rates."""
-        return [f"rates.{in_module(name)}"]
 
 
 class LSLR(InnerRule):

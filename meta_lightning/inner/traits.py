@@ -58,6 +58,7 @@ class Traits(NamedTuple):
     recomputes: bool = False  # backward runs parts of the forward again
     replaced: bool = False  # forward calls functions that EXACT replaces
     size: int = 0  # the only number of samples that the network takes; 0 if it takes any
+    outputs: int = 0  # per sample, if these are a vector
 
     @classmethod
     def of(cls, network: nn.Module, loss: Any, x: Tensor, y: Tensor | None) -> "Traits":
@@ -89,6 +90,7 @@ class Traits(NamedTuple):
                         return traits  # an error of the network itself, which training shows as well
                 drawn = random_states(x.device)
                 require(isinstance(output, Tensor), f"network must return a tensor, got {type(output).__name__}")
+                traits = traits._replace(outputs=output.shape[1] if output.ndim == 2 else 0)
                 traits = traits._replace(
                     looped=reason_to_loop(network, states, drawn), replaced=bool(calls.seen & EXACT.keys())
                 )

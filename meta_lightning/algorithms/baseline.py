@@ -1,0 +1,64 @@
+"""Plain training on all classes, then fine-tuning."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meta_lightning.algorithms.maml import MAML
+from meta_lightning.checks import require
+from meta_lightning.data.module import ClassificationTasks
+from meta_lightning.data.tasks import TaskBatch, as_task_batch
+from meta_lightning.inner.heads import HeadStart, Prototypes
+from meta_lightning.inner.params import Params, gradient
+
+
+class Baseline(MAML):
+    """Plain training of a classifier of all training classes; a new task fine-tunes it with a head of its own.
+
+    ``θ ← θ − β ∇_θ L(θ)`` over all samples of a meta-batch, support and query, as one mini-batch. The head that is
+    trained has a row per training class; in evaluation a task starts at ``head_start`` and takes inner steps from
+    there, of the body too unless ``inner_freeze`` names it. This is the Baseline of Chen et al. (2019,
+    https://arxiv.org/abs/1904.04232), whose new head starts at random and is all that adapts.
+
+    The data module must have ``train_labels="split"``, and the network an output per training class. The arguments are
+    those of ``MAML``; ``inner_steps`` are those of evaluation.
+
+    Raises:
+        InputError: If an argument is outside its range, or the head of a task starts at the trained rows.
+    """
+
+    def __init__(self, *args: Any, head_start: HeadStart | None = None, **options: Any) -> None:
+        super().__init__(*args, head_start=Prototypes() if head_start is None else head_start, **options)
+        came = f"got {type(self.head_start).__name__}"
+        require(self.head_start.computed, f"head_start of Baseline must compute the rows of a task, {came}")
+
+    def network_parameters(self) -> Params:
+        """The network's parameters, those of the trained head included."""
+        rows = self.head_start.replaced(self.network.named_parameters())
+        return super().network_parameters() | {name: p for name, p in rows.items() if name not in self.outer_frozen}
+
+    def on_fit_start(self) -> None:
+        """Raise InputError for labels that number the classes of a task."""
+        data = getattr(self.trainer, "datamodule", None)
+        labels = data.train_labels if isinstance(data, ClassificationTasks) else "split"
+        require(labels == "split", f"data.train_labels must be 'split' to train a Baseline, got {labels!r}")
+        super().on_fit_start()
+
+    def without_gradient(self, batch: TaskBatch) -> list[str]:
+        """No parameters: the inner loop has no part in training."""
+        return []
+
+    def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
+        """One step of the outer optimizer on all samples of the meta-batch."""
+        batch = as_task_batch(batch)
+        x = torch.cat([batch.support_x, batch.query_x], 1).flatten(0, 1)
+        y = torch.cat([batch.support_y, batch.query_y], 1).flatten(0, 1)
+        predictions = self.network(x)
+        classes, outputs = int(y.max()) + 1, predictions.shape[1]
+        require(
+            classes <= outputs, f"network must have an output per training class, at least {classes}, got {outputs}"
+        )
+        loss = self.loss(predictions, y)
+        self.outer_step(gradient(loss, self.learned(self.meta_parameters())))
+        return self.log_training(loss.detach()[None], lambda: self.scores(self.loss, predictions[None], y[None]))
