@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from meta_lightning.checks import InputError
 from meta_lightning.data.image_module import ImageTasks
 from meta_lightning.data.module import TaskDataModule
-from meta_lightning.data.tasks import SPLITS, Split, TaskBatch, as_task_batch
+from meta_lightning.data.tasks import SPLITS, DrawnTasks, Split, TaskBatch, TaskSet, as_task_batch
 from meta_lightning.drawing import classifies_pictures, draw_tables, table_of
 
 
@@ -28,7 +28,7 @@ def show_data(data: TaskDataModule, path: Path) -> str:
             continue
         batch, classes = tasks.batch([0]), ""
         number = {"train": "endless", "val": data.val_tasks, "test": data.test_tasks}[split]
-        support, query = (list(x.shape[1:]) for x in (batch.support_x, batch.query_x))
+        support, query = shapes(tasks, batch)
         if isinstance(data, ImageTasks):
             labelled = data.load()
             members = labelled.members(split)
@@ -43,6 +43,15 @@ def show_data(data: TaskDataModule, path: Path) -> str:
         draw_task(panel, batch, names, getattr(data, "ink", None))
     figure.savefig(path, dpi=120)
     return "\n".join(lines)
+
+
+def shapes(tasks: TaskSet, batch: TaskBatch) -> tuple[str, str]:
+    """The shapes of a task's support and query samples, with "5 to 20" where their number is drawn from a range."""
+    support, query = ([str(size) for size in x.shape[1:]] for x in (batch.support_x, batch.query_x))
+    if isinstance(tasks, DrawnTasks):
+        for shape, (least, most) in zip((support, query), tasks.sample_counts, strict=True):
+            shape[0] = str(most) if least == most else f"{least} to {most}"
+    return f"[{', '.join(support)}]", f"[{', '.join(query)}]"
 
 
 def draw_task(panel: Any, batch: TaskBatch, names: Sequence[str], ink: bool | None = None) -> None:

@@ -159,6 +159,18 @@ def test_print_data_shows_what_a_configuration_uses(data: str, capsys: pytest.Ca
     assert not RUN.exists()
 
 
+def test_a_range_of_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    ranges = ["--data.train_ways", "[3,5]", "--data.train_shots", "[1,2]"]
+    main(["fit", "--config", TINY, *ranges, "--ckpt_path", "last", "--trainer.max_steps", "2"])
+    checkpoint = str(RUN / "checkpoints/last.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["datamodule_hyper_parameters"]["train_ways"] == [3, 5]
+    config = printed_config(capsys, "test", "--ckpt_path", checkpoint)["data"]["init_args"]
+    assert (config["train_ways"], config["train_shots"], config["ways"]) == ([3, 5], [1, 2], 5)
+    main(["fit", "--config", TINY, *ranges, "--ckpt_path", "last", "--trainer.max_steps", "4"])
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 4
+    main(["test", "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu"])
+
+
 def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -187,6 +199,8 @@ def test_misspelt_options_are_refused(args: list[str], message: str, capsys: pyt
     ("args", "message"),
     [
         (["--data.ways", "500"], r"\bways .*\b169 .*val .* 500"),
+        (["--data.train_ways", "[5,2000]"], r"\btrain_ways .*train .*\(5, 2000\)"),
+        (["--data.train_ways", "[1,5]"], r"\btrain_ways .*\b2\b.*\(1, 5\)"),
         (["--data.shots", "19"], r"shots \+ queries .*\b20\b.* 19 \+ 2"),
         (["--data.ways", "7"], r"network .*\b7\b.* 5"),
         (["--model.inner_steps", "0"], r"\binner_steps .* 0"),

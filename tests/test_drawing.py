@@ -137,6 +137,7 @@ DATA: dict[str, Callable[[], TaskDataModule]] = {
     "2 ways, 1 query": lambda: arrays(3, 9, 9, ways=2, queries=1),
     "more ways and pictures than are drawn": lambda: arrays(3, 9, 9, ways=8, split_fractions=(0.36, 0.32, 0.32)),
     "shots from a range": lambda: arrays(3, 9, 9, train_shots=(1, 4)),
+    "ways from a range": lambda: arrays(3, 9, 9, train_ways=(2, 15), train_shots=(1, 4)),
     "one split": lambda: arrays(3, 9, 9, split_fractions=(0, 0, 1)),
     "regression of numbers": lambda: sets((), ()),
     "regression of vectors": lambda: sets((4,), (2,)),
@@ -154,12 +155,20 @@ def test_print_data_draws_data_of_all_kinds(name: str, tmp_path: Path) -> None:
     with Image.open(tmp_path / "data.png") as picture:
         assert picture.size == (600 * splits, 720)
         colours = np.asarray(picture.convert("RGB"))
-    coloured = name.startswith(("colour", "one row", "one pixel", "2 ways", "more", "shots", "one split"))
+    coloured = name.startswith(("colour", "one row", "one pixel", "2 ways", "more", "shots", "ways", "one split"))
     if coloured or name in ("grey", "one column, grey"):
         blue = (colours == [47, 111, 183]).all(-1)  # frames of the support pictures
         assert blue.any()
     else:
         assert (colours == [31, 119, 180]).all(-1).any()  # points in matplotlib's first colour
+
+
+def test_print_data_says_which_numbers_are_drawn_from_a_range(tmp_path: Path) -> None:
+    shown = show_data(DATA["ways from a range"](), tmp_path / "data.png")
+    assert "  train endless tasks, support [2 to 60, 3, 9, 9], query [4 to 30, 3, 9, 9]\n" in shown
+    assert "  val   200 tasks, support [5, 3, 9, 9], query [10, 3, 9, 9]\n" in shown
+    shown = show_data(sets((), (), train_shots=(3, 7)), tmp_path / "data.png")
+    assert "  train endless tasks, support [3 to 7, 1], query [10, 1]\n" in shown
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -394,8 +394,10 @@ def test_classes_with_too_few_pictures_are_named_and_left_out(
 def test_too_few_classes_say_which_split_and_what_it_has(split_root: Path, flat_root: Path) -> None:
     with pytest.raises(InputError, match=r"root .*\b3 .*\(ways\) .*\b3 .*\(shots \+ queries\) .*test .* 2 and 0\b"):
         tasks(split_root, ways=3).setup("test")
-    with pytest.raises(InputError, match=r"root .*\b5 .*\(ways\) .*train .* 4 and 0\b"):
-        tasks(split_root, train_ways=5).setup("fit")
+    for train_ways in (5, (2, 5)):
+        with pytest.raises(InputError, match=r"root .*\b5 .*\(train_ways\) .*train .* 4 and 0\b"):
+            tasks(split_root, train_ways=train_ways).setup("fit")
+    tasks(split_root, train_ways=(2, 4)).setup("fit")
     make_class(split_root / "test" / "tiny", 2)
     with (
         pytest.warns(UserWarning, match="tiny"),

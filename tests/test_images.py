@@ -197,6 +197,19 @@ def test_a_range_of_shots_is_drawn_for_each_meta_batch_and_alike_on_every_rank()
         Numbered(train_shots=(3, 2), queries=4).setup()
 
 
+def test_a_range_of_ways_is_drawn_for_each_meta_batch_and_alike_on_every_rank() -> None:
+    tasks = Numbered(train_ways=(2, 12), queries=4, meta_batch_size=4).task_set("train")
+    ranks = [MetaBatches(tasks, 4, rank=rank, world_size=2) for rank in range(2)]
+    ways = [tuple(rank[j].query_x.shape[1] // 4 for rank in ranks) for j in range(100)]
+    assert all(a == b for a, b in ways)
+    assert {a for a, _ in ways} == {*range(2, 13)}
+    workers, one = (DataLoader(ranks[1], None, sampler=[7, 0, 3], num_workers=n) for n in (2, 0))
+    assert all(torch.equal(x, y) for a, b in zip(workers, one, strict=True) for x, y in zip(a, b, strict=True))
+    with pytest.raises(InputError, match=r"^train_ways .*\b12 .*train .*\(5, 13\)"):
+        Numbered(train_ways=(5, 13), queries=4).setup()
+    Numbered(train_ways=(5, 13), queries=4).setup("test")
+
+
 class Negative(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return 1 - x + torch.rand(len(x), 1, 1, 1)

@@ -1,4 +1,7 @@
 import itertools
+import pickle
+import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from meta_lightning.data.tasks import FewShotTasks, Split, TaskBatch
 CLASSES, SAMPLES = 12, 7
 
 
-def few_shot(seed: int = 0, split: Split = "train", **options: int) -> FewShotTasks:
+def few_shot(seed: int = 0, split: Split = "train", **options: Any) -> FewShotTasks:
     """Tasks over "images" that hold their own row number, classes interleaved."""
     images = torch.arange(CLASSES * SAMPLES).view(-1, 1, 1, 1).int()
     labels = torch.arange(CLASSES * SAMPLES) % CLASSES
@@ -54,6 +57,81 @@ def test_task_i_depends_on_seed_split_and_i_alone() -> None:
     assert not same(forwards[1], forwards[0])
 
 
+def drawn_by_numpy(task: int, ways: int, count: int = 5) -> tuple[list[int], Tensor]:
+    """The classes of a task of seed 0 and their sample numbers: what no version may change.  # N, N K+Q"""
+    rng = np.random.default_rng((0, 0, task))
+    classes = rng.choice(CLASSES, ways, replace=False)
+    members = classes[:, None] + CLASSES * np.arange(SAMPLES)
+    return classes.tolist(), torch.from_numpy(rng.permuted(members, axis=1)[:, :count])
+
+
+@pytest.mark.parametrize("ways", [2, 5, 12])
+@pytest.mark.parametrize("ranged", [False, True])
+def test_tasks_are_those_of_every_version(ways: int, ranged: bool) -> None:
+    tasks = few_shot(ways=(ways, ways) if ranged else ways, block=4)
+    for first in (0, 4, 400):
+        batch = tasks.batch(range(first, first + 4))
+        for task, (support_x, support_y, query_x, query_y) in enumerate(zip(*batch, strict=True), first):
+            classes, rows = drawn_by_numpy(task, ways)
+            assert torch.equal(support_x.flatten(), rows[:, :2].flatten())
+            assert torch.equal(query_x.flatten(), rows[:, 2:].flatten())
+            assert support_y.tolist() == [label for label in range(ways) for _ in range(2)]
+            assert query_y.tolist() == [label for label in range(ways) for _ in range(3)]
+            assert tasks.class_names(task) == [str(c) for c in classes]
+
+
+def ways_and_shots(tasks: FewShotTasks, blocks: int) -> list[tuple[int, int]]:
+    """N and K of the first blocks of 4 tasks; all classes have as many support samples."""
+    batches = [tasks.batch(range(4 * block, 4 * block + 4)) for block in range(blocks)]
+    counts = [[support_y.bincount().tolist() for support_y in batch.support_y] for batch in batches]
+    assert all(len({*map(tuple, of_block)}) == len({*of_block[0]}) == 1 for of_block in counts)
+    return [(len(of_block[0]), of_block[0][0]) for of_block in counts]
+
+
+def test_the_tasks_of_a_block_share_a_number_of_ways_from_the_range() -> None:
+    met = [ways for ways, _ in ways_and_shots(few_shot(ways=(3, 6), block=4), 200)]
+    assert all(30 < met.count(ways) < 70 for ways in (3, 4, 5, 6))
+    assert len(met) == 200
+    assert met == [ways for ways, _ in ways_and_shots(few_shot(ways=(3, 6), block=4), 200)]
+    for other in (few_shot(ways=(3, 6), block=4, seed=1), few_shot(ways=(3, 6), block=4, split="val")):
+        assert met != [ways for ways, _ in ways_and_shots(other, 200)]
+    assert {*ways_and_shots(few_shot(ways=(5, 6), block=4), 20)} == {(5, 2), (6, 2)}  # both ends are in it
+
+
+def test_ways_and_shots_of_a_block_are_drawn_independently() -> None:
+    both = ways_and_shots(few_shot(ways=(3, 5), shots=(1, 3), block=4), 180)
+    assert all(8 < both.count(pair) < 36 for pair in itertools.product((3, 4, 5), (1, 2, 3)))
+    expected = [np.random.default_rng((0, 0, block, 4)).integers(1, 3, endpoint=True) for block in range(180)]
+    assert [shots for _, shots in both] == expected  # which no version may change
+    assert [shots for _, shots in ways_and_shots(few_shot(shots=(1, 3), block=4), 180)] == expected
+    assert [ways for ways, _ in both] == [ways for ways, _ in ways_and_shots(few_shot(ways=(3, 5), block=4), 180)]
+
+
+def test_a_range_of_ways_does_not_depend_on_how_a_block_is_loaded() -> None:
+    options: dict[str, Any] = {"ways": (2, 12), "shots": (1, 3), "block": 4}
+    blocks = [few_shot(**options).batch(range(4 * block, 4 * block + 4)) for block in range(20)]
+    tasks = pickle.loads(pickle.dumps(few_shot(**options)))  # as a worker under spawn has it
+    for block, task in itertools.product(reversed(range(20)), range(4)):
+        alone = tasks.batch([4 * block + task])
+        assert same(alone, TaskBatch(*(part[task : task + 1] for part in blocks[block])))
+    for rank in range(2):
+        share = MetaBatches(tasks, 4, rank=rank, world_size=2)
+        assert all(same(share[j], TaskBatch(*(part[rank::2] for part in blocks[j]))) for j in (7, 3))
+
+
+@pytest.mark.parametrize("ways", [5, (2, 9)])
+def test_labels_stand_for_the_classes_that_are_named(ways: Any) -> None:
+    tasks = few_shot(ways=ways, block=4)
+    for block in range(10):
+        batch = tasks.batch(range(4 * block, 4 * block + 4))
+        for task, (support_x, support_y, query_x, query_y) in enumerate(zip(*batch, strict=True), 4 * block):
+            names = tasks.class_names(task)
+            assert tasks.class_groups(task) == names
+            assert len(names) == int(query_y.max()) + 1
+            for x, y in ((support_x, support_y), (query_x, query_y)):
+                assert [names[label] for label in y.tolist()] == [str(row % CLASSES) for row in x.flatten().tolist()]
+
+
 def test_every_class_and_sample_is_drawn_equally_often() -> None:
     tasks = few_shot()
     rows = torch.tensor([tasks.rows(tasks.rng(i)) for i in range(2000)])
@@ -87,6 +165,11 @@ def test_evaluation_meets_each_task_once(num_tasks: int, world_size: int) -> Non
 def test_errors_name_argument_expected_and_got() -> None:
     with pytest.raises(ValueError, match=r"\bways .*\b12 .*train .* 13"):
         few_shot(ways=13)
+    with pytest.raises(ValueError, match=r"\bways .*\b12 .*train .*\(2, 13\)"):
+        few_shot(ways=(2, 13))
+    for ways in ((1, 5), (5, 4), (2, 3, 4)):
+        with pytest.raises(ValueError, match=rf"\bways .*\b2\b.*range.*{re.escape(str(ways))}"):
+            few_shot(ways=ways)
     with pytest.raises(ValueError, match=r"shots \+ queries .*\b7\b.* 4 \+ 4"):
         few_shot(shots=4, queries=4)
     with pytest.raises(ValueError, match=r"meta_batch_size .*processes, 2\b.* 5"):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import trainer
+from conftest import Seen, trainer
 
 from meta_lightning import MAML, MLP, RegressionTasks, TaskBatch, TensorTasks
 from meta_lightning.checks import InputError
@@ -162,6 +162,37 @@ def test_training_may_have_other_ways_and_a_range_of_shots() -> None:
     assert data.task_set("val").batch([0]).support_x.shape[1] == 3 * 2
 
 
+def test_training_may_have_a_range_of_ways() -> None:
+    data = numbered(train_ways=(2, 5), train_shots=(1, 3))
+    batches = [batch for _ in range(8) for batch in data.train_dataloader()]
+    assert {int(batch.support_y.max()) + 1 for batch in batches} <= {2, 3, 4, 5}
+    tasks = data.task_set("train")
+    ways = [tasks.batch(range(4 * j, 4 * j + 4)).query_y.shape[1] / 4 for j in range(60)]
+    assert {*ways} == {2, 3, 4, 5}
+    for split in ("val", "test"):
+        assert same(data.task_set(split).batch(range(9)), numbered().task_set(split).batch(range(9)))
+
+
+def test_a_resumed_run_goes_on_with_a_range_of_ways(tmp_path: Path) -> None:
+    def run(max_steps: int, ckpt_path: Path | None = None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        torch.manual_seed(0)
+        seen, network = Seen(), MLP(1, [4], 5)
+        fit = trainer(max_steps=max_steps, callbacks=[seen], limit_val_batches=0)
+        data = numbered(train_ways=(2, 5), train_shots=(1, 3))
+        fit.fit(MAML(network), data, ckpt_path=ckpt_path, weights_only=True)
+        fit.save_checkpoint(tmp_path / f"{max_steps}.ckpt")
+        return seen.batches, [p.detach().clone() for p in network.parameters()]
+
+    whole, expected = run(13)
+    before, _ = run(8)  # in the middle of an epoch
+    after, theta = run(13, tmp_path / "8.ckpt")
+    assert len({batch.shape for batch in whole}) > 3
+    assert all(torch.equal(a, b) for a, b in zip(before + after, whole, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(theta, expected, strict=True))
+    hparams = torch.load(tmp_path / "8.ckpt", weights_only=True)["datamodule_hyper_parameters"]
+    assert (hparams["train_ways"], hparams["train_shots"]) == ([2, 5], [1, 3])
+
+
 def test_a_task_of_points_is_k_and_q_points_of_one_set() -> None:
     data = numbered_sets(train_shots=2, train_queries=7)
     for split, shots, queries in (("train", 2, 7), ("val", 3, 5), ("test", 3, 5)):
@@ -260,6 +291,11 @@ def test_errors_of_classes_name_argument_expected_and_got() -> None:
     refused(r"\bways .*\b4 .*val .* 5", ways=5)
     refused(r"shots \+ queries .*\b12\b.*train .*\+ 12", queries=12)
     refused(r"\btrain_ways .*\b2\b.* 1", train_ways=1)
+    refused(r"\btrain_ways .*\b2\b.*range.*\(1, 5\)", train_ways=(1, 5))
+    refused(r"\btrain_ways .*range.*\(5, 4\)", train_ways=(5, 4))
+    refused(r"^train_ways .*\b12 .*train .*\(5, 13\)", train_ways=(5, 13))
+    refused(r"^train_ways .*\b12 .*train .* 13", train_ways=13)
+    refused(r"^train_ways .*from 2 to 4 .*train .*\(2, 5\)$", train_ways=(2, 5), splits={"train": [100, 103, 106, 109]})
     refused(r"\btrain_shots .*range\b.* 0", train_shots=0)
     refused(r"split_seed .* -1", split_seed=-1)
     spoilt = x.copy()
@@ -295,7 +331,7 @@ def test_random_splits_that_are_too_small_say_what_would_do() -> None:
     def advice(classes: int, **options: Any) -> str:
         x, y = torch.rand(6 * classes, 2), torch.arange(6 * classes) % classes
         options = {"queries": 2, "ways": 5} | options
-        with pytest.raises(InputError, match=r"^ways must be at most .* split\), got ") as caught:
+        with pytest.raises(InputError, match=r"^(?:train_)?ways must be at most .* split\), got ") as caught:
             [TensorTasks(x, y, **options).task_set(split) for split in SPLITS]
         message = str(caught.value).partition("; ")[2]
         if fractions := re.search(r'--data\.split_fractions "(\[.*\])" would do(?: for (\d+) ways)?$', message):
@@ -307,6 +343,7 @@ def test_random_splits_that_are_too_small_say_what_would_do() -> None:
     assert advice(19) == '--data.split_fractions "[0.4, 0.3, 0.3]" would do'
     assert advice(15) == '--data.split_fractions "[0.38, 0.31, 0.31]" would do'
     assert advice(30, train_ways=20) == '--data.split_fractions "[0.68, 0.16, 0.16]" would do'
+    assert advice(30, train_ways=(5, 20)) == '--data.split_fractions "[0.68, 0.16, 0.16]" would do'
     assert re.fullmatch(r"the three splits need 15 together; .* would do for 4 ways", advice(14))
     assert re.fullmatch(r"the three splits need 30 together; .* would do for 5 ways", advice(19, train_ways=20))
     assert advice(5) == "the three splits need 15 together"

@@ -149,7 +149,7 @@ class ImageFolderTasks(RandomSplit, FolderTasks):
         for split, members in self.drawn_splits(self.drawn).items():
             splits[members] = SPLITS.index(split)
         self.class_splits = splits  # including classes that are left out
-        self.takes = [least_and_most(shots)[1] + queries for shots, queries in map(self.sizes, SPLITS)]
+        self.takes = [least_and_most(shots, "shots")[1] + queries for shots, queries in map(self.sizes, SPLITS)]
         self.counts = counts = np.bincount(data.labels, minlength=len(splits))
         takes = np.array([*self.takes, 0])[splits]
         small = counts < takes
@@ -160,21 +160,21 @@ class ImageFolderTasks(RandomSplit, FolderTasks):
 
     def task_set(self, split: Split) -> FewShotTasks:
         """The tasks of a split."""
-        data, ways, row = self.load(), self.ways_of(split), SPLITS.index(split)
+        data, ways, row = self.load(), self.most_ways(split), SPLITS.index(split)
         enough, of_split = len(data.members(split)), np.sum(self.class_splits == row)
         if enough < ways:
             drawn = f" (split_fractions gives it {of_split} of the {len(self.drawn)} classes)" if self.drawn else ""
-            needs = f"{ways} classes (ways) of {self.takes[row]} images (shots + queries) for the {split} split{drawn}"
+            needs = f"{ways} classes ({self.ways_argument(split)}) of {self.takes[row]} images (shots + queries)"
             came = f"{enough} and {of_split - enough} with fewer images in {self.folder}"
             more = "; fewer shots or queries would do" if of_split >= ways else ""  # the classes are enough
             advice = f"; {self.fitting_fractions()}" if self.drawn and not more else more
-            raise InputError(f"root must hold at least {needs}, got {came}{advice}")
+            raise InputError(f"root must hold at least {needs} for the {split} split{drawn}, got {came}{advice}")
         return super().task_set(split)
 
     def fitting_fractions(self) -> str:
         """For messages: fractions that give each split enough classes with enough images."""
         takes = dict(zip(SPLITS, self.takes, strict=True))
-        needs = {split: self.ways_of(split) for split in SPLITS}
+        needs = {split: self.most_ways(split) for split in SPLITS}
         return self.advice(self.drawn, needs, lambda label, split: bool(self.counts[label] >= takes[split]))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from meta_lightning.checks import InputError, NamedOptions, from_command_line, plain, require_at_least
 from meta_lightning.data.form import SampleForm, form_of
 from meta_lightning.data.loading import MetaBatches, MetaIterations, TaskLoader
-from meta_lightning.data.tasks import FewShotTasks, Shots, Split, TaskSet, least_and_most
+from meta_lightning.data.tasks import Count, FewShotTasks, Split, TaskSet, least_and_most
 
 T = TypeVar("T")
 
@@ -150,7 +150,7 @@ class FewShotDataModule(TaskDataModule):
     """Support samples (K), per class or, for regression, per task."""
     queries: int = 15
     """Query samples (Q), per class or, for regression, per task."""
-    train_shots: Shots | None = None
+    train_shots: Count | None = None
     """Support samples in training: a number, or a range (min, max) to draw from per meta-batch. Default: ``shots``."""
     train_queries: int | None = None
     """Query samples in training. Default: ``queries``."""
@@ -160,7 +160,7 @@ class FewShotDataModule(TaskDataModule):
         require_at_least(1, shots=self.shots, queries=self.queries, train_queries=self.sizes("train")[1])
         least_and_most(self.sizes("train")[0], "train_shots")
 
-    def sizes(self, split: Split) -> tuple[Shots, int]:
+    def sizes(self, split: Split) -> tuple[Count, int]:
         """Support and query samples of the tasks of a split."""
         if split != "train":
             return self.shots, self.queries
@@ -179,12 +179,13 @@ class ClassificationTasks(FewShotDataModule):
 
     ways: int = 5
     """Classes per task (N)."""
-    train_ways: int | None = None
-    """Classes per task in training. Default: ``ways``."""
+    train_ways: Count | None = None
+    """Classes per task in training: a number, or a range (min, max) to draw from per meta-batch. Default: ``ways``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(2, ways=self.ways, train_ways=self.ways_of("train"))
+        require_at_least(2, ways=self.ways)
+        least_and_most(self.ways_of("train"), "train_ways", 2)
         self.placed: Tensor | None = None
         self.task_sets: dict[Split, FewShotTasks] = {}
 
@@ -192,15 +193,27 @@ class ClassificationTasks(FewShotDataModule):
         """Release the samples and tasks, so that a GPU has room for them when they are made again."""
         self.placed, self.task_sets = None, {}
 
-    def ways_of(self, split: Split) -> int:
+    def ways_of(self, split: Split) -> Count:
         """Classes per task of a split."""
         return self.train_ways if split == "train" and self.train_ways is not None else self.ways
+
+    def most_ways(self, split: Split) -> int:
+        """The maximum of ``ways_of`` a split."""
+        return least_and_most(self.ways_of(split), self.ways_argument(split))[1]
+
+    def ways_argument(self, split: Split) -> str:
+        """The option that ``ways_of`` a split is from, for messages."""
+        return "train_ways" if split == "train" and self.train_ways is not None else "ways"
+
+    def draws(self, split: Split) -> dict[str, Any]:
+        """The arguments of ``FewShotTasks`` that do not describe the data."""
+        ways = {"ways": self.ways_of(split), "ways_argument": self.ways_argument(split)}
+        return super().draws(split) | ways
 
     def few_shot_tasks(self, split: Split, samples: Tensor, **described: Any) -> FewShotTasks:
         """``FewShotTasks`` of a split, over samples that all splits share; made once."""
         if self.placed is None:
             self.placed = self.place(samples)
         if split not in self.task_sets:
-            ways, draws = self.ways_of(split), self.draws(split)
-            self.task_sets[split] = FewShotTasks(self.placed, ways=ways, **described, **draws)
+            self.task_sets[split] = FewShotTasks(self.placed, **described, **self.draws(split))
         return self.task_sets[split]

@@ -11,7 +11,7 @@ from torch import Tensor
 from meta_lightning.checks import require_at_least
 from meta_lightning.data.module import FewShotDataModule, options
 from meta_lightning.data.streams import uniforms
-from meta_lightning.data.tasks import DrawnTasks, Shots, Split, TaskBatch, TaskSet
+from meta_lightning.data.tasks import Count, DrawnTasks, Split, TaskBatch, TaskSet
 
 
 @options
@@ -39,7 +39,7 @@ class Sinusoid(FewShotDataModule):
         super().__post_init__()
         require_at_least(1, test_queries=self.test_queries)
 
-    def sizes(self, split: Split) -> tuple[Shots, int]:
+    def sizes(self, split: Split) -> tuple[Count, int]:
         """Support and query points of the tasks of a split."""
         shots, queries = super().sizes(split)
         return shots, queries if split == "train" else self.test_queries

@@ -17,7 +17,7 @@ from meta_lightning.data.streams import generators
 
 Array = npt.NDArray[Any]
 Split = Literal["train", "val", "test"]
-Shots = int | tuple[int, int]  # a number, or its minimum and maximum
+Count = int | tuple[int, int]  # a number, or its minimum and maximum
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
@@ -34,11 +34,12 @@ class TaskBatch(NamedTuple):
     query_y: Tensor  # T R (classification), T R D (regression)
 
 
-def least_and_most(shots: Shots, argument: str = "shots") -> tuple[int, int]:
-    """The minimum and maximum of a number of shots."""
-    pair = shots if isinstance(shots, Sequence) else (shots, shots)
+def least_and_most(count: Count, argument: str, lowest: int = 1) -> tuple[int, int]:
+    """The minimum and maximum of a number that must be at least ``lowest``."""
+    pair = count if isinstance(count, Sequence) else (count, count)
     least, most = pair if len(pair) == 2 else (0, 0)
-    require(1 <= least <= most, f"{argument} must be at least 1, or a range (min, max) from 1, got {shots}")
+    expected = f"{argument} must be at least {lowest}, or a range (min, max) from {lowest}"
+    require(lowest <= least <= most, f"{expected}, got {count}")
     return least, most
 
 
@@ -79,15 +80,20 @@ class TaskSet(ABC):
 class DrawnTasks(TaskSet):
     """Tasks that draw their samples at once: those of the maximum number of shots, then the queries."""
 
-    shots: Shots  # support samples (K), per class or, for regression, per task
+    shots: Count  # support samples (K), per class or, for regression, per task
     queries: int  # query samples (Q)
     seed: int
     split: Split
-    block: int = 1  # tasks that share K, if ``shots`` is a range: those of a meta-batch
+    block: int = 1  # tasks that share a number drawn from a range, such as K: those of a meta-batch
 
     def __post_init__(self) -> None:
-        self.least_shots, self.most_shots = least_and_most(self.shots)
+        self.least_shots, self.most_shots = least_and_most(self.shots, "shots")
         self.drawn = self.most_shots + self.queries
+
+    @property
+    def sample_counts(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The minimum and maximum number of support samples of a task, and of its queries."""
+        return (self.least_shots, self.most_shots), (self.queries, self.queries)
 
     def require_samples(self, fewest: int, what: str) -> None:
         """Refuse tasks of more samples than the smallest set that they are drawn from."""
@@ -96,11 +102,14 @@ class DrawnTasks(TaskSet):
 
     def parts(self, tasks: Sequence[int]) -> tuple[slice, slice]:
         """The positions of the support and the query samples among the samples drawn for a block's tasks."""
-        shots = self.most_shots
-        if self.least_shots < shots:
-            rng = self.rng(tasks[0] // self.block, self.block)
-            shots = int(rng.integers(self.least_shots, self.most_shots, endpoint=True))
+        shots = self.shared(tasks[0], self.least_shots, self.most_shots)
         return slice(shots), slice(self.most_shots, None)
+
+    def shared(self, task: int, least: int, most: int, *stream: int) -> int:
+        """A number from ``least`` to ``most``, the same for all tasks of this task's block."""
+        if least == most:
+            return most
+        return int(self.rng(task // self.block, self.block, *stream).integers(least, most, endpoint=True))
 
 
 @dataclass(eq=False)
@@ -110,10 +119,11 @@ class FewShotTasks(DrawnTasks):
     images: Tensor  # M C H W, or any samples; shared by all splits
     labels: InitVar[Tensor]  # M: class number of each sample
     classes: Sequence[int]  # class numbers of this split
-    ways: int  # classes per task (N)
+    ways: Count  # classes per task (N)
     source: str | Path | None = None  # .npy file that ``images`` is mapped from, as other processes map it
     names: Sequence[str] = ()  # of ``classes``; default: their numbers
     groups: Sequence[str] = ()  # of ``classes``; default: see ``group_of``
+    ways_argument: str = "ways"  # name of ``ways`` in messages
 
     def __post_init__(self, labels: Tensor) -> None:
         """Check that the split has the classes and samples of a task (InputError)."""
@@ -121,8 +131,10 @@ class FewShotTasks(DrawnTasks):
         order = np.argsort(labels.numpy(), kind="stable")
         starts, stops = (np.searchsorted(labels.numpy(), self.classes, side, order) for side in ("left", "right"))
         rows = [order[start:stop] for start, stop in zip(starts, stops, strict=True)]
-        if not 2 <= self.ways <= len(rows):
-            raise InputError(f"ways must be from 2 to {len(rows)} (classes of the {self.split} split), got {self.ways}")
+        self.least_ways, self.most_ways = least_and_most(self.ways, self.ways_argument, 2)
+        if self.most_ways > len(rows):
+            limit = f"from 2 to {len(rows)} (classes of the {self.split} split)"
+            raise InputError(f"{self.ways_argument} must be {limit}, got {self.ways}")
         sizes = {*map(len, rows)}
         self.require_samples(min(sizes), "samples of the smallest class")
         self.names = self.names or [*map(str, self.classes)]
@@ -147,18 +159,31 @@ class FewShotTasks(DrawnTasks):
             self.images = torch.from_numpy(np.load(self.source, mmap_mode="c", allow_pickle=False))
         self.describe()
 
-    def choose(self, rng: np.random.Generator) -> Array:
-        """A task's classes, its first random draw, as indices of ``classes``.  # N"""
-        return rng.choice(len(self.rows_by_class), self.ways, replace=False)
+    @property
+    def sample_counts(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The minimum and maximum number of support samples of a task, and of its queries."""
+        support, query = ((least * self.least_ways, most * self.most_ways) for least, most in super().sample_counts)
+        return support, query
 
-    def rows(self, rng: np.random.Generator) -> list[int]:
-        """Sample numbers of a new task, class by class: N * (K + Q) of them, K the maximum number of shots."""
+    def drawn_ways(self, task: int) -> int:
+        """Classes of a task (N), which the tasks of its block share; independent of their shots."""
+        return self.shared(task, self.least_ways, self.most_ways, 1)
+
+    def choose(self, rng: np.random.Generator, ways: int) -> Array:
+        """A task's classes, its first random draw, as indices of ``classes``.  # N"""
+        return rng.choice(len(self.rows_by_class), ways, replace=False)
+
+    def rows(self, rng: np.random.Generator, ways: int | None = None) -> list[int]:
+        """Sample numbers of a new task, class by class: N * (K + Q) of them, K the maximum number of shots.
+
+        ``ways`` is N. Default: the maximum.
+        """
         # learn2learn's NWays and KShots use Python's global random state, which is the same on each rank
         data = import_learn2learn().data
 
         def draw(description: Any) -> list[Any]:
             """Task transform that draws N ways and, of each, its samples without replacement."""
-            classes, members = self.choose(rng), self.rows_by_class
+            classes, members = self.choose(rng, ways or self.most_ways), self.rows_by_class
             if isinstance(members, list):
                 drawn = np.stack([rng.permuted(members[c])[: self.drawn] for c in classes])
             else:
@@ -170,16 +195,16 @@ class FewShotTasks(DrawnTasks):
 
     def class_names(self, task: int) -> list[str]:
         """The names of a task's classes 0 … N-1."""
-        return [self.names[c] for c in self.choose(self.rng(task))]
+        return [self.names[c] for c in self.choose(self.rng(task), self.drawn_ways(task))]
 
     def class_groups(self, task: int) -> list[str]:
         """The groups of a task's classes 0 … N-1."""
-        return [self.groups[c] for c in self.choose(self.rng(task))]
+        return [self.groups[c] for c in self.choose(self.rng(task), self.drawn_ways(task))]
 
     def batch(self, tasks: Sequence[int]) -> TaskBatch:
-        """Gather the images of these tasks, unchanged and on their device."""
-        T, N = len(tasks), self.ways
-        rows = torch.tensor([*map(self.rows, generators(self.entropy, tasks))]).view(T, N, -1)  # T N K+Q
+        """Gather the images of a block's tasks, unchanged and on their device."""
+        T, N = len(tasks), self.drawn_ways(tasks[0])
+        rows = torch.tensor([self.rows(rng, N) for rng in generators(self.entropy, tasks)]).view(T, N, -1)  # T N K+Q
         labels = torch.arange(N, device=self.images.device).view(1, N, 1).expand(rows.shape)
 
         def part(samples: slice) -> tuple[Tensor, Tensor]:

@@ -51,9 +51,9 @@ class TensorTasks(GivenSplit, ClassificationTasks):
 
     def task_set(self, split: Split) -> FewShotTasks:
         """The tasks of a split, from the arrays."""
-        classes, needs = self.members[split], {each: self.ways_of(each) for each in SPLITS}
+        classes, needs = self.members[split], {each: self.most_ways(each) for each in SPLITS}
         most = f"at most {len(classes)} (classes of the {split} split)"
-        self.require_members(split, needs, f"ways must be {most}, got {needs[split]}")
+        self.require_members(split, needs, f"{self.ways_argument(split)} must be {most}, got {self.ways_of(split)}")
         return self.few_shot_tasks(split, self.samples, labels=self.labels, classes=classes)
 
 
