@@ -171,6 +171,13 @@ def test_a_range_of_ways(capsys: pytest.CaptureFixture[str]) -> None:
     main(["test", "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu"])
 
 
+def test_labels_of_the_split(capsys: pytest.CaptureFixture[str]) -> None:
+    labels = ["--data.train_labels", "split", "--model.network.ways", "2000"]
+    main(["fit", "--config", TINY, *labels, "--trainer.max_steps", "1"])
+    config = printed_config(capsys, "test", "--ckpt_path", str(RUN / "checkpoints/last.ckpt"))
+    assert config["data"]["init_args"]["train_labels"] == "split"
+
+
 def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])

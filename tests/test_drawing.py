@@ -138,6 +138,7 @@ DATA: dict[str, Callable[[], TaskDataModule]] = {
     "more ways and pictures than are drawn": lambda: arrays(3, 9, 9, ways=8, split_fractions=(0.36, 0.32, 0.32)),
     "shots from a range": lambda: arrays(3, 9, 9, train_shots=(1, 4)),
     "ways from a range": lambda: arrays(3, 9, 9, train_ways=(2, 15), train_shots=(1, 4)),
+    "labels of the split": lambda: arrays(3, 9, 9, train_labels="split"),
     "one split": lambda: arrays(3, 9, 9, split_fractions=(0, 0, 1)),
     "regression of numbers": lambda: sets((), ()),
     "regression of vectors": lambda: sets((4,), (2,)),
@@ -155,7 +156,9 @@ def test_print_data_draws_data_of_all_kinds(name: str, tmp_path: Path) -> None:
     with Image.open(tmp_path / "data.png") as picture:
         assert picture.size == (600 * splits, 720)
         colours = np.asarray(picture.convert("RGB"))
-    coloured = name.startswith(("colour", "one row", "one pixel", "2 ways", "more", "shots", "ways", "one split"))
+    coloured = name.startswith(
+        ("colour", "one row", "one pixel", "2 ways", "more", "shots", "ways", "labels", "one split")
+    )
     if coloured or name in ("grey", "one column, grey"):
         blue = (colours == [47, 111, 183]).all(-1)  # frames of the support pictures
         assert blue.any()
@@ -169,6 +172,14 @@ def test_print_data_says_which_numbers_are_drawn_from_a_range(tmp_path: Path) ->
     assert "  val   200 tasks, support [5, 3, 9, 9], query [10, 3, 9, 9]\n" in shown
     shown = show_data(sets((), (), train_shots=(3, 7)), tmp_path / "data.png")
     assert "  train endless tasks, support [3 to 7, 1], query [10, 1]\n" in shown
+
+
+def test_pictures_of_the_split_s_labels_are_named_after_their_classes() -> None:
+    data = arrays(3, 9, 9, train_labels="split", splits={"train": range(20, 25)})
+    tasks = data.task_set("train")
+    table, answers = table_of(TaskBatch(*(part[0] for part in tasks.batch([0]))), tasks.class_names(0))
+    assert [*table] == [f"{n + 1} {20 + n}" for n in range(5)]
+    assert {answer.truth for answer in answers} == {*table}
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -107,8 +107,9 @@ def test_ways_and_shots_of_a_block_are_drawn_independently() -> None:
     assert [ways for ways, _ in both] == [ways for ways, _ in ways_and_shots(few_shot(ways=(3, 5), block=4), 180)]
 
 
-def test_a_range_of_ways_does_not_depend_on_how_a_block_is_loaded() -> None:
-    options: dict[str, Any] = {"ways": (2, 12), "shots": (1, 3), "block": 4}
+@pytest.mark.parametrize("label_space", ["task", "split"])
+def test_a_range_of_ways_does_not_depend_on_how_a_block_is_loaded(label_space: str) -> None:
+    options: dict[str, Any] = {"ways": (2, 12), "shots": (1, 3), "block": 4, "label_space": label_space}
     blocks = [few_shot(**options).batch(range(4 * block, 4 * block + 4)) for block in range(20)]
     tasks = pickle.loads(pickle.dumps(few_shot(**options)))  # as a worker under spawn has it
     for block, task in itertools.product(reversed(range(20)), range(4)):
@@ -120,14 +121,15 @@ def test_a_range_of_ways_does_not_depend_on_how_a_block_is_loaded() -> None:
 
 
 @pytest.mark.parametrize("ways", [5, (2, 9)])
-def test_labels_stand_for_the_classes_that_are_named(ways: Any) -> None:
-    tasks = few_shot(ways=ways, block=4)
+@pytest.mark.parametrize("label_space", ["task", "split"])
+def test_labels_stand_for_the_classes_that_are_named(ways: Any, label_space: str) -> None:
+    tasks = few_shot(ways=ways, block=4, label_space=label_space)
     for block in range(10):
         batch = tasks.batch(range(4 * block, 4 * block + 4))
         for task, (support_x, support_y, query_x, query_y) in enumerate(zip(*batch, strict=True), 4 * block):
             names = tasks.class_names(task)
             assert tasks.class_groups(task) == names
-            assert len(names) == int(query_y.max()) + 1
+            assert len(names) == (CLASSES if label_space == "split" else int(query_y.max()) + 1)
             for x, y in ((support_x, support_y), (query_x, query_y)):
                 assert [names[label] for label in y.tolist()] == [str(row % CLASSES) for row in x.flatten().tolist()]
 

@@ -173,6 +173,25 @@ def test_training_may_have_a_range_of_ways() -> None:
         assert same(data.task_set(split).batch(range(9)), numbered().task_set(split).batch(range(9)))
 
 
+@pytest.mark.parametrize("train_ways", [None, (2, 9)])
+def test_labels_of_the_split_are_the_numbers_of_its_classes(train_ways: Any) -> None:
+    order = [7, 3, 11, 0, 19, 4, 5, 6, 16]  # in no order
+    splits = {"train": order, "val": range(8, 11), "test": range(12, 16)}
+    own, data = (numbered(splits=splits, train_ways=train_ways, train_labels=labels) for labels in ("task", "split"))
+    met = set()
+    for block in range(30):
+        batch, expected = (each.task_set("train").batch(range(4 * block, 4 * block + 4)) for each in (data, own))
+        assert torch.equal(batch.support_x, expected.support_x)  # the same tasks …
+        assert torch.equal(batch.query_x, expected.query_x)
+        for x, y in ((batch.support_x, batch.support_y), (batch.query_x, batch.query_y)):
+            assert y.dtype == torch.int64
+            assert (x.squeeze(2) % CLASSES).tolist() == torch.tensor(order)[y].tolist()
+            met |= {*y.flatten().tolist()}
+    assert met == {*range(9)}  # … in which all classes occur
+    for split in ("val", "test"):
+        assert same(data.task_set(split).batch(range(9)), own.task_set(split).batch(range(9)))
+
+
 def test_a_resumed_run_goes_on_with_a_range_of_ways(tmp_path: Path) -> None:
     def run(max_steps: int, ckpt_path: Path | None = None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         torch.manual_seed(0)
@@ -190,7 +209,7 @@ def test_a_resumed_run_goes_on_with_a_range_of_ways(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before + after, whole, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(theta, expected, strict=True))
     hparams = torch.load(tmp_path / "8.ckpt", weights_only=True)["datamodule_hyper_parameters"]
-    assert (hparams["train_ways"], hparams["train_shots"]) == ([2, 5], [1, 3])
+    assert (hparams["train_ways"], hparams["train_shots"], hparams["train_labels"]) == ([2, 5], [1, 3], "task")
 
 
 def test_a_task_of_points_is_k_and_q_points_of_one_set() -> None:
@@ -296,6 +315,7 @@ def test_errors_of_classes_name_argument_expected_and_got() -> None:
     refused(r"^train_ways .*\b12 .*train .*\(5, 13\)", train_ways=(5, 13))
     refused(r"^train_ways .*\b12 .*train .* 13", train_ways=13)
     refused(r"^train_ways .*from 2 to 4 .*train .*\(2, 5\)$", train_ways=(2, 5), splits={"train": [100, 103, 106, 109]})
+    refused(r"train_labels .*'task', 'split'.*'all'", train_labels="all")
     refused(r"\btrain_shots .*range\b.* 0", train_shots=0)
     refused(r"split_seed .* -1", split_seed=-1)
     spoilt = x.copy()

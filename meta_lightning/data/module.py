@@ -4,17 +4,17 @@ import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from traceback import walk_stack
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, dataclass_transform, get_args
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from meta_lightning.checks import InputError, NamedOptions, from_command_line, plain, require_at_least
+from meta_lightning.checks import InputError, NamedOptions, from_command_line, plain, require_at_least, require_choice
 from meta_lightning.data.form import SampleForm, form_of
 from meta_lightning.data.loading import MetaBatches, MetaIterations, TaskLoader
-from meta_lightning.data.tasks import Count, FewShotTasks, Split, TaskSet, least_and_most
+from meta_lightning.data.tasks import Count, FewShotTasks, LabelSpace, Split, TaskSet, least_and_most
 
 T = TypeVar("T")
 
@@ -181,11 +181,16 @@ class ClassificationTasks(FewShotDataModule):
     """Classes per task (N)."""
     train_ways: Count | None = None
     """Classes per task in training: a number, or a range (min, max) to draw from per meta-batch. Default: ``ways``."""
+    train_labels: LabelSpace = "task"
+    """Labels of the training tasks: ``"task"``, the numbers 0 … N-1 of a task's own classes; ``"split"``, the numbers
+    0, 1, … of all classes of the training split, in its order, which plain training of a classifier needs. Tasks of the
+    other splits number their own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(2, ways=self.ways)
         least_and_most(self.ways_of("train"), "train_ways", 2)
+        require_choice(get_args(LabelSpace), train_labels=self.train_labels)
         self.placed: Tensor | None = None
         self.task_sets: dict[Split, FewShotTasks] = {}
 
@@ -208,7 +213,7 @@ class ClassificationTasks(FewShotDataModule):
     def draws(self, split: Split) -> dict[str, Any]:
         """The arguments of ``FewShotTasks`` that do not describe the data."""
         ways = {"ways": self.ways_of(split), "ways_argument": self.ways_argument(split)}
-        return super().draws(split) | ways
+        return super().draws(split) | ways | {"label_space": self.train_labels if split == "train" else "task"}
 
     def few_shot_tasks(self, split: Split, samples: Tensor, **described: Any) -> FewShotTasks:
         """``FewShotTasks`` of a split, over samples that all splits share; made once."""

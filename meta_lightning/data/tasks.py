@@ -18,14 +18,15 @@ from meta_lightning.data.streams import generators
 Array = npt.NDArray[Any]
 Split = Literal["train", "val", "test"]
 Count = int | tuple[int, int]  # a number, or its minimum and maximum
+LabelSpace = Literal["task", "split"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class TaskBatch(NamedTuple):
     """A meta-batch: T tasks, each with a support and a query set.
 
-    uint8 samples are pixels, which the learner scales to [0, 1] on its device. Targets are int64 class numbers 0 … N-1
-    for classification and floating point for regression.
+    uint8 samples are pixels, which the learner scales to [0, 1] on its device. Targets are int64 class numbers for
+    classification, 0 … N-1 unless ``train_labels`` is "split", and floating point for regression.
     """
 
     support_x: Tensor  # T S ...
@@ -68,11 +69,11 @@ class TaskSet(ABC):
         """The tasks with these numbers, stacked in that order."""
 
     def class_names(self, task: int) -> list[str]:
-        """The names of a task's classes 0 … N-1; empty where classes have no names."""
+        """The names of a task's labels 0, 1, …; empty where classes have no names."""
         return []
 
     def class_groups(self, task: int) -> list[str]:
-        """The groups of a task's classes 0 … N-1, such as their alphabets. Default: see ``group_of``."""
+        """The groups of a task's labels 0, 1, …, such as alphabets. Default: see ``group_of``."""
         return [*map(group_of, self.class_names(task))]
 
 
@@ -123,6 +124,7 @@ class FewShotTasks(DrawnTasks):
     source: str | Path | None = None  # .npy file that ``images`` is mapped from, as other processes map it
     names: Sequence[str] = ()  # of ``classes``; default: their numbers
     groups: Sequence[str] = ()  # of ``classes``; default: see ``group_of``
+    label_space: LabelSpace = "task"  # whose classes the labels number: those of the task, or ``classes``
     ways_argument: str = "ways"  # name of ``ways`` in messages
 
     def __post_init__(self, labels: Tensor) -> None:
@@ -194,18 +196,24 @@ class FewShotTasks(DrawnTasks):
         return [description.index for description in data.Taskset(self.dataset, draw).sample_task_description()]
 
     def class_names(self, task: int) -> list[str]:
-        """The names of a task's classes 0 … N-1."""
-        return [self.names[c] for c in self.choose(self.rng(task), self.drawn_ways(task))]
+        """The names of a task's labels: of its N classes, or of all classes of the split."""
+        return [self.names[c] for c in self.labelled(task)]
 
     def class_groups(self, task: int) -> list[str]:
-        """The groups of a task's classes 0 … N-1."""
-        return [self.groups[c] for c in self.choose(self.rng(task), self.drawn_ways(task))]
+        """The groups of a task's labels: of its N classes, or of all classes of the split."""
+        return [self.groups[c] for c in self.labelled(task)]
+
+    def labelled(self, task: int) -> Array:
+        """The class that each label of a task stands for, as an index of ``classes``.  # N, or all classes"""
+        if self.label_space == "split":
+            return np.arange(len(self.rows_by_class))
+        return self.choose(self.rng(task), self.drawn_ways(task))
 
     def batch(self, tasks: Sequence[int]) -> TaskBatch:
         """Gather the images of a block's tasks, unchanged and on their device."""
         T, N = len(tasks), self.drawn_ways(tasks[0])
         rows = torch.tensor([self.rows(rng, N) for rng in generators(self.entropy, tasks)]).view(T, N, -1)  # T N K+Q
-        labels = torch.arange(N, device=self.images.device).view(1, N, 1).expand(rows.shape)
+        labels = self.labels_of(tasks, N).unsqueeze(2).expand(rows.shape)
 
         def part(samples: slice) -> tuple[Tensor, Tensor]:
             index = rows[:, :, samples].flatten(1)  # T N*samples
@@ -214,6 +222,13 @@ class FewShotTasks(DrawnTasks):
 
         support, query = self.parts(tasks)
         return TaskBatch(*part(support), *part(query))
+
+    def labels_of(self, tasks: Sequence[int], ways: int) -> Tensor:
+        """The label of each class of these tasks, on the device of the samples.  # T N"""
+        if self.label_space == "task":
+            return torch.arange(ways, device=self.images.device).expand(len(tasks), ways)
+        chosen = [self.choose(rng, ways) for rng in generators(self.entropy, tasks)]
+        return torch.from_numpy(np.stack(chosen)).to(self.images.device)
 
 
 def as_task_batch(parts: Sequence[Tensor]) -> TaskBatch:
