@@ -1,16 +1,30 @@
 """The parts of MAML++, alone and together, against literal loops over tasks and finite differences, in float64."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
-from references import EXACT, INNER_LR, TASKS_FROM_A_LIST, Params, error, trained
+from conftest import TINY, trainer
+from references import EXACT, INNER_LR, TASKS_FROM_A_LIST, Params, error, fit, trained
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from meta_lightning import FOMAML, IMAML, LSLR, MAML, Prototypes, Reptile, TaskBatch, load_learner
+from meta_lightning import (
+    FOMAML,
+    IMAML,
+    LSLR,
+    MAML,
+    MLP,
+    MetaLearner,
+    Prototypes,
+    Reptile,
+    Sinusoid,
+    TaskBatch,
+    load_learner,
+)
+from meta_lightning.algorithms.maml import step_weights
 from meta_lightning.checks import InputError
 from meta_lightning.cli import main
 
@@ -81,9 +95,9 @@ def query_losses(
     return torch.stack(losses).view(-1, STEPS)
 
 
-def gradient(loss: Tensor, theta: Params, rates: Params) -> Params:
-    """The gradient by θ and the rates, named as a learner names it."""
-    named = theta | {RATES + n.replace(".", "/"): p for n, p in rates.items()}
+def gradient(loss: Tensor, theta: Params, rates: Params, scale: Params | None = None) -> Params:
+    """The gradient by θ, the rates and a scale, named as a learner names it."""
+    named = theta | {RATES + n.replace(".", "/"): p for n, p in rates.items()} | (scale or {})
     grads = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
     return dict(zip(named, grads, strict=True))
 
@@ -148,3 +162,155 @@ def test_algorithms_without_a_gradient_by_the_rates_refuse_them(algorithm: Any) 
 def test_steps_have_a_range() -> None:
     with pytest.raises(InputError, match=r"steps .* 0"):
         LSLR(steps=0)
+
+
+# ------------------------------------------------------------------------------ loss of all steps, order of derivatives
+
+
+def authors_weights(epoch: int, epochs: int, steps: int = STEPS) -> list[float]:
+    """``get_per_step_loss_importance_vector`` of AntreasAntoniou/HowToTrainYourMAMLPytorch."""
+    decay = 1.0 / steps / epochs
+    least = 0.03 / steps
+    last = min(1.0 / steps + epoch * (steps - 1) * decay, 1.0 - (steps - 1) * least)
+    return [max(1.0 / steps - epoch * decay, least)] * (steps - 1) + [last]
+
+
+def at_iteration(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MetaLearner, "global_step", number)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_weights_are_those_of_the_authors(steps: int) -> None:
+    for epoch in range(10):
+        weights = step_weights(steps, epoch / 10)
+        assert weights == pytest.approx(authors_weights(epoch, 10, steps), abs=1e-15)
+        assert sum(weights) == pytest.approx(1)
+    assert step_weights(5, 0) == pytest.approx([0.2] * 5)
+    assert step_weights(5, 0.999) == pytest.approx([0.006] * 4 + [0.976])
+
+
+@pytest.mark.parametrize("iteration", [0, 4, 9, 10, 11])
+@pytest.mark.parametrize("options", [{}, {"recompute_inner_steps": True}, {"tasks_per_pass": 2}], ids=str)
+@pytest.mark.parametrize("algorithm", [MAML, FOMAML])
+def test_the_loss_of_all_steps_agrees_with_a_loop(
+    algorithm: type[MAML], options: dict[str, Any], iteration: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, learner = prepared(algorithm, multi_step_loss=10, **options)
+    at_iteration(iteration, monkeypatch)
+    batch, theta = tasks(), trained(network)
+    meta_gradient, losses, _ = learner.meta_gradient(batch)
+    of_steps = query_losses(network, theta, {}, batch, follow=algorithm is MAML)  # T K
+    weights = torch.tensor(authors_weights(iteration, 10) if iteration < 10 else [0.0, 0.0, 1.0])
+    expected = gradient((of_steps @ weights).mean(), theta, {})
+    assert losses.tolist() == pytest.approx(of_steps[:, -1].tolist(), abs=EXACT)
+    assert error(meta_gradient, expected) <= EXACT
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_derivatives_are_of_the_first_order_at_first(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, learner = prepared(first_order_steps=3, recompute_inner_steps=recompute)
+    batch, theta = tasks(), trained(network)
+    for iteration in (0, 2, 3, 4):
+        at_iteration(iteration, monkeypatch)
+        loss = query_losses(network, theta, {}, batch, follow=iteration >= 3)[:, -1].mean()
+        assert error(learner.meta_gradient(batch)[0], gradient(loss, theta, {})) <= EXACT
+
+
+def test_one_query_forward_remains(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, learner = prepared(multi_step_loss=2)
+    predicted = []
+    predict = learner.task_network.predict
+    monkeypatch.setattr(learner.task_network, "predict", lambda *args: predicted.append(args) or predict(*args))
+    for iteration, forwards in ((1, 2 * STEPS), (2, STEPS + 1)):
+        at_iteration(iteration, monkeypatch)
+        predicted.clear()
+        learner.meta_gradient(tasks())
+        assert len(predicted) == forwards
+
+
+@pytest.mark.parametrize("iteration", [0, 7, 20])
+@pytest.mark.parametrize("algorithm", [MAML, FOMAML])
+def test_the_parts_compose(algorithm: type[MAML], iteration: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"inner_rule": LSLR(2), "head_start": Prototypes(0.7), "multi_step_loss": 10, "first_order_steps": 5}
+    network, learner = prepared(algorithm, **parts)
+    at_iteration(iteration, monkeypatch)
+    batch, rates, scale = tasks(), rates_of(learner), learner.head_start.get_parameter("learnt_scale")
+    theta = {name: p for name, p in trained(network).items() if name.startswith("body.")}
+    follow = algorithm is MAML and iteration >= 5
+    weights = torch.tensor(authors_weights(iteration, 10) if iteration < 10 else [0.0, 0.0, 1.0])
+    loss = (query_losses(network, theta, rates, batch, follow, scale) @ weights).mean()
+    expected = gradient(loss, theta, rates, {".head.learnt_scale": scale})
+    assert error(learner.meta_gradient(batch)[0], expected) <= EXACT
+
+
+def test_the_composition_agrees_with_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, learner = prepared(inner_rule=LSLR(), head_start=Prototypes(0.7), multi_step_loss=10)
+    at_iteration(4, monkeypatch)
+    batch, weights = tasks(), torch.tensor(authors_weights(4, 10))
+    scale = learner.head_start.get_parameter("learnt_scale")
+    parts = [{n: p for n, p in trained(network).items() if n.startswith("body.")}, rates_of(learner), {"scale": scale}]
+    prefixes = ["", RATES, ".head.learnt_"]
+    meta_gradient, *_ = learner.meta_gradient(batch)
+    for _ in range(3):
+        along = [{n: torch.randn_like(p) for n, p in params.items()} for params in parts]
+        values = []
+        for h in (1e-5, -1e-5):
+            theta, rates, scales = (
+                {n: (p + h * towards[n]).detach() for n, p in params.items()}
+                for params, towards in zip(parts, along, strict=True)
+            )
+            losses = query_losses(network, theta, rates, batch, follow=False, scale=scales["scale"])
+            values.append(float((losses @ weights).mean()))
+        slope = 0.0
+        for prefix, towards in zip(prefixes, along, strict=True):
+            for name, direction in towards.items():
+                own = prefix + (name if prefix != RATES else name.replace(".", "/"))
+                slope += float((meta_gradient[own] * direction).sum())
+        assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
+
+
+# multi_step_loss and first_order_steps end in the middle of training
+ANNEALED = {"inner_rule": LSLR(2), "multi_step_loss": 5, "first_order_steps": 3}
+
+
+@pytest.mark.parametrize("algorithm", [MAML, FOMAML])
+def test_compiled_training_is_the_same(algorithm: type[MAML]) -> None:
+    batches = [tasks() for _ in range(8)]
+    thetas, graphs = [], 0
+    for compile_passes in (False, "auto"):
+        torch.manual_seed(1)
+        _, learner = prepared(algorithm, compile_passes=compile_passes, **ANNEALED)
+        thetas.append(fit(learner, batches))
+        graphs = len(learner.passes.compiled.passes)
+    assert graphs == {MAML: 3, FOMAML: 2}[algorithm]  # one per phase, whatever the weights
+    assert error(thetas[1], thetas[0]) <= EXACT
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_a_resume_goes_on_with_the_annealing(stop: int, tmp_path: Path, sinusoid: Sinusoid) -> None:
+    torch.set_default_dtype(torch.float)
+
+    def run(steps: int, path: Path | None = None) -> tuple[MetaLearner, Any]:
+        torch.manual_seed(1)
+        learner = MAML(MLP(hidden=[8]), inner_lr=INNER_LR, inner_steps=STEPS, **ANNEALED)
+        resumed = trainer(max_steps=steps, num_sanity_val_steps=0, limit_val_batches=0)
+        resumed.fit(learner, sinusoid, ckpt_path=path)
+        return learner, resumed
+
+    whole, _ = run(7)
+    _, stopped = run(stop)
+    stopped.save_checkpoint(tmp_path / "a.ckpt")
+    torch.testing.assert_close(run(7, tmp_path / "a.ckpt")[0].state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "said"),
+    [
+        (MAML, {"multi_step_loss": -1}, "multi_step_loss .* -1"),
+        (FOMAML, {"first_order_steps": -2}, "first_order_steps .* -2"),
+        (IMAML, {"multi_step_loss": 5}, "multi_step_loss .* IMAML.* 5"),
+    ],
+)
+def test_options_have_a_range(algorithm: Any, options: dict[str, int], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        algorithm(Network(), **options)
