@@ -24,6 +24,7 @@ from meta_lightning.checks import InputError
 from meta_lightning.compare.command import compare
 from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import TaskDataModule
+from meta_lightning.hub import PREFIX, hub, located
 from meta_lightning.runs.checkpoint_callback import Checkpoints
 from meta_lightning.runs.checkpoint_file import LAST, PREVIOUS, read_checkpoint
 from meta_lightning.runs.experiment import differences, newest_checkpoint, with_hyperparameters
@@ -47,7 +48,7 @@ IGNORED_WARNINGS = (
 IGNORED_WHEN_RESUMED = (r"Checkpoint directory .* exists and is not empty",)  # with the run's own checkpoints
 
 # Subcommands that are no methods of the Trainer: typed functions, which return the text to print
-FUNCTIONS: dict[str, Callable[..., str]] = {"adapt": adapt, "compare": compare}
+FUNCTIONS: dict[str, Callable[..., str]] = {"adapt": adapt, "compare": compare, "hub": hub}
 
 
 class ConfigFile(ActionConfigFile):
@@ -117,8 +118,9 @@ class MetaLightningCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Ignore an ``init_from`` that is gone: the checkpoint has the weights."""
         config = self.config[self.subcommand]
-        weights = Path(config.get("model.init_args.init_from") or "")
-        if Path(config.ckpt_path or "").is_file() and not weights.is_file():
+        weights = config.get("model.init_args.init_from") or ""
+        there = weights.startswith(PREFIX) or Path(weights).is_file()
+        if located(config.ckpt_path or "", "--ckpt_path").is_file() and not there:
             config.model.init_args.init_from = None
 
     def before_test(self) -> None:
@@ -136,10 +138,12 @@ class MetaLightningCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Refuse a checkpoint that does not fit before anything is written, and append to the logs of its run."""
         trainer = super().instantiate_trainer(**kwargs)
-        path = Path(self.config[self.subcommand].ckpt_path or "")
+        given = self.config[self.subcommand].ckpt_path or ""  # which the record of the run keeps
+        path = located(given, "--ckpt_path")
         if path.is_file():
             resume = self.subcommand == "fit"
-            checkpoint = read_checkpoint(path, "--ckpt_path", resume)
+            checkpoint = read_checkpoint(given, "--ckpt_path", resume)
+            self.config_init[self.subcommand].ckpt_path = str(path)
             self.model.accept(checkpoint)
             if resume and path.stem.startswith((LAST, PREVIOUS)):
                 ignore(IGNORED_WHEN_RESUMED)
@@ -182,7 +186,8 @@ def run(name: str, args: list[str]) -> None:
     for p in lists.values():  # as --seeds 0 1 2, for which jsonargparse wants [0,1,2]
         element = get_args(p.annotation)[0]
         parser.add_argument(f"--{p.name}", nargs="+", type=element, default=list(p.default), help=help_texts[p.name])
-    parser.add_argument("--overwrite", action="store_true", help="Replace files that exist.")
+    if "overwrite" in parameters:
+        parser.add_argument("--overwrite", action="store_true", help="Replace files that exist.")
     options = parser.instantiate(parser.parse_args(args)).as_dict()
     if "config" in parameters:
         options["config"] = find_config(options["config"])

@@ -24,7 +24,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     to ``M C·H·W``, as other steps of a Pipeline require.
 
     Args:
-        checkpoint: Path of the checkpoint.
+        checkpoint: Path of the checkpoint, or ``hub:NAME`` for one that comes with the package.
         steps: Inner steps. Default: the checkpoint's ``test_inner_steps``.
         network: A network with the architecture of the trained one; required if that was built in Python.
 

@@ -66,7 +66,7 @@ def load_learner(
     """Load the learner of a checkpoint, of any algorithm, on the CPU and in evaluation mode.
 
     Args:
-        path: The checkpoint.
+        path: The checkpoint: a path, or ``hub:NAME`` for one that comes with the package.
         network: A network with the architecture of the trained one; it receives the parameters. Required if the
             network was built in Python: only checkpoints of the command line describe it.
         loss: The loss, if it was passed in Python: checkpoints do not store it.

@@ -183,7 +183,7 @@ def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     shown = capsys.readouterr().out
     assert "{fit,validate,test,predict}" in shown
-    assert "Further subcommands, each with a --help of its own: adapt, compare" in " ".join(shown.split())
+    assert "Further subcommands, each with a --help of its own: adapt, compare, hub" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(

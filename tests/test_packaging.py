@@ -37,6 +37,11 @@ def test_setup_cfg_lists_every_package_and_all_configs() -> None:
     patterns = setup["options.package_data"]["meta_lightning.configs"].split(", ")
     covered = {path for pattern in patterns for path in (ROOT / "configs").glob(pattern)}
     assert covered == {path for path in (ROOT / "configs").rglob("*") if path.is_file()}
+    patterns = setup["options.package_data"]["meta_lightning.hub"].split(", ")
+    folder = PACKAGE / "hub"
+    files = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert {path for pattern in patterns for path in folder.glob(pattern)} == files
+    assert patterns == ["*.ckpt", "*.md"]
 
 
 def imports() -> dict[str, set[str]]:

@@ -26,9 +26,9 @@ SHOWN = 60  # queries on the contact sheet
 
 
 def adapt(
-    ckpt_path: Path,
     support: Path,
     query: Path,
+    ckpt_path: Path = Path("hub:characters"),
     out: Path = Path("predictions.csv"),
     steps: int | None = None,
     save: Path | None = None,
@@ -40,9 +40,9 @@ def adapt(
     If queries lie in folders named after classes, reports the accuracy on those that are not support pictures.
 
     Args:
-        ckpt_path: Checkpoint of a learner that was trained on images.
         support: Folder of the pictures to adapt to, with one subfolder per class, named after it.
         query: Folder of the pictures to classify, at any depth.
+        ckpt_path: Checkpoint of a learner that was trained on images: a path, or hub:NAME, see the subcommand hub.
         out: Path of the table, a CSV file.
         steps: Number of inner steps. Default: the checkpoint's test_inner_steps.
         save: Where to save the adapted predictor, a .safetensors, .pt2 (torch.export) or .onnx file.
@@ -61,7 +61,7 @@ def adapt(
     if save is not None:
         require_target(save, overwrite, "save")
     classes, queries = list_support(support), list_queries(query, support)
-    learner = restore(ckpt_path)
+    learner = restore(ckpt_path, "ckpt_path")
     of_images = learner.form.image_size is not None
     require(of_images, f"ckpt_path must be of a learner that was trained on images, got {ckpt_path}")
     pictures = {name: [learner.form.prepare(path) for path in paths] for name, paths in classes.items()}

@@ -14,6 +14,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor, nn
 
 from meta_lightning.checks import InputError, require
+from meta_lightning.hub import located
 
 LAST, PREVIOUS = "last", "previous"
 STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers")  # required to resume training
@@ -48,8 +49,8 @@ class WholeFiles(TorchCheckpointIO):
 
 
 def read_checkpoint(path: str | Path, argument: str, resume: bool = False) -> dict[str, Any]:
-    """Contents of a checkpoint, with tensors memory-mapped from the file."""
-    path = Path(path)
+    """Contents of a checkpoint, a path or ``hub:NAME``, with tensors memory-mapped from the file."""
+    named, path = path, located(path, argument)
     require(path.is_file(), f"{argument} must name a checkpoint, got {path}, which is not a file")
     checkpoint = load(path)
     if isinstance(checkpoint, str):
@@ -60,8 +61,9 @@ def read_checkpoint(path: str | Path, argument: str, resume: bool = False) -> di
     missing = [key for key in ("state_dict", *(STATE if resume else ())) if key not in checkpoint]
     content = "the state of training" if resume else "parameters"
     version = checkpoint.get("pytorch-lightning_version", "of unknown version")
-    message = f"{argument} must name a checkpoint with {content}, got {path} without {', '.join(missing)}, written by"
-    require(not missing, f"{message} Lightning {version}")
+    message = f"{argument} must name a checkpoint with {content}, got {named} without {', '.join(missing)}, written by"
+    hint = f"; to start from its weights, use --model.init_from {named}" if "state_dict" not in missing else ""
+    require(not missing, f"{message} Lightning {version}{hint}")
     return checkpoint
 
 
@@ -114,9 +116,9 @@ def renamed(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[st
     return dict(state)
 
 
-def restore(path: str | Path, **objects: Any) -> Any:
+def restore(path: str | Path, argument: str = "path", **objects: Any) -> Any:
     """Load the learner of a checkpoint, on the CPU and in evaluation mode."""
-    checkpoint = read_checkpoint(path, "path")
+    checkpoint = read_checkpoint(path, argument)
     hparams = checkpoint.get("hyper_parameters", {})
     given = {name: value for name, value in objects.items() if value is not None}
     known = "network" in given or network_description(hparams) is not None
@@ -127,6 +129,6 @@ def restore(path: str | Path, **objects: Any) -> Any:
         importable = issubclass(found, LightningModule) and hasattr(found, "adapt")
     except (ImportError, AttributeError, ValueError, TypeError):  # TypeError: not a class
         importable = False
-    expected = "path must name a checkpoint of a learner whose class can be imported"
+    expected = f"{argument} must name a checkpoint of a learner whose class can be imported"
     require(importable, f"{expected}, got one of {class_path} in {path}")
-    return found.load_from_checkpoint(path, map_location="cpu", weights_only=True, **given).eval()
+    return found.load_from_checkpoint(located(path), map_location="cpu", weights_only=True, **given).eval()
