@@ -1,26 +1,69 @@
-"""Search inner_lr, outer_lr and inner_steps with Optuna, which prunes what falls behind.
+"""Search settings with Optuna, which prunes what falls behind.
 
     pip install 'meta-lightning[sweep]'
     python benchmarks/sweep.py --config maml.yaml --trials 20
+    python benchmarks/sweep.py --config reptile.yaml --equal_work --tune model.inner_lr=0.0003..0.01 data.train_shots=5,10
     tensorboard --logdir runs/sweep/hparams    # the HParams tab
 
-Every trial trains for the same few meta-iterations and is judged by validations on the way. What the program does not
-know goes to fit. The study is kept in runs/sweep/study.db: the same command goes on where it stopped.
+Every trial trains for the same few meta-iterations, or for the same number of multiplications, and is judged by
+validations on the way. What the program does not know goes to fit. The study is kept in runs/sweep/study.db: the same
+command goes on where it stopped, and several processes may share it, each with a --worker number of its own.
 """
 
 import argparse
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import optuna
 import yaml
+from lightning import Callback
+from optuna.study import MaxTrialsCallback
+from optuna.trial import TrialState
 from optuna_integration import PyTorchLightningPruningCallback
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from torch.utils.tensorboard import SummaryWriter
 
 from meta_lightning.cli import IGNORED_WARNINGS, command_line, find_config, ignore
 
-OUTER_LR = {"MAML": (1e-4, 1e-2), "FOMAML": (1e-4, 1e-2), "Reptile": (0.03, 1.0)}  # Reptile's is ε
+OUTER_LR = {"Reptile": "0.03..1.0"}  # its ε
+TUNED = ("model.inner_lr=0.003..1.0", "model.inner_steps=1..5", "model.outer_lr={outer_lr}")
+QUIET = ("--checkpoint.save_top_k=0", "--trainer.limit_val_batches=0", "--trainer.logger=false")
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts the multiplications of convolutions and matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (flops := flop_registry.get(func.overloadpacket)) is not None:
+            self.count += flops(*args, **(kwargs or {}), out_val=result) // 2
+        return result
+
+
+class OfTheSecondStep(Callback):
+    """Counts the multiplications of a meta-iteration: the second, since the first examines the network."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.mode = Multiplications()
+        self.mode.__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.mode.__exit__(None, None, None)
+
+
+def multiplications(arguments: list[str], out: Path) -> int:
+    """Multiplications per meta-iteration of a training."""
+    counter = OfTheSecondStep()
+    short = ["--trainer.max_steps=2", "--model.compile_passes=false", f"--trainer.default_root_dir={out / 'counted'}"]
+    command_line(["fit", *arguments, *short, *QUIET], [counter])
+    return counter.mode.count
 
 
 class Sweep:
@@ -31,30 +74,44 @@ class Sweep:
         described = yaml.safe_load(Path(self.config).read_text())
         self.algorithm: str = arguments.model or described["model"]["class_path"].rpartition(".")[2]
         self.monitor = described.get("checkpoint", {}).get("monitor", "val/accuracy")
-        self.inner_lr, self.inner_steps = arguments.inner_lr, arguments.inner_steps
-        self.outer_lr = arguments.outer_lr or OUTER_LR[self.algorithm]
-        self.out, self.more = arguments.out, more
-        self.fixed = [f"--trainer.max_steps={arguments.steps}", "--checkpoint.save_top_k=0"]
-        self.fixed += [f"--data.epoch_length={max(1, arguments.steps // arguments.validations)}"]
+        outer_lr = OUTER_LR.get(self.algorithm, "0.0001..0.01")
+        given = [text.format(outer_lr=outer_lr).split("=") for text in arguments.tune]
+        self.tuned = dict(given)
+        self.steps, self.validations = arguments.steps, arguments.validations
+        self.out = arguments.out
+        # the algorithm first: the options that follow may be its own
+        self.settings = [f"--config={self.config}", f"--model={self.algorithm}", *more]
+        self.work = self.steps * multiplications([f"--config={self.config}"], self.out) if arguments.equal_work else 0
 
     def direction(self) -> str:
         return "maximize" if self.monitor.endswith("accuracy") else "minimize"
 
-    def options(self, params: dict[str, float]) -> list[str]:
-        return [f"--model.{name}={value}" for name, value in params.items()]
+    def suggested(self, trial: optuna.Trial) -> dict[str, Any]:
+        """Draw the options."""
+        params: dict[str, Any] = {}
+        for name, values in self.tuned.items():
+            least, _, most = values.partition("..")
+            if not most:
+                params[name] = trial.suggest_categorical(name, values.split(","))
+            elif "." in least + most:
+                params[name] = trial.suggest_float(name, float(least), float(most), log=True)
+            else:
+                params[name] = trial.suggest_int(name, int(least), int(most))
+        return params
+
+    def options(self, params: dict[str, Any]) -> list[str]:
+        return [f"--{name}={value}" for name, value in params.items()]
 
     def __call__(self, trial: optuna.Trial) -> float:
         """Train, and return the last validation."""
-        params = {
-            "inner_lr": trial.suggest_float("inner_lr", *self.inner_lr, log=True),
-            "outer_lr": trial.suggest_float("outer_lr", *self.outer_lr, log=True),
-            "inner_steps": trial.suggest_int("inner_steps", *self.inner_steps),
-        }
-        places = [f"--trainer.default_root_dir={self.out / f'trial{trial.number}'}"]
-        # the algorithm first: the options that follow may be its own
-        settings = [f"--config={self.config}", f"--model={self.algorithm}", *self.more, *self.options(params)]
-        arguments = ["fit", *settings, *self.fixed, *places]
-        trainer = command_line(arguments, [PyTorchLightningPruningCallback(trial, self.monitor)]).trainer
+        settings = [*self.settings, *self.options(self.suggested(trial))]
+        steps = self.work // multiplications(settings, self.out) if self.work else self.steps
+        trial.set_user_attr("steps", steps)
+        fixed = [f"--trainer.max_steps={steps}", f"--data.epoch_length={max(1, steps // self.validations)}"]
+        fixed += ["--checkpoint.save_top_k=0", f"--trainer.default_root_dir={self.out / f'trial{trial.number}'}"]
+        trainer = command_line(
+            ["fit", *settings, *fixed], [PyTorchLightningPruningCallback(trial, self.monitor)]
+        ).trainer
         return float(trainer.callback_metrics[self.monitor])
 
     def log(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
@@ -69,13 +126,17 @@ class Sweep:
 def main(args: list[str] | None = None) -> optuna.Study:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
-    parser.add_argument("--model", choices=OUTER_LR, help="an algorithm in the place of the configuration's")
+    parser.add_argument("--model", help="an algorithm in the place of the configuration's")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--steps", type=int, default=500, help="meta-iterations of a trial")
+    parser.add_argument(
+        "--equal_work", action="store_true", help="as many multiplications as STEPS of the configuration"
+    )
     parser.add_argument("--validations", type=int, default=5, help="of a trial, at each of which it may be pruned")
-    parser.add_argument("--inner_lr", type=float, nargs=2, default=(0.003, 1.0), metavar=("LEAST", "MOST"))
-    parser.add_argument("--outer_lr", type=float, nargs=2, metavar=("LEAST", "MOST"))
-    parser.add_argument("--inner_steps", type=int, nargs=2, default=(1, 5), metavar=("LEAST", "MOST"))
+    parser.add_argument(
+        "--tune", nargs="+", default=TUNED, help="options of fit, as NAME=LEAST..MOST or NAME=CHOICE,CHOICE"
+    )
+    parser.add_argument("--worker", type=int, default=0, help="number among processes that share the study")
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
     arguments, more = parser.parse_known_args(args)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -87,10 +148,14 @@ def main(args: list[str] | None = None) -> optuna.Study:
         direction=sweep.direction(),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
     )
-    study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))  # one that goes on must not draw the same again
-    remaining = arguments.trials - sum(trial.state.is_finished() for trial in study.trials)
-    # a training that diverges is a bad setting, not the end of the search
-    study.optimize(sweep, max(0, remaining), catch=(FloatingPointError,), callbacks=[sweep.log])
+    # one that goes on must not draw the same again
+    seed = len(study.trials) + 1000 * arguments.worker
+    study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    finished = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    if sum(trial.state in finished for trial in study.trials) < arguments.trials:
+        enough = MaxTrialsCallback(arguments.trials, finished)
+        # a training that diverges is a bad setting, not the end of the search
+        study.optimize(sweep, catch=(FloatingPointError,), callbacks=[sweep.log, enough])
     states = [trial.state.name.lower() for trial in study.trials]
     print(", ".join(f"{states.count(state)} {state}" for state in sorted({*states})))
     if "complete" in states:

@@ -160,9 +160,11 @@ def test_a_sweep_goes_on_and_shows_in_hparams(benchmark: Any) -> None:
         "2",
         "--out",
         "sweep",
-        "--inner_steps",
-        "1",
-        "2",
+        "--equal_work",
+        "--tune",
+        "model.inner_lr=0.003..1.0",
+        "model.inner_steps=1..2",
+        "data.train_queries=1,2",
     ]
     first = sweep.main([*arguments, "--trials", "1"])
     study = sweep.main([*arguments, "--trials", "2"])
@@ -173,8 +175,11 @@ def test_a_sweep_goes_on_and_shows_in_hparams(benchmark: Any) -> None:
         assert events.Scalars("val/accuracy")[0].value == pytest.approx(trial.value)
         assert [*trial.intermediate_values.values()][-1] == trial.value
         record = json.loads(Path(f"sweep/trial{trial.number}/lightning_logs/version_0/fit.json").read_text())
-        settings = record["config"]["model"]["init_args"]
-        assert {name: settings[name] for name in trial.params} == trial.params
+        settings = {part: record["config"][part]["init_args"] for part in ("model", "data")}
+        for name, value in trial.params.items():
+            part, _, option = name.partition(".")
+            assert str(settings[part][option]) == str(value)
+        assert record["steps"] == trial.user_attrs["steps"]
     with sqlite3.connect("sweep/study.db") as study_file:
         assert study_file.execute("select count(*) from trials").fetchone() == (2,)
 

@@ -234,10 +234,10 @@ def test_the_trainer_applies_the_transforms() -> None:
     class Seen(MAML):
         means: list[tuple[bool, float, float]]
 
-        def inner_loop(self, theta: Any, support: Any, **options: bool) -> Any:
-            x = support[0][0]
+        def inner_trajectory(self, start: Any, support: Any, **options: bool) -> Any:
+            x = support.x
             self.means.append((self.training, x.min().item(), x.max().item()))
-            return super().inner_loop(theta, support, **options)
+            return super().inner_trajectory(start, support, **options)
 
     class Zero(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
