@@ -20,13 +20,14 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from meta_lightning.adaptation.command import adapt
 from meta_lightning.algorithms import MetaLearner
-from meta_lightning.checks import InputError
+from meta_lightning.checks import InputError, require, require_at_least
 from meta_lightning.compare.command import compare
 from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import TaskDataModule
 from meta_lightning.hub import PREFIX, hub, located
 from meta_lightning.runs.checkpoint_callback import Checkpoints
 from meta_lightning.runs.checkpoint_file import LAST, PREVIOUS, read_checkpoint
+from meta_lightning.runs.ensemble import best_members
 from meta_lightning.runs.experiment import differences, newest_checkpoint, with_hyperparameters
 from meta_lightning.runs.folders import lock, release
 from meta_lightning.runs.machine import keep_freed_memory
@@ -73,9 +74,16 @@ class MetaLightningCLI(LightningCLI):
     """LightningCLI in which a checkpoint's hyperparameters are defaults that configuration and arguments override."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--checkpoint.…``, ``--dashboard.…`` and ``--print_data``."""
+        """Add ``--checkpoint.…``, ``--dashboard.…``, ``--ensemble`` and ``--print_data``."""
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(Dashboard, "dashboard")
+        parser.add_argument(
+            "--ensemble",
+            type=int,
+            default=0,
+            help="In test, validate and predict: average the class probabilities (for regression: the predictions) of "
+            "this many best checkpoints of the run of --ckpt_path; 0 takes that checkpoint alone.",
+        )
         parser.add_argument(
             "--print_data",
             action="store_true",
@@ -139,12 +147,18 @@ class MetaLightningCLI(LightningCLI):
         """Refuse a checkpoint that does not fit before anything is written, and append to the logs of its run."""
         trainer = super().instantiate_trainer(**kwargs)
         given = self.config[self.subcommand].ckpt_path or ""  # which the record of the run keeps
-        path = located(given, "--ckpt_path")
+        path, ensemble = located(given, "--ckpt_path"), self.config[self.subcommand].ensemble
+        require_at_least(0, ensemble=ensemble)
+        usable = path.is_file() and self.subcommand != "fit"
+        expected = "ensemble needs a --ckpt_path, in test, validate or predict"
+        require(not ensemble or usable, f"{expected}, got {given or 'none'} in {self.subcommand}")
         if path.is_file():
             resume = self.subcommand == "fit"
             checkpoint = read_checkpoint(given, "--ckpt_path", resume)
             self.config_init[self.subcommand].ckpt_path = str(path)
             self.model.accept(checkpoint)
+            if ensemble:
+                self.model.members = best_members(path, ensemble, self.model.accept)
             if resume and path.stem.startswith((LAST, PREVIOUS)):
                 ignore(IGNORED_WHEN_RESUMED)
                 held = lock(path.parent)  # before the logs of a run that still runs are cut

@@ -1,11 +1,13 @@
 """The parts of MAML++, alone and together, against literal loops over tasks and finite differences, in float64."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, trainer
+from conftest import RUN, TINY, fails, trainer
 from references import EXACT, INNER_LR, TASKS_FROM_A_LIST, Params, error, fit, trained
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -17,6 +19,8 @@ from meta_lightning import (
     LSLR,
     MAML,
     MLP,
+    Adam,
+    Glyphs,
     MetaLearner,
     Prototypes,
     Reptile,
@@ -27,6 +31,8 @@ from meta_lightning import (
 from meta_lightning.algorithms.maml import step_weights
 from meta_lightning.checks import InputError
 from meta_lightning.cli import main
+from meta_lightning.data.tasks import as_task_batch
+from meta_lightning.runs.ensemble import best_members
 
 pytestmark = TASKS_FROM_A_LIST
 STEPS, D, WAYS = 3, 8, 4
@@ -314,3 +320,87 @@ def test_a_resume_goes_on_with_the_annealing(stop: int, tmp_path: Path, sinusoid
 def test_options_have_a_range(algorithm: Any, options: dict[str, int], said: str) -> None:
     with pytest.raises(InputError, match=said):
         algorithm(Network(), **options)
+
+
+# ----------------------------------------------------------------------------------------------------------- ensembles
+
+
+def tested(*options: str) -> dict[str, Any]:
+    """The record of a test."""
+    quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    main(["test", *quiet, "--data.test_tasks", "20", *options])
+    newest = max(Path("lightning_logs").glob("version_*/test.json"), key=lambda path: int(path.parent.name[8:]))
+    record: dict[str, Any] = json.loads(newest.read_text())
+    return record
+
+
+@pytest.mark.parametrize("algorithm", ["MAML", "Reptile"])
+def test_an_ensemble_averages_the_best_checkpoints(algorithm: str, glyphs: Glyphs) -> None:
+    torch.set_default_dtype(torch.float)
+    options = ["--model", algorithm, "--model.inner_lr", "0.1", "--checkpoint.save_top_k", "3"]
+    main(["fit", "--config", TINY, *options, "--trainer.max_steps", "10"])  # 5 validations
+    moved = RUN.rename("moved")
+    best = moved / "checkpoints/best.ckpt"
+    last = torch.load(moved / "checkpoints/last.ckpt", weights_only=True)
+    (state,) = (s for s in last["callbacks"].values() if "best_k_models" in s)
+    scores = {Path(name).name: float(score) for name, score in state["best_k_models"].items()}
+    names = sorted(scores, key=lambda name: -scores[name])
+    assert len(names) == 3
+
+    record = tested("--ckpt_path", str(best), "--ensemble", "3")
+    assert record["ensemble"] == names
+    data = Glyphs(queries=2, meta_batch_size=2, test_tasks=20)
+    data.setup("test")
+    learners = [load_learner(best.with_name(name)) for name in names]
+    accuracies, losses = [], []
+    for batch in data.test_dataloader():
+        of_members = [learner.predict_tasks(as_task_batch(batch))[1].softmax(2) for learner in learners]
+        mean = torch.stack(of_members).mean(0)
+        accuracies += (mean.argmax(2) == batch[3]).float().mean(1).tolist()
+        losses += [F.nll_loss(of_task.log(), y).item() for of_task, y in zip(mean, batch[3], strict=True)]
+    assert record["figures"]["test/accuracy"] == pytest.approx(sum(accuracies) / 20, abs=1e-6)
+    assert record["figures"]["test/loss"] == pytest.approx(sum(losses) / 20, abs=1e-5)
+
+    alone = tested("--ckpt_path", str(best.with_name(names[0])))
+    assert "ensemble" not in alone
+    of_one = tested("--ckpt_path", str(best), "--ensemble", "1")
+    assert of_one["ensemble"] == names[:1]
+    assert of_one["figures"] == alone["figures"] != record["figures"]
+    said = fails("test", "--ckpt_path", str(best), "--ensemble", "4")
+    assert re.search(r"ensemble .* 4: .* has 3", said)
+    said = fails("fit", "--ckpt_path", str(best), "--ensemble", "2")
+    assert re.search("ensemble .* in fit", said)
+
+
+def test_an_ensemble_needs_a_checkpoint_and_a_number() -> None:
+    assert re.search("ensemble .*--ckpt_path.* none", fails("test", "--config", TINY, "--ensemble", "2"))
+    assert re.search("ensemble .* -1", fails("test", "--config", TINY, "--ensemble", "-1"))
+
+
+def test_an_ensemble_averages_real_predictions_and_leaves_the_learner_as_it_was(sinusoid: Sinusoid) -> None:
+    torch.set_default_dtype(torch.float)
+    learners = [Reptile(MLP(hidden=[8]), inner_rule=Adam()).eval() for _ in range(3)]
+    batch = as_task_batch(next(iter(sinusoid.test_dataloader())))
+    of_members = [member.predict_tasks(batch) for member in learners]
+    expected = [torch.stack(of_moment).mean(0) for of_moment in zip(*of_members, strict=True)]
+    learner = Reptile(MLP(hidden=[8]), inner_rule=Adam()).eval()
+    before = {name: value.clone() for name, value in learner.state_dict().items()}
+    learner.members = {str(i): other.state_dict() for i, other in enumerate(learners)}
+    for got, mean in zip(learner.predict_tasks(batch), expected, strict=True):
+        torch.testing.assert_close(got, mean)
+    torch.testing.assert_close(learner.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_newest_checkpoint_knows_the_best(sign: int, tmp_path: Path) -> None:
+    for step, name, kept in [(1, "a", {"a": 5}), (2, "b", {"b": 9, "c": 8, "a": 7, "gone": 6}), (3, "c", {"c": 8})]:
+        scores = {f"/elsewhere/{key}.ckpt": torch.tensor(float(sign * score)) for key, score in kept.items()}
+        state = {"best_k_models": scores, "best_model_score": torch.tensor(float(sign * max(kept.values())))}
+        checkpoint = {"global_step": step % 3, "callbacks": {"Other": {}, "Best": state}, "state_dict": {"is": name}}
+        torch.save(checkpoint, tmp_path / f"{name}.ckpt")
+    accepted: list[Any] = []
+    members = best_members(tmp_path / "a.ckpt", 3, accepted.append)
+    assert members == {"b.ckpt": {"is": "b"}, "c.ckpt": {"is": "c"}, "a.ckpt": {"is": "a"}}
+    assert len(accepted) == 3
+    with pytest.raises(InputError, match=r"ensemble .* 4: .* has 3"):
+        best_members(tmp_path / "a.ckpt", 4, accepted.append)

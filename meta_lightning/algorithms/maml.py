@@ -97,7 +97,8 @@ class MAML(MetaLearner):
         self.first_order = not self.second_order or self.global_step < self.first_order_steps
         queries = [batch.query_x, batch.query_y]
         if self.global_step < self.multi_step_loss:
-            weights = torch.tensor(step_weights(self.inner_steps, self.global_step / self.multi_step_loss))
+            steps = max(1, len(support.steps))  # of an algorithm without inner steps, θ'_0 counts
+            weights = torch.tensor(step_weights(steps, self.global_step / self.multi_step_loss))
             # a tensor, which a graph reads at each call; without a host sync
             queries.append(weights.to(batch.query_x.device, non_blocking=True).expand(len(batch.query_x), -1))  # T K
         try:

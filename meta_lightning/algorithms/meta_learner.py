@@ -66,6 +66,7 @@ from meta_lightning.outer.update import (
     mean_over_ranks,
 )
 from meta_lightning.runs.checkpoint_file import load_network, network_description, renamed, verify_checkpoint
+from meta_lightning.runs.ensemble import State, in_turn, mean_prediction
 from meta_lightning.scores import Evaluation, Scores
 
 
@@ -190,6 +191,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         self.gradients_checked = False
         self.fitting, self.ranks = False, 1  # set by the trainer
         self.form = SampleForm()
+        self.members: Mapping[str, State] = {}  # of an ensemble, by name: what predictions are averaged over
         self.description = network_description(self.hparams)
 
     def network_parameters(self) -> Params:
@@ -461,8 +463,15 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def predict_tasks(self, batch: TaskBatch, each_step: bool = False, first: int = 0) -> list[Tensor]:
         """Query predictions before and after adaptation, or before it and after each inner step.  # T R ...
 
-        ``first`` is the number of the first of these tasks among those of this process.
+        Those of an ensemble are the means over its ``members``. ``first`` is the number of the first of these tasks
+        among those of this process.
         """
+        of_members = [self.predict_alone(batch, each_step, first) for _ in in_turn(self, self.members)]
+        real = batch.query_y.is_floating_point()
+        return [mean_prediction(of_moment, real) for of_moment in zip(*of_members, strict=True)]
+
+    def predict_alone(self, batch: TaskBatch, each_step: bool = False, first: int = 0) -> list[Tensor]:
+        """``predict_tasks`` of this learner alone."""
         outputs = self.task_network.examine(batch.support_x, batch.support_y).outputs
         if not self.head_start.computed and outputs > 1 and (ways := ways_of(batch.support_y)) > outputs:
             return self.predict_groups(batch, partitions(ways, outputs), ways, each_step, first)
@@ -485,7 +494,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         return predictions
 
     def predict_groups(self, batch: TaskBatch, groups: Sequence[Tensor], ways: int, *how: Any) -> list[Tensor]:
-        """``predict_tasks`` of tasks with more classes than outputs, from adaptations to groups of their classes."""
+        """``predict_alone`` of tasks with more classes than outputs, from adaptations to groups of their classes."""
         classes = f"the network has {len(groups[0])} outputs for {ways} classes"
         self.task_network.say("Adaptations to groups of the classes are combined, since ", classes)
         of_groups = []
@@ -496,7 +505,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
                 len({*map(len, x)}) == 1, f"support_y must hold each class equally often, since {classes}, got others"
             )
             parts = batch._replace(support_x=torch.stack(x), support_y=torch.stack(y))
-            of_groups.append(self.predict_tasks(parts, *how))
+            of_groups.append(self.predict_alone(parts, *how))
         mean = shares(groups, ways).to(of_groups[0][0])
         return [combined(logits, mean) for logits in zip(*of_groups, strict=True)]
 

@@ -23,10 +23,11 @@ POINTS = 200  # per curve; of longer ones the reader samples this many, includin
 class RunRecord(SaveConfigCallback):
     """Writes ``config.yaml`` at the start of a run and ``fit.json`` or ``test.json`` at its successful end.
 
-    The record holds the run (``algorithm``, ``config``, ``seed``), its code and hardware (``commit``, ``versions``,
-    ``machine``), its cost (``steps``, ``train_seconds`` without validation, ``validation_seconds``, ``test_seconds``,
-    and of training ``tasks_per_second`` and ``peak_memory``, see ``PeakMemory``), and its results: ``figures``, the
-    last value of everything logged, and ``curves``, the scalars of TensorBoard as ``[step, value]``.
+    The record holds the run (``algorithm``, ``config``, ``seed``; of an ``ensemble`` the file names), its code and
+    hardware (``commit``, ``versions``, ``machine``), its cost (``steps``, ``train_seconds`` without validation,
+    ``validation_seconds``, ``test_seconds``, and of training ``tasks_per_second`` and ``peak_memory``, see
+    ``PeakMemory``), and its results: ``figures``, the last value of everything logged, and ``curves``, the scalars of
+    TensorBoard as ``[step, value]``.
 
     Counts are of the first process. Checkpoints keep them, so that they include the time before a resume.
     """
@@ -102,9 +103,11 @@ class RunRecord(SaveConfigCallback):
         config = json.loads(self.parser.dump(self.config, format="json"))
         tasks = self.counts.get("steps", 0) * getattr(trainer, "datamodule").meta_batch_size  # noqa: B009
         seconds = self.counts.get("train_seconds")
+        members = [*getattr(pl_module, "members", ())]
         return {
             "algorithm": type(pl_module).__name__,
             "seed": config.get("seed_everything"),
+            **({"ensemble": members} if members else {}),
             **self.counts,
             "tasks_per_second": tasks / seconds if seconds else None,
             "figures": {name: finite(float(value)) for name, value in sorted(trainer.callback_metrics.items())},
