@@ -20,7 +20,7 @@ from meta_lightning.cli import configs_dir, main
 
 def stem_of(name: str) -> str:
     """The algorithm that a configuration is named after."""
-    return Path(name).stem.partition("_")[0]
+    return Path(name).stem.partition("_")[0].removesuffix("pp")  # MAML++ is MAML with options
 
 
 OWN = sorted(path.relative_to(configs_dir()).as_posix() for path in configs_dir().rglob("*.yaml"))
