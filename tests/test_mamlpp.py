@@ -22,6 +22,7 @@ from meta_lightning import (
     Adam,
     Glyphs,
     MetaLearner,
+    ProtoNet,
     Prototypes,
     Reptile,
     Sinusoid,
@@ -234,6 +235,14 @@ def test_one_query_forward_remains(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(predicted) == forwards
 
 
+def test_algorithms_without_inner_steps_have_one_loss() -> None:
+    batch, gradients = tasks(), []
+    for options in ({}, {"multi_step_loss": 5, "first_order_steps": 3}):
+        torch.manual_seed(1)
+        gradients.append(ProtoNet(Network(), **options).meta_gradient(batch)[0])
+    assert error(gradients[1], gradients[0]) <= EXACT
+
+
 @pytest.mark.parametrize("iteration", [0, 7, 20])
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML])
 def test_the_parts_compose(algorithm: type[MAML], iteration: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +334,7 @@ def test_options_have_a_range(algorithm: Any, options: dict[str, int], said: str
 # ----------------------------------------------------------------------------------------------------------- ensembles
 
 
-def tested(*options: str) -> dict[str, Any]:
+def record_of_a_test(*options: str) -> dict[str, Any]:
     """The record of a test."""
     quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     main(["test", *quiet, "--data.test_tasks", "20", *options])
@@ -347,7 +356,7 @@ def test_an_ensemble_averages_the_best_checkpoints(algorithm: str, glyphs: Glyph
     names = sorted(scores, key=lambda name: -scores[name])
     assert len(names) == 3
 
-    record = tested("--ckpt_path", str(best), "--ensemble", "3")
+    record = record_of_a_test("--ckpt_path", str(best), "--ensemble", "3")
     assert record["ensemble"] == names
     data = Glyphs(queries=2, meta_batch_size=2, test_tasks=20)
     data.setup("test")
@@ -361,9 +370,9 @@ def test_an_ensemble_averages_the_best_checkpoints(algorithm: str, glyphs: Glyph
     assert record["figures"]["test/accuracy"] == pytest.approx(sum(accuracies) / 20, abs=1e-6)
     assert record["figures"]["test/loss"] == pytest.approx(sum(losses) / 20, abs=1e-5)
 
-    alone = tested("--ckpt_path", str(best.with_name(names[0])))
+    alone = record_of_a_test("--ckpt_path", str(best.with_name(names[0])))
     assert "ensemble" not in alone
-    of_one = tested("--ckpt_path", str(best), "--ensemble", "1")
+    of_one = record_of_a_test("--ckpt_path", str(best), "--ensemble", "1")
     assert of_one["ensemble"] == names[:1]
     assert of_one["figures"] == alone["figures"] != record["figures"]
     said = fails("test", "--ckpt_path", str(best), "--ensemble", "4")
