@@ -45,7 +45,7 @@ def updates(network: nn.Module, batch: TaskBatch, inner_lr: float, inner_steps: 
         for algorithm in (MAML, FOMAML)
     ]
     reptile = Reptile(network, inner_lr=inner_lr, inner_steps=inner_steps)
-    support = reptile.inner_batches(batch.support_x, batch.support_y, inner_steps)
+    support = reptile.support(batch.support_x, batch.support_y, inner_steps)
     mean, _ = reptile.in_passes(reptile.adapt_pass, support, compiled=False)
     return torch.stack([*gradients, flat(reptile.meta_parameters()) - flat(mean)])
 

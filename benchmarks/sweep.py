@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 import yaml
 from lightning import Callback
 from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 from torch.utils.tensorboard import SummaryWriter
 
 from meta_lightning.cli import IGNORED_WARNINGS, command_line, find_config, ignore
 
+aten = torch.ops.aten
 OUTER_LR = {"Reptile": "0.03..1.0"}  # its ε
 TUNED = ("model.inner_lr=0.003..1.0", "model.inner_steps=1..5", "model.outer_lr={outer_lr}")
 QUIET = ("--checkpoint.save_top_k=0", "--trainer.limit_val_batches=0", "--trainer.logger=false")
@@ -42,7 +44,11 @@ class Multiplications(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if (flops := flop_registry.get(func.overloadpacket)) is not None:
+        if func.overloadpacket is aten.convolution_backward:
+            # of each gradient as many as of the forward; torch counts groups, our tasks, several times
+            out, x, weight, *_, mask = args
+            self.count += sum(mask[:2]) * conv_flop_count(x.shape, weight.shape, out.shape) // 2
+        elif (flops := flop_registry.get(func.overloadpacket)) is not None:
             self.count += flops(*args, **(kwargs or {}), out_val=result) // 2
         return result
 

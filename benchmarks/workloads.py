@@ -59,7 +59,7 @@ def ours(algorithm: str, workload: Workload, device: str = "cpu", **options: Any
     assert isinstance(learner, Reptile)
 
     def update() -> Params:
-        support = learner.inner_batches(batch.support_x, batch.support_y, learner.inner_steps)
+        support = learner.support(batch.support_x, batch.support_y, learner.inner_steps)
         return learner.in_passes(learner.adapt_pass, support, compiled=True)[0]
 
     return update

@@ -177,7 +177,7 @@ def test_moments_that_moving_to_a_device_replaced_are_seen(network: nn.Module) -
     """nn.Module.to puts other tensors in the place of buffers."""
     learner = Reptile(network, inner_lr=0.1, inner_steps=2, inner_optimizer="adam", compile_passes=True)
     batch = next(iter(batches(6)))
-    support = learner.inner_batches(batch.support_x, batch.support_y, 2)
+    support = learner.support(batch.support_x, batch.support_y, 2)
     before, _ = learner.in_passes(learner.adapt_pass, support, compiled=True)
     assert isinstance(learner.inner_rule, Adam)
     second = learner.inner_rule.second

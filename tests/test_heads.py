@@ -1,4 +1,4 @@
-"""Head starts against literal loops over tasks and finite differences, in float64, and tasks of any number of classes."""
+"""Head starts against literal loops over tasks and finite differences in float64, and any number of classes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -116,7 +116,7 @@ def test_meta_gradients_equal_a_loops(
     network, learner = prepared(algorithm, start, **options)
     batch = tasks(ways)
     meta_gradient, losses, _ = learner.meta_gradient(batch)
-    theta, own = body(network), {n: p for n, p in learner.head_start.named_parameters()}
+    theta, own = body(network), dict(learner.head_start.named_parameters())
     loss = query_loss(network, start, theta, own, batch, follow=algorithm is MAML)
     expected = torch.autograd.grad(loss, [*theta.values(), *own.values()])
     assert losses.mean().item() == pytest.approx(loss.item(), abs=EXACT)
@@ -130,7 +130,7 @@ def test_meta_gradients_equal_finite_differences(start: HeadStart) -> None:
     network, learner = prepared(MAML, start)
     batch = tasks(4)
     meta_gradient, *_ = learner.meta_gradient(batch)
-    theta, own = body(network), {n: p for n, p in learner.head_start.named_parameters()}
+    theta, own = body(network), dict(learner.head_start.named_parameters())
     for _ in range(3):
         along = {n: torch.randn_like(p) for n, p in {**theta, **own}.items()}
         values = []

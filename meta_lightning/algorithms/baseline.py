@@ -9,7 +9,7 @@ from meta_lightning.algorithms.maml import MAML
 from meta_lightning.checks import require
 from meta_lightning.data.module import ClassificationTasks
 from meta_lightning.data.tasks import TaskBatch, as_task_batch
-from meta_lightning.inner.heads import HeadStart, Prototypes
+from meta_lightning.inner.heads import Prototypes
 from meta_lightning.inner.params import Params, gradient
 
 
@@ -28,8 +28,10 @@ class Baseline(MAML):
         InputError: If an argument is outside its range, or the head of a task starts at the trained rows.
     """
 
-    def __init__(self, *args: Any, head_start: HeadStart | None = None, **options: Any) -> None:
-        super().__init__(*args, head_start=Prototypes() if head_start is None else head_start, **options)
+    default_head_start = Prototypes
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         came = f"got {type(self.head_start).__name__}"
         require(self.head_start.computed, f"head_start of Baseline must compute the rows of a task, {came}")
 

@@ -83,9 +83,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         test_inner_steps: Inner steps in validation, test and prediction. Default: ``inner_steps``.
         inner_rule: Rule of the inner steps: ``SGD`` (default), ``MetaSGD``, ``LSLR``, ``Adam`` or a custom
             ``InnerRule``.
-        head_start: Rows with which the last linear layer starts a task: ``LearntRows`` (default), ``ZeroRows``,
-            ``OneVector``, ``Prototypes`` or a custom ``HeadStart``. With all but the first, tasks may have any number
-            of classes.
+        head_start: Rows with which the last linear layer starts a task: ``LearntRows``, ``ZeroRows``, ``OneVector``,
+            ``Prototypes`` or a custom ``HeadStart``. With all but the first, tasks may have any number of classes.
+            Default: the first; of ProtoNet and Baseline ``Prototypes``.
         inner_freeze: Name patterns of parameters that the inner loop does not update: ``features.*`` adapts the head
             only (ANIL, Raghu et al., 2020, https://arxiv.org/abs/1909.09157), ``head.*`` the body only (BOIL, Oh et
             al., 2021, https://arxiv.org/abs/2008.08882).
@@ -116,6 +116,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
     second_order: ClassVar[bool] = False  # whether training differentiates through the inner gradients
     greatest_outer_lr: ClassVar[float] = math.inf
+    default_head_start: ClassVar[type[HeadStart]] = LearntRows
     unsupported: ClassVar[Mapping[type[L.Callback], str]] = UNSUPPORTED  # callbacks, and why
 
     def __init__(
@@ -150,7 +151,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         # NumPy's scalars, of np.logspace for example, do not load with weights_only
         self.hparams.update({name: v.item() for name, v in self.hparams.items() if isinstance(v, np.generic)})
         inner_lr, outer_lr = plain(inner_lr), plain(outer_lr)
-        rule, head = InnerRule.of(inner_rule, SGD), HeadStart.of(head_start, LearntRows)
+        rule, head = InnerRule.of(inner_rule, SGD), HeadStart.of(head_start, self.default_head_start)
         if objects:
             parts = {part.argument: part.description() for part in (rule, head) if described[part.argument] is not None}
             self.save_hyperparameters(parts)

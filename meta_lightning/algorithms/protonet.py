@@ -6,7 +6,7 @@ from torch import Tensor
 
 from meta_lightning.algorithms.maml import MAML
 from meta_lightning.checks import require
-from meta_lightning.inner.heads import HeadStart, Prototypes
+from meta_lightning.inner.heads import Prototypes
 
 
 class ProtoNet(MAML):
@@ -22,8 +22,10 @@ class ProtoNet(MAML):
         InputError: If an argument is outside its range, or ``head_start`` is not ``Prototypes``.
     """
 
-    def __init__(self, *args: Any, head_start: HeadStart | None = None, **options: Any) -> None:
-        super().__init__(*args, head_start=Prototypes() if head_start is None else head_start, **options)
+    default_head_start = Prototypes
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         came = f"got {type(self.head_start).__name__}"
         require(isinstance(self.head_start, Prototypes), f"head_start of ProtoNet must be Prototypes, {came}")
 

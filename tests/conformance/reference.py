@@ -100,6 +100,6 @@ def ours(algorithm: str, network: nn.Module, batch: TaskBatch, **options: Any) -
     learner = ALGORITHMS[algorithm](network, **{"inner_lr": RATE, "inner_steps": STEPS} | options)
     if isinstance(learner, MAML):
         return learner.meta_gradient(batch)[0]
-    support = learner.inner_batches(batch.support_x, batch.support_y, STEPS)
+    support = learner.support(batch.support_x, batch.support_y, STEPS)
     result: dict[str, Tensor] = learner.in_passes(learner.adapt_pass, support, compiled=True)[0]
     return result
