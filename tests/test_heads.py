@@ -1,36 +1,46 @@
 """Head starts against literal loops over tasks and finite differences in float64, and any number of classes."""
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import trainer
+from references import EXACT, INNER_LR, TASKS_FROM_A_LIST, Params, error, trained
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from meta_lightning import (
     FOMAML,
     IMAML,
+    LSLR,
     MAML,
-    SGD,
     Adam,
-    Conv4,
+    Baseline,
     HeadStart,
     LearntRows,
     MetaLearner,
     MetaSGD,
     OneVector,
+    Predictor,
+    ProtoNet,
     Prototypes,
     Reptile,
     TaskBatch,
+    TensorTasks,
     ZeroRows,
+    load_learner,
 )
+from meta_lightning.adaptation.partitions import PARTITIONS, partitions
 from meta_lightning.checks import InputError
-from references import EXACT, INNER_LR, TASKS_FROM_A_LIST, Params, error, trained
 
 pytestmark = TASKS_FROM_A_LIST
 STEPS, D = 3, 8
+FRACTIONS = (0.6, 0.2, 0.2)
 STARTS: list[HeadStart] = [ZeroRows(), OneVector(), Prototypes(0.7)]
 Start = Callable[[Params, Tensor, Tensor], Params]  # θ and a support set to the head
 
@@ -140,3 +150,258 @@ def test_meta_gradients_equal_finite_differences(start: HeadStart) -> None:
         slope = sum((meta_gradient[n] * along[n]).sum() for n in theta)
         slope += sum((meta_gradient[f".head.{n}"] * along[n]).sum() for n in own)
         assert float(slope) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("start", [ZeroRows(), Prototypes(0.7)], ids=named)
+def test_reptile_moves_the_body_alone(start: HeadStart) -> None:
+    network, learner = prepared(Reptile, start)
+    batch = tasks(4)
+    support = learner.support(batch.support_x, batch.support_y, STEPS)
+    mean, _ = learner.adapt_pass(support)
+    theta, own, adapted = body(network), dict(learner.head_start.named_parameters()), []
+    for x, y, *_ in zip(*batch, strict=True):
+        params = {n: p.detach().requires_grad_() for n, p in (theta | rows(start, network, theta, own, x, y)).items()}
+        for _ in range(STEPS):
+            loss = F.cross_entropy(functional_call(network, params, (x,)), y)
+            grads = torch.autograd.grad(loss, list(params.values()))
+            params = {n: p - INNER_LR * g for (n, p), g in zip(params.items(), grads, strict=True)}
+        adapted.append(params)
+    expected = {n: torch.stack([params[n].detach() for params in adapted]).mean(0) for n in theta}
+    assert {*mean} == {*theta}
+    assert error(mean, expected) <= EXACT
+
+
+@pytest.mark.parametrize("start", STARTS, ids=named)
+def test_implicit_gradients_equal_finite_differences(start: HeadStart) -> None:
+    network = Network()
+    options: Any = {"inner_lr": 0.05, "inner_steps": 400, "cg_steps": 40, "proximal_weight": 10.0}
+    learner = IMAML(network, head_start=start, **options)
+    batch = tasks(3, count=2)
+    meta_gradient, *_ = learner.meta_gradient(batch)
+    theta = {**body(network), **{f".head.{n}": p for n, p in learner.head_start.named_parameters()}}
+    along = {n: torch.randn_like(p) for n, p in theta.items()}
+    values = []
+    for sign in (1e-4, -2e-4):
+        with torch.no_grad():
+            for name, p in theta.items():
+                p += sign * along[name]
+        values.append(learner.meta_gradient(batch)[1].mean().item())
+    slope = sum(float((meta_gradient[n] * along[n]).sum()) for n in theta)
+    assert slope == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", [MetaSGD(), Adam(0.5), LSLR()], ids=named)
+@pytest.mark.parametrize("start", STARTS, ids=named)
+def test_rows_share_what_an_inner_rule_keeps(start: HeadStart, rule: Any) -> None:
+    _, learner = prepared(MAML, start, inner_rule=rule)
+    for ways in (3, 7):
+        meta_gradient, *_ = learner.meta_gradient(tasks(ways))
+        assert all(g.isfinite().all() for g in meta_gradient.values())
+    if isinstance(rule, MetaSGD):
+        assert meta_gradient[".rule.rates.head/weight"].shape == (1, D)
+
+
+def test_reptile_carries_moments_of_rows_that_change_in_number() -> None:
+    network = Network()
+    learner = Reptile(network, inner_lr=0.01, inner_steps=2, inner_rule=Adam(), head_start=Prototypes())
+    trainer(max_epochs=1).fit(learner, DataLoader([tasks(3), tasks(7), tasks(2)], batch_size=None))
+    assert learner.inner_rule.start().second["head.weight"].shape == (1, D)
+    assert learner.inner_rule.start().step == 6
+
+
+@pytest.mark.parametrize("start", STARTS, ids=named)
+def test_tasks_of_any_number_of_classes(start: HeadStart, tmp_path: Path) -> None:
+    network = Network()
+    learner = MAML(network, inner_lr=INNER_LR, inner_steps=2, head_start=start)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    trained_on = DataLoader([tasks(3), tasks(11), tasks(5)], batch_size=None)
+    fitted = trainer(max_epochs=1)
+    fitted.fit(learner, trained_on)
+    assert torch.equal(network.head.weight, before["head.weight"])  # its rows have no part in training …
+    optimizer = fitted.optimizers[0]
+    sizes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    assert torch.Size([5, D]) not in sizes  # … and no state of the optimizer
+    assert len(optimizer.state) == len(sizes)
+    for ways in (2, 5, 12):
+        (figures,) = trainer(max_epochs=1).test(learner, DataLoader([tasks(ways)], batch_size=None))
+        assert 0 <= figures["test/accuracy"] <= 1
+        predictor = learner.adapt(torch.randn(3 * ways, 6), torch.arange(ways).repeat(3))
+        assert predictor.predict_proba(torch.randn(4, 6)).shape == (4, ways)
+        queries = torch.randn(4, 6)
+        for suffix in (".safetensors", ".pt2"):
+            predictor.save(tmp_path / f"{ways}{suffix}")
+        loaded = Predictor.load(tmp_path / f"{ways}.safetensors", Network())
+        torch.testing.assert_close(loaded.predict_proba(queries), predictor.predict_proba(queries))
+
+
+def test_a_computed_head_does_what_inner_update_does() -> None:
+    _, learner = prepared(MAML, Prototypes(0.7))
+    batch = tasks(4, count=1)
+    learner.eval()
+    params = learner.inner_update(batch.support_x[0], batch.support_y[0])
+    assert params["head.weight"].shape == (4, D)
+    predictions = learner.forward_with_weights(batch.query_x[0], params)
+    torch.testing.assert_close(predictions, learner.predict_tasks(batch)[-1][0])
+
+
+@pytest.mark.parametrize(
+    ("start", "compiled"), [*((start, "auto") for start in STARTS), (Prototypes(0.7), True)], ids=named
+)
+def test_compiled_passes_compute_the_same(start: HeadStart, compiled: Any) -> None:
+    _, learner = prepared(MAML, start)
+    batches = [tasks(4), tasks(6)][: 1 if compiled is True else 2]
+    expected = [learner.meta_gradient(batch)[0] for batch in batches]
+    learner.passes = type(learner.passes)(None, compiled)
+    for batch, gradient in [*zip(batches, expected, strict=True)] * 2:
+        assert error(learner.meta_gradient(batch)[0], gradient) <= EXACT
+    assert len(learner.passes.compiled.passes) == len(batches)
+
+
+class Renamed(nn.Module):
+    """Registers a layer after the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 5)
+        self.first = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.first(x).tanh())
+        return logits.log_softmax(-1)
+
+
+def test_the_head_may_be_named() -> None:
+    learner = MAML(Renamed(), loss=nn.NLLLoss(), inner_steps=1, head_start=Prototypes(layer="last"))
+    gradient, *_ = learner.meta_gradient(tasks(7))
+    assert {*gradient} == {"first.weight", "first.bias", ".head.learnt_scale"}
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.head.weight = self.inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.inner(x))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("network", "start", "message"),
+    [
+        (Renamed, Prototypes(), r"layer .*\blast\b.*\bfirst\b"),
+        (Renamed, Prototypes(layer="middle"), r"layer .*last, first.*'middle'"),
+        (lambda: nn.Sequential(nn.Conv1d(6, 5, 1), nn.Flatten()), ZeroRows(), r"layer .*none"),
+        (Tied, OneVector(), r"layer of head_start OneVector.*inner.*'head'"),
+        (lambda: nn.Linear(6, 5, bias=False), Prototypes(), r"Prototypes .*bias"),
+    ],
+    ids=["not last", "no such layer", "no linear layer", "tied", "no bias"],
+)
+def test_heads_that_cannot_start(network: Callable[[], nn.Module], start: HeadStart, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        MAML(network(), inner_steps=1, head_start=start).meta_gradient(tasks(3))
+
+
+def test_what_needs_a_meta_gradient_or_classes_is_refused() -> None:
+    with pytest.raises(InputError, match=r"head_start .*OneVector"):
+        Reptile(Network(), head_start=OneVector())
+    with pytest.raises(InputError, match=r"head_start of ProtoNet .*ZeroRows"):
+        ProtoNet(Network(), head_start=ZeroRows())
+    with pytest.raises(InputError, match=r"head_start of Baseline .*LearntRows"):
+        Baseline(Network(), head_start=LearntRows())
+    with pytest.raises(InputError, match=r"scale .*-1"):
+        Prototypes(-1.0)
+    with pytest.raises(InputError, match=r"head_start must be .*HeadStart.*'zeros'"):
+        MAML(Network(), head_start="zeros")  # type: ignore[arg-type]
+    batch = TaskBatch(*(torch.randn(2, 4, size) for size in (6, 5, 6, 5)))
+    with pytest.raises(InputError, match=r"Prototypes .*\[4, 5\].*float64"):
+        MAML(Network(), head_start=Prototypes()).meta_gradient(batch)
+    MAML(Network(), head_start=ZeroRows()).meta_gradient(batch)  # real targets have as many rows as the network
+
+
+def test_protonets_classify_by_the_nearest_prototype() -> None:
+    network = Network()
+    learner = ProtoNet(network, inner_steps=4)
+    batch = tasks(6, count=2)
+    (before, after), losses = learner.predict_tasks(batch), []
+    assert torch.equal(before, after)
+    for (x, y, query_x, query_y), logits in zip(zip(*batch, strict=True), after, strict=True):
+        centres = torch.stack([network.body(x)[y == k].mean(0) for k in range(6)])
+        expected = -(torch.cdist(network.body(query_x), centres) ** 2)  # Snell et al., 2017, equation 2, with s = 1
+        torch.testing.assert_close(logits.log_softmax(-1), expected.log_softmax(-1))
+        losses.append(F.cross_entropy(expected, query_y))
+    _, ours, _ = learner.meta_gradient(batch)
+    torch.testing.assert_close(ours, torch.stack(losses).detach())
+
+
+def test_a_baseline_trains_on_all_classes_and_adapts_with_a_head_of_its_own() -> None:
+    network = Network()
+    learner = Baseline(network, outer_lr=0.1, optimizer=torch.optim.SGD, gradient_clip_val=None, inner_steps=1)
+    batch = tasks(5, count=2)
+    x, y = (torch.cat([s, q], 1).flatten(0, 1) for s, q in ((batch[0], batch[2]), (batch[1], batch[3])))
+    theta = trained(network)
+    grads = torch.autograd.grad(F.cross_entropy(network(x), y), [*theta.values()])
+    expected = {n: p.detach() - 0.1 * g for (n, p), g in zip(theta.items(), grads, strict=True)}
+    trainer(max_epochs=1).fit(learner, DataLoader([batch], batch_size=None))
+    assert error({n: p.detach() for n, p in network.named_parameters()}, expected) <= EXACT
+    assert learner.predict_tasks(tasks(9))[-1].shape == (3, 27, 9)
+
+
+def test_a_baseline_wants_labels_of_the_split() -> None:
+    x, y = torch.randn(90, 6), torch.arange(15).repeat(6)
+    data = TensorTasks(x, y, ways=2, queries=2, val_tasks=1)
+    with pytest.raises(InputError, match=r"data\.train_labels .*'split'.*'task'"):
+        trainer(max_epochs=1).fit(Baseline(Network()), data)
+    nine = TensorTasks(
+        x, y, ways=2, train_ways=9, queries=2, val_tasks=1, train_labels="split", split_fractions=FRACTIONS
+    )
+    with pytest.raises(InputError, match=r"network .*\b9\b.*\b5\b"):
+        trainer(max_epochs=1).fit(Baseline(Network()), nine)
+
+
+@pytest.mark.parametrize("ways", [6, 8, 20])
+def test_more_classes_than_rows_combine_groups(ways: int) -> None:
+    _, learner = prepared(MAML, LearntRows())
+    learner.eval()
+    batch = tasks(ways, count=2)
+    with pytest.warns(UserWarning, match=rf"\b5 outputs for {ways} classes"):
+        before, after = learner.predict_tasks(batch)
+    groups = partitions(ways, 5)
+    assert before.shape == after.shape == (2, 3 * ways, ways)
+    assert len(groups) == PARTITIONS * math.ceil(ways / 5)
+    assert {int(c) for group in groups for c in group} == {*range(ways)}
+    assert all(len({*group.tolist()}) == 5 for group in groups)
+    for x, y, query_x, predictions in zip(*batch[:3], after, strict=True):
+        total, times = torch.zeros(len(query_x), ways), torch.zeros(ways)
+        for group in groups:  # each adapted alone
+            chosen = torch.isin(y, group)
+            params = learner.inner_update(x[chosen], torch.tensor([group.tolist().index(k) for k in y[chosen]]))
+            total[:, group] += learner.forward_with_weights(query_x, params).log_softmax(-1)
+            times[group] += 1
+        torch.testing.assert_close(predictions, total / times)
+
+
+def test_a_predictor_of_more_classes_than_rows_is_saved(tmp_path: Path) -> None:
+    _, learner = prepared(MAML, LearntRows())
+    x, y, queries = torch.randn(20, 6), torch.arange(20) % 7, torch.randn(9, 6)
+    with pytest.warns(UserWarning, match=r"10 adaptations .*\b5 outputs for 7 classes.*Prototypes"):
+        predictor = learner.adapt(x, y)  # classes of 2 and of 3 samples
+    expected = predictor.predict_proba(queries)
+    torch.testing.assert_close(expected.sum(1), torch.ones(9))
+    for suffix in (".safetensors", ".pt2"):
+        predictor.save(tmp_path / f"a{suffix}")
+    assert torch.equal(Predictor.load(tmp_path / "a.safetensors", Network()).predict_proba(queries), expected)
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    torch.testing.assert_close(program(queries).softmax(1), expected)
+
+
+def test_a_checkpoint_describes_its_head_start(tmp_path: Path) -> None:
+    fitted = trainer(max_epochs=1)
+    fitted.fit(MAML(Network(), inner_steps=1, head_start=Prototypes(0.3)), DataLoader([tasks(3)], batch_size=None))
+    fitted.save_checkpoint(tmp_path / "a.ckpt")
+    learner = load_learner(tmp_path / "a.ckpt", Network())
+    assert isinstance(learner.head_start, Prototypes)
+    assert learner.head_start.scale == 0.3
+    assert learner.head_start.learnt_scale != 0.3  # after a step of Adam
+    assert "network.head.weight" in learner.state_dict()

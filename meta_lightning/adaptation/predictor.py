@@ -12,6 +12,7 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from meta_lightning.adaptation.export import WRITERS, read_description, require_target
+from meta_lightning.adaptation.partitions import Combined
 from meta_lightning.adaptation.surgery import build_network, set_parameters
 from meta_lightning.checks import InputError, require
 from meta_lightning.data.form import SampleForm
@@ -130,9 +131,12 @@ class Predictor(nn.Module):
         network = with_batch_statistics(copied(network))
         for norm in batch_norms(network):
             hold_statistics(norm, torch.zeros(norm.num_features), torch.ones(norm.num_features))
+        if "network.shares" in shapes:
+            groups = len({name.split(".")[2] for name in shapes if name.startswith("network.networks.")})
+            network = Combined([copied(network) for _ in range(groups)], torch.zeros(shapes["network.shares"]))
         for name, layer in network.named_modules():
             rows = shapes.get(f"network.{name}.weight", [0])[0]
-            if isinstance(layer, nn.Linear) and rows > layer.out_features:  # widened for more classes
+            if isinstance(layer, nn.Linear) and rows and rows != layer.out_features:  # of a head start
                 wide = {n: p.new_empty(rows, *p.shape[1:]) for n, p in layer.named_parameters(name)}
                 set_parameters(network, wide)
         predictor = cls(network, class_names, sample_shape, SampleForm(**form), description)
