@@ -260,3 +260,19 @@ def test_reptile_needs_a_parameter_that_both_loops_move(mlp: MLP) -> None:
 def test_a_loss_with_parameters_to_learn_is_refused(mlp: MLP) -> None:
     with pytest.raises(ValueError, match=r"loss .*parameters.*\['weight'\]"):
         MAML(mlp, loss=nn.PReLU())
+
+
+def test_reptile_names_the_settings_of_maml_that_suit_it_badly() -> None:
+    x, y = torch.randn(90, 6), torch.arange(15).repeat(6)
+    network = MLP(in_features=6, hidden=(4,), out_features=2)
+
+    def fitted(steps: int, **options: Any) -> None:
+        data = TensorTasks(x, y, ways=2, queries=1, val_tasks=1, **options)
+        trainer(max_steps=1).fit(Reptile(network, inner_steps=steps), data)
+
+    with pytest.warns(UserWarning, match=r"inner_steps 2 \(.*3\) and data\.train_shots 1 \(.*5\): reptile\.yaml"):
+        fitted(2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitted(3, train_shots=(2, 5))
+    assert not any("reptile.yaml" in str(warning.message) for warning in caught)

@@ -10,12 +10,16 @@ from torch import Tensor
 
 from meta_lightning.algorithms.meta_learner import MetaLearner
 from meta_lightning.checks import UNSUPPORTED, require, require_at_least, require_choice
+from meta_lightning.data.module import ClassificationTasks
 from meta_lightning.data.streams import uniforms
-from meta_lightning.data.tasks import TaskBatch, as_task_batch
+from meta_lightning.data.tasks import TaskBatch, as_task_batch, least_and_most
 from meta_lightning.inner.loop import Support, minibatches
 from meta_lightning.inner.params import RULE, Params, mean_over_tasks, of_network, with_prefix, without_prefix
 from meta_lightning.inner.rules import Adam, chosen_by, require_no_parameters
 from meta_lightning.outer.update import mean_over_ranks
+
+# support samples per class and inner steps of training, below which a search on glyphs found nothing good
+FEW_SHOTS, FEW_STEPS = 5, 3
 
 
 class Reptile(MetaLearner):
@@ -132,9 +136,23 @@ class Reptile(MetaLearner):
         """No outer optimizer."""
 
     def on_fit_start(self) -> None:
-        """Let Lightning's stand-in for the optimizer hold ε."""
+        """Let Lightning's stand-in for the optimizer hold ε, and name settings that suit Reptile badly."""
         self.hold_step()
         super().on_fit_start()
+        if unsuited := self.unsuited(getattr(self.trainer, "datamodule", None)):
+            rank_zero_warn(
+                f"Reptile learns little with {' and '.join(unsuited)}: reptile.yaml has settings that suit it"
+            )
+
+    def unsuited(self, data: Any) -> list[str]:
+        """Settings with which Reptile learns little, which are usual for MAML."""
+        shots = (
+            least_and_most(data.sizes("train")[0], "train_shots")[1]
+            if isinstance(data, ClassificationTasks)
+            else FEW_SHOTS
+        )
+        few = {"data.train_shots": (shots, FEW_SHOTS), "inner_steps": (self.inner_steps, FEW_STEPS)}
+        return [f"{name} {value} (expected at least {least})" for name, (value, least) in few.items() if value < least]
 
     def hold_step(self) -> None:
         """Let Lightning's stand-in hold ε, for schedules and monitors, unless a callback has restored it."""
