@@ -270,7 +270,7 @@ def test_reptile_names_the_settings_of_maml_that_suit_it_badly() -> None:
         data = TensorTasks(x, y, ways=2, queries=1, val_tasks=1, **options)
         trainer(max_steps=1).fit(Reptile(network, inner_steps=steps), data)
 
-    with pytest.warns(UserWarning, match=r"inner_steps 2 \(.*3\) and data\.train_shots 1 \(.*5\): reptile\.yaml"):
+    with pytest.warns(UserWarning, match=r"data\.train_shots 1 \(.*5\) and inner_steps 2 \(.*3\): reptile\.yaml"):
         fitted(2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
