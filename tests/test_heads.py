@@ -353,11 +353,21 @@ def test_a_baseline_wants_labels_of_the_split() -> None:
     data = TensorTasks(x, y, ways=2, queries=2, val_tasks=1)
     with pytest.raises(InputError, match=r"data\.train_labels .*'split'.*'task'"):
         trainer(max_epochs=1).fit(Baseline(Network()), data)
+    split = TensorTasks(x, y, ways=2, queries=2, val_tasks=1, train_labels="split")
+    with pytest.raises(InputError, match=r"data\.train_labels .*'task' to train ProtoNet.*'split'"):
+        trainer(max_epochs=1).fit(ProtoNet(Network()), split)
     nine = TensorTasks(
         x, y, ways=2, train_ways=9, queries=2, val_tasks=1, train_labels="split", split_fractions=FRACTIONS
     )
     with pytest.raises(InputError, match=r"network .*\b9\b.*\b5\b"):
         trainer(max_epochs=1).fit(Baseline(Network()), nine)
+
+
+def test_learnt_rows_must_serve_the_most_ways_of_a_range() -> None:
+    learner = MAML(Network(), inner_steps=1)
+    learner.meta_gradient(tasks(3))
+    with pytest.raises(InputError, match=r"network .*at least 7.*got 5"):
+        learner.meta_gradient(tasks(7))
 
 
 @pytest.mark.parametrize("ways", [6, 8, 20])

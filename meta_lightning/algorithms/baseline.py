@@ -7,7 +7,6 @@ from torch import Tensor
 
 from meta_lightning.algorithms.maml import MAML
 from meta_lightning.checks import require
-from meta_lightning.data.module import ClassificationTasks
 from meta_lightning.data.tasks import TaskBatch, as_task_batch
 from meta_lightning.inner.heads import Prototypes
 from meta_lightning.inner.params import Params, gradient
@@ -28,6 +27,7 @@ class Baseline(MAML):
         InputError: If an argument is outside its range, or the head of a task starts at the trained rows.
     """
 
+    train_labels = "split"
     default_head_start = Prototypes
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -39,13 +39,6 @@ class Baseline(MAML):
         """The network's parameters, those of the trained head included."""
         rows = self.head_start.replaced(self.network.named_parameters())
         return super().network_parameters() | {name: p for name, p in rows.items() if name not in self.outer_frozen}
-
-    def on_fit_start(self) -> None:
-        """Raise InputError for labels that number the classes of a task."""
-        data = getattr(self.trainer, "datamodule", None)
-        labels = data.train_labels if isinstance(data, ClassificationTasks) else "split"
-        require(labels == "split", f"data.train_labels must be 'split' to train a Baseline, got {labels!r}")
-        super().on_fit_start()
 
     def without_gradient(self, batch: TaskBatch) -> list[str]:
         """No parameters: the inner loop has no part in training."""

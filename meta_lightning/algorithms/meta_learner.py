@@ -35,7 +35,7 @@ from meta_lightning.checks import (
     require_supported,
 )
 from meta_lightning.data.form import SampleForm, form_of
-from meta_lightning.data.module import TaskDataModule
+from meta_lightning.data.module import ClassificationTasks, TaskDataModule
 from meta_lightning.data.tasks import Array, TaskBatch, as_task_batch, scale_pixels
 from meta_lightning.inner.copies import Original, copied
 from meta_lightning.inner.heads import HeadStart, LearntRows, class_counts, ways_of
@@ -116,6 +116,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
     second_order: ClassVar[bool] = False  # whether training differentiates through the inner gradients
     greatest_outer_lr: ClassVar[float] = math.inf
+    train_labels: ClassVar[str] = "task"  # what class numbers of training count, see ClassificationTasks
     default_head_start: ClassVar[type[HeadStart]] = LearntRows
     unsupported: ClassVar[Mapping[type[L.Callback], str]] = UNSUPPORTED  # callbacks, and why
 
@@ -379,6 +380,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         data: L.LightningDataModule | None = getattr(self.trainer, "datamodule", None)
         if isinstance(data, TaskDataModule):
             self.form = data.sample_form()
+        labels = data.train_labels if isinstance(data, ClassificationTasks) else self.train_labels
+        expected = f"data.train_labels must be {self.train_labels!r} to train {type(self).__name__}"
+        require(labels == self.train_labels, f"{expected}, got {labels!r}")
 
     def on_train_start(self) -> None:
         """Start or resume the outer loop."""
@@ -485,7 +489,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             start = self.start_alone(support)
             if each_step:
                 return (), *(answers(step.params) for step in self.inner_trajectory(start, support))
-            return (), answers(start), answers(self.inner_loop(start, support).params)
+            before = answers(start)
+            return (), before, answers(self.inner_loop(start, support).params) if support.steps else before
 
         # Lightning evaluates in inference mode, whose tensors autograd rejects even in enable_grad: hence the clones
         with torch.inference_mode(False), torch.enable_grad():

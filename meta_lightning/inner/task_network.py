@@ -47,7 +47,7 @@ class TaskNetwork:
         self.modules: list[nn.Module] = []  # of the network; kept, since forms hold their ids
         self.loops_over_tasks = False
         self.said: set[str] = set()
-        self.outputs_checked = False
+        self.shapes_checked: set[tuple[torch.Size, torch.Size]] = set()
         self.last_layers: set[str] = set()  # that were found to run last
 
     def examine(self, x: Tensor, y: Tensor | None = None) -> Traits:
@@ -134,10 +134,11 @@ class TaskNetwork:
 
     def losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Every task's loss.  # T S ..., T S ... -> T"""
-        if self.owner.loss is default_loss and not self.outputs_checked:
-            # only once: reading the targets synchronises with the device
+        shapes = predictions.shape, targets.shape
+        if self.owner.loss is default_loss and shapes not in self.shapes_checked:
+            # once per number of classes and samples: reading the targets synchronises with the device
             check_outputs(predictions, targets)
-            self.outputs_checked = True
+            self.shapes_checked.add(shapes)
         losses = self.over_tasks(self.owner.loss, predictions, targets)
         require(losses.ndim == 1, f"loss must give a scalar per task, got shape {tuple(losses.shape[1:])}")
         return losses
