@@ -118,7 +118,7 @@ class ZeroRows(HeadStart):
 
 
 class OneVector(HeadStart):
-    """One learnt vector as every row (Ye and Chao, 2022, https://arxiv.org/abs/2106.09486): no order of labels counts.
+    """One learnt vector as every row (Ye and Chao, 2022, https://arxiv.org/abs/2106.16245): no order of labels counts.
 
     The first inner step moves the head alone.
     """
