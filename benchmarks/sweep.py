@@ -2,7 +2,7 @@
 
     pip install 'meta-lightning[sweep]'
     python benchmarks/sweep.py --config maml.yaml --trials 20
-    python benchmarks/sweep.py --config reptile.yaml --equal_work --tune model.inner_lr=0.0003..0.01 data.train_shots=5,10
+    python benchmarks/sweep.py --config reptile.yaml --equal_work --tune model.inner_steps=3..9 data.train_shots=5,10
     tensorboard --logdir runs/sweep/hparams    # the HParams tab
 
 Every trial trains for the same few meta-iterations, or for the same number of multiplications, and is judged by
@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 from torch.utils.tensorboard import SummaryWriter
 
+from meta_lightning.checks import require
 from meta_lightning.cli import IGNORED_WARNINGS, command_line, find_config, ignore
 
 aten = torch.ops.aten
@@ -81,8 +82,10 @@ class Sweep:
         self.algorithm: str = arguments.model or described["model"]["class_path"].rpartition(".")[2]
         self.monitor = described.get("checkpoint", {}).get("monitor", "val/accuracy")
         outer_lr = OUTER_LR.get(self.algorithm, "0.0001..0.01")
-        given = [text.format(outer_lr=outer_lr).split("=") for text in arguments.tune]
-        self.tuned = dict(given)
+        given = [text.replace("{outer_lr}", outer_lr).partition("=") for text in arguments.tune]
+        wrong = [name for name, _, values in given if not values]
+        require(not wrong, f"--tune must be NAME=LEAST..MOST or NAME=CHOICE,CHOICE, got {', '.join(wrong)}")
+        self.tuned = {name: values for name, _, values in given}
         self.steps, self.validations = arguments.steps, arguments.validations
         self.out = arguments.out
         # the algorithm first: the options that follow may be its own
@@ -99,10 +102,10 @@ class Sweep:
             least, _, most = values.partition("..")
             if not most:
                 params[name] = trial.suggest_categorical(name, values.split(","))
-            elif "." in least + most:
-                params[name] = trial.suggest_float(name, float(least), float(most), log=True)
-            else:
+            elif least.isdecimal() and most.isdecimal():
                 params[name] = trial.suggest_int(name, int(least), int(most))
+            else:
+                params[name] = trial.suggest_float(name, float(least), float(most), log=float(least) > 0)
         return params
 
     def options(self, params: dict[str, Any]) -> list[str]:
@@ -111,7 +114,7 @@ class Sweep:
     def __call__(self, trial: optuna.Trial) -> float:
         """Train, and return the last validation."""
         settings = [*self.settings, *self.options(self.suggested(trial))]
-        steps = self.work // multiplications(settings, self.out) if self.work else self.steps
+        steps = max(1, self.work // multiplications(settings, self.out)) if self.work else self.steps
         trial.set_user_attr("steps", steps)
         fixed = [f"--trainer.max_steps={steps}", f"--data.epoch_length={max(1, steps // self.validations)}"]
         fixed += ["--checkpoint.save_top_k=0", f"--trainer.default_root_dir={self.out / f'trial{trial.number}'}"]

@@ -22,7 +22,7 @@ from meta_lightning.data import (
     TieredImagenet,
 )
 from meta_lightning.data.tasks import TaskBatch
-from meta_lightning.inner.heads import HeadStart, LearntRows, OneVector, Prototypes, ZeroRows
+from meta_lightning.inner.heads import ComputedRows, HeadStart, LearntRows, OneVector, Prototypes, ZeroRows
 from meta_lightning.inner.rules import LSLR, SGD, Adam, InnerRule, MetaSGD
 from meta_lightning.moved import FormerModules
 from meta_lightning.networks import MLP, Conv4, ResNet12
@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = ["FOMAML", "IMAML", "MAML", "Baseline", "MetaLearner", "ProtoNet", "Reptile", "load_learner", "train_maml"]
 __all__ += ["LSLR", "SGD", "Adam", "InnerRule", "MetaSGD"]
-__all__ += ["HeadStart", "LearntRows", "OneVector", "Prototypes", "ZeroRows"]
+__all__ += ["ComputedRows", "HeadStart", "LearntRows", "OneVector", "Prototypes", "ZeroRows"]
 __all__ += ["MLP", "Conv4", "Dashboard", "Predictor", "ResNet12", "TaskBatch", "TaskMean"]
 __all__ += ["ImageFolderTasks", "ImageTasks", "ImageTransforms", "RegressionTasks", "TaskDataModule", "TensorTasks"]
 __all__ += ["CIFARFS", "FC100", "Characters", "Glyphs", "MiniImagenet", "Omniglot", "Sinusoid", "TieredImagenet"]

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from meta_lightning.algorithms import ALGORITHMS, MetaLearner
 from meta_lightning.checks import require_choice
 from meta_lightning.data.tasks import TaskBatch
+from meta_lightning.inner.heads import HeadStart
 from meta_lightning.inner.rules import InnerRule
 from meta_lightning.inner.task_network import Loss
 from meta_lightning.outer.update import OuterOptimizer
@@ -61,7 +62,11 @@ def train_maml(
 
 
 def load_learner(
-    path: str | Path, network: nn.Module | None = None, loss: Loss | None = None, inner_rule: InnerRule | None = None
+    path: str | Path,
+    network: nn.Module | None = None,
+    loss: Loss | None = None,
+    inner_rule: InnerRule | None = None,
+    head_start: HeadStart | None = None,
 ) -> MetaLearner:
     """Load the learner of a checkpoint, of any algorithm, on the CPU and in evaluation mode.
 
@@ -71,9 +76,10 @@ def load_learner(
             network was built in Python: only checkpoints of the command line describe it.
         loss: The loss, if it was passed in Python: checkpoints do not store it.
         inner_rule: The inner rule, if its class cannot be imported.
+        head_start: The head start, if its class cannot be imported.
 
     Raises:
         InputError: If the file is not a checkpoint of a learner, or ``network`` is missing or does not match.
     """
-    learner: MetaLearner = restore(path, network=network, loss=loss, inner_rule=inner_rule)
+    learner: MetaLearner = restore(path, network=network, loss=loss, inner_rule=inner_rule, head_start=head_start)
     return learner

@@ -175,6 +175,8 @@ def test_last_is_not_of_another_experiment(recwarn: pytest.WarningsRecorder) -> 
     [
         (["--model", "Reptile"], "model.class_path Reptile instead of MAML"),
         (["--model.network.hidden", "[9]"], "model.network.hidden [9] instead of"),
+        (["--model.inner_rule", "MetaSGD"], "model.inner_rule.class_path MetaSGD instead of SGD"),
+        (["--model.head_start", "ZeroRows"], "model.head_start.class_path ZeroRows instead of LearntRows"),
         (["--data", "Glyphs", "--model.network", "meta_lightning.Conv4"], "data.class_path Glyphs instead of Sinusoid"),
     ],
 )

@@ -21,6 +21,7 @@ from meta_lightning import (
     MAML,
     Adam,
     Baseline,
+    ComputedRows,
     HeadStart,
     LearntRows,
     MetaLearner,
@@ -291,7 +292,7 @@ class Tied(nn.Module):
     ("network", "start", "message"),
     [
         (Renamed, Prototypes(), r"layer .*\blast\b.*\bfirst\b"),
-        (Renamed, Prototypes(layer="middle"), r"layer .*last, first.*'middle'"),
+        (Renamed, Prototypes(layer="middle"), r"layer .*'last', 'first'.*'middle'"),
         (lambda: nn.Sequential(nn.Conv1d(6, 5, 1), nn.Flatten()), ZeroRows(), r"layer .*none"),
         (Tied, OneVector(), r"layer of head_start OneVector.*inner.*'head'"),
         (lambda: nn.Linear(6, 5, bias=False), Prototypes(), r"Prototypes .*bias"),
@@ -415,3 +416,177 @@ def test_a_checkpoint_describes_its_head_start(tmp_path: Path) -> None:
     assert learner.head_start.scale == 0.3
     assert learner.head_start.learnt_scale != 0.3  # after a step of Adam
     assert "network.head.weight" in learner.state_dict()
+
+
+class Scaled(ComputedRows):
+    """Rows of one value, an attribute that may change."""
+
+    def __init__(self, value: float = 1.0) -> None:
+        super().__init__()
+        self.value = value
+
+    def rows(self, features: Any, y: Tensor, classes: Tensor, own: Params) -> tuple[Tensor, Tensor]:
+        z = features()
+        weight = self.value * torch.arange(classes.shape[1] * z.shape[2]).view(1, -1, z.shape[2]) / 100.0
+        return weight.expand(len(z), -1, -1), z.new_zeros(classes.shape)
+
+
+def test_a_recorded_pass_sees_a_start_that_changes() -> None:
+    batch = tasks(4)
+    network, learner = prepared(MAML, Scaled(), compile_passes="auto")
+    plain = MAML(network, inner_lr=INNER_LR, inner_steps=STEPS, head_start=Scaled())
+    for value in (1.0, 5.0):
+        learner.head_start.value = plain.head_start.value = value  # type: ignore[assignment]
+        assert error(learner.meta_gradient(batch)[0], plain.meta_gradient(batch)[0]) <= EXACT
+
+
+def test_a_start_of_ones_own_is_loaded_where_it_cannot_be_imported(tmp_path: Path) -> None:
+    fitted = trainer(max_epochs=1)
+    fitted.fit(MAML(Network(), inner_steps=1, head_start=Scaled(2.0)), DataLoader([tasks(3)], batch_size=None))
+    fitted.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["head_start"]["class_path"] = "gone.Scaled"
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match=r"head_start .*gone\.Scaled"):
+        load_learner(tmp_path / "a.ckpt", Network())
+    assert load_learner(tmp_path / "a.ckpt", Network(), head_start=Scaled(2.0)).head_start.value == 2.0
+
+
+def test_a_checkpoint_cannot_run_what_is_no_part_of_a_learner(tmp_path: Path) -> None:
+    given: Any = {"class_path": "pathlib.Path.touch", "init_args": {"self": str(tmp_path / "made")}}
+    with pytest.raises(InputError, match=r"head_start must be of the class HeadStart.*pathlib\.Path\.touch"):
+        MAML(Network(), head_start=given)
+    assert not [*tmp_path.iterdir()]
+    for arguments, named in (({"scale": -1.0}, "scale"), ({"size": 1}, "size")):
+        wrong: Any = {"class_path": "meta_lightning.Prototypes", "init_args": arguments}
+        with pytest.raises(InputError, match=rf"head_start .*meta_lightning\.Prototypes .*{named}"):
+            MAML(Network(), head_start=wrong)
+
+
+@pytest.mark.parametrize("start", STARTS, ids=named)
+def test_every_task_must_hold_every_class(start: HeadStart) -> None:
+    batch = tasks(4)
+    y = batch.support_y.clone()
+    y[0] %= 2
+    with pytest.raises(InputError, match=r"support_y .*\b4 classes\b.*without 2"):
+        prepared(MAML, start)[1].meta_gradient(batch._replace(support_y=y))
+
+
+def test_the_search_for_the_head_draws_no_random_numbers() -> None:
+    network = nn.Sequential(nn.Linear(6, D), nn.Dropout(0.5), nn.Linear(D, 5))
+    drawn = []
+    for start in (LearntRows(), ZeroRows()):
+        torch.manual_seed(0)
+        MAML(network, inner_steps=1, head_start=start).meta_gradient(tasks(5))
+        torch.manual_seed(0)
+        learner = MAML(network, inner_steps=1, head_start=start)
+        batch = tasks(5)
+        learner.meta_gradient(batch)
+        drawn.append(torch.rand(1))
+    assert drawn[0] == drawn[1]
+
+
+def test_a_baseline_decays_what_it_trains_only() -> None:
+    def decayed(params: Any, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, lr, weight_decay=0.5)
+
+    learner = Baseline(Network(), outer_lr=0.1, optimizer=decayed)
+    trainer(max_epochs=1).fit(learner, DataLoader([tasks(5)], batch_size=None))
+    assert learner.head_start.learnt_scale == 1.0
+    for options, message in (({"head_start": OneVector()}, "OneVector"), ({"inner_rule": LSLR()}, "inner_rule")):
+        with pytest.raises(InputError, match=message):
+            Baseline(Network(), **options)
+    batch = TaskBatch(*(torch.randn(2, 4, size) for size in (6, 5, 6, 5)))
+    with pytest.raises(InputError, match=r"Baseline .*int64.*float64"):
+        trainer(max_epochs=1).fit(Baseline(Network()), DataLoader([batch], batch_size=None))
+
+
+def test_a_frozen_body_leaves_the_scale() -> None:
+    network = Network()
+    network.body.requires_grad_(False)
+    learner = MAML(network, inner_steps=1, outer_lr=0.1, head_start=Prototypes())
+    trainer(max_epochs=1).fit(learner, DataLoader([tasks(5)], batch_size=None))
+    assert learner.head_start.learnt_scale != 1.0
+    with pytest.raises(InputError, match=r"network and head_start .*got none"):
+        MAML(network, head_start=ZeroRows())
+
+
+@pytest.mark.parametrize("start", [ZeroRows(), OneVector()], ids=named)
+def test_equal_rows_have_to_be_adapted(start: HeadStart) -> None:
+    with pytest.raises(InputError, match=rf"inner_freeze .*head.*{named(start)}"):
+        MAML(Network(), head_start=start, inner_freeze=["head.*"])
+    MAML(Network(), head_start=Prototypes(), inner_freeze=["head.*"])
+    if not isinstance(start, OneVector):
+        with pytest.raises(InputError, match=r"inner_steps 1 of Reptile .*ZeroRows"):
+            Reptile(Network(), inner_steps=1, head_start=start)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=named)
+def test_a_parametrised_head_is_refused(norm: Callable[[nn.Module], nn.Module]) -> None:
+    network = Network()
+    norm(network.head)
+    with pytest.raises(InputError, match=r"layer of head_start ZeroRows .*plain.*'head'"):
+        MAML(network, head_start=ZeroRows())
+    MAML(network, inner_steps=1).meta_gradient(tasks(5))
+
+
+class Called(Network):
+    """Calls its head by the name of the argument."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(input=self.body(x))
+        return logits
+
+
+def test_a_head_that_is_called_by_name() -> None:
+    called, network = Called(), Network()
+    called.load_state_dict(network.state_dict())
+    batch = tasks(4)
+    gradients = [MAML(n, inner_steps=1, head_start=Prototypes()).meta_gradient(batch)[0] for n in (called, network)]
+    assert error(*gradients) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "y"),
+    [
+        (nn.PoissonNLLLoss(), 0, torch.arange(8) % 4),
+        (lambda p, y: F.binary_cross_entropy_with_logits(p, (y[:, None] > torch.arange(4)).double()), 4, None),
+        (nn.CrossEntropyLoss(ignore_index=255), 5, torch.tensor([0, 1, 2, 255, 0, 1, 2, 3])),
+    ],
+    ids=["counts", "levels", "ignored"],
+)
+def test_integers_that_are_no_class_numbers(loss: Any, outputs: int, y: Tensor | None) -> None:
+    network: nn.Module = nn.Sequential(nn.Linear(6, max(outputs, 1)), nn.Flatten(0) if not outputs else nn.Identity())
+    numbers = (torch.arange(8) % 5 if y is None else y).repeat(2, 1)
+    batch = TaskBatch(torch.randn(2, 8, 6), numbers, torch.randn(2, 8, 6), numbers)
+    learner = MAML(network, loss=loss, inner_steps=1, inner_lr=0.01)
+    learner.meta_gradient(batch)
+    learner.eval()
+    assert learner.predict_tasks(batch)[-1].shape == ((2, 8, outputs) if outputs else (2, 8))
+
+
+def test_a_warm_start_takes_the_start_of_the_same_kind(tmp_path: Path) -> None:
+    fitted = trainer(max_epochs=1)
+    fitted.fit(MAML(Network(), inner_steps=2, head_start=OneVector()), DataLoader([tasks(3)], batch_size=None))
+    fitted.save_checkpoint(path := tmp_path / "a.ckpt")
+    vector = torch.load(path, weights_only=True)["state_dict"]["head_start.vector"]
+    assert torch.equal(MAML(Network(), head_start=OneVector(), init_from=str(path)).head_start.vector, vector)
+    with pytest.warns(UserWarning, match=r"init_from .*a\.ckpt .*rows .*untrained"):
+        MAML(Network(), init_from=str(path))
+    wide = Network()
+    wide.head = nn.Linear(D, 9)  # whose rows have no part
+    MAML(wide, head_start=Prototypes(), init_from=str(path))
+    with pytest.raises(InputError, match=r"init_from .*head"):
+        MAML(wide, init_from=str(path))
+
+
+def test_a_head_of_one_row_and_a_bare_layer_adapt(tmp_path: Path) -> None:
+    network = Network()
+    network.head = nn.Linear(D, 1)
+    x, y = torch.randn(9, 6), torch.arange(3).repeat(3)
+    assert MAML(network, head_start=ZeroRows()).adapt(x, y).predict_proba(x).shape == (9, 3)
+    predictor = ProtoNet(nn.Linear(6, 5)).adapt(torch.randn(14, 6), torch.arange(7).repeat(2))
+    predictor.save(tmp_path / "a.safetensors")
+    loaded = Predictor.load(tmp_path / "a.safetensors", nn.Linear(6, 5))
+    torch.testing.assert_close(loaded.predict_proba(x), predictor.predict_proba(x))

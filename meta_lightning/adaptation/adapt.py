@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from meta_lightning.adaptation.partitions import Combined, members, partitions, shares
+from meta_lightning.adaptation.partitions import Combined, partitions, samples_of, shares
 from meta_lightning.adaptation.predictor import Predictor
 from meta_lightning.adaptation.surgery import set_parameters
 from meta_lightning.checks import InputError, require
@@ -46,14 +46,14 @@ def adapt_to(
         p = next(network.parameters())
         # autograd rejects tensors made in inference mode, but not their clones
         inputs, targets = form.network_input(x.to(p.device).clone(), p.dtype), targets.to(p.device).clone()
-        outputs = outputs_of(network, inputs, len(names)) if names is not None else 0
+        outputs = 0 if names is None or any_ways else outputs_of(network, inputs, len(names))
         if names is None or any_ways or len(names) <= outputs:
             return Predictor(adapted(inputs, targets), names, x.shape[1:], form, description)
         groups = partitions(len(names), outputs)
         came = f"the network has {outputs} outputs for {len(names)} classes"
         hint = "a learner that was trained with head_start Prototypes takes any number"
         rank_zero_warn(f"{len(groups)} adaptations to groups of the classes are combined, since {came}; {hint}")
-        parts = [(inputs[rows], numbers) for rows, numbers in (members(targets, group) for group in groups)]
+        parts = [(inputs[rows], numbers) for rows, numbers in (samples_of(group, targets) for group in groups)]
         combination = Combined([adapted(*part) for part in parts], shares(groups, len(names)).to(p))
     return Predictor(combination, names, x.shape[1:], form, description)
 

@@ -21,8 +21,8 @@ def partitions(classes: int, outputs: int) -> list[Tensor]:
     return [torch.from_numpy(group) for group in groups]
 
 
-def members(y: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of the samples of a group's classes, and their numbers within the group.  # S -> s, s"""
+def samples_of(group: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of the samples of a group's classes, and their numbers within the group.  # N, S -> s, s"""
     positions, numbers = (y[:, None] == group.to(y.device)).nonzero(as_tuple=True)
     return positions, numbers
 
@@ -33,9 +33,9 @@ def shares(groups: Sequence[Tensor], classes: int) -> Tensor:
     return of_class / of_class.sum(0)
 
 
-def combined(logits: Sequence[Tensor], shares: Tensor) -> Tensor:
-    """Mean log-probability of each class over the groups that it is in.  # G of ... outputs -> ... N"""
-    return torch.cat([of_group.log_softmax(-1) for of_group in logits], -1) @ shares
+def combined(logits: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Mean log-probability of each class over the groups that it is in, by ``shares``.  # G of ... outputs -> ... N"""
+    return torch.cat([of_group.log_softmax(-1) for of_group in logits], -1) @ weights
 
 
 class Combined(nn.Module):
@@ -43,7 +43,7 @@ class Combined(nn.Module):
 
     Args:
         networks: The adapted networks.
-        shares: See ``shares``.
+        shares: Share of each network's outputs in the mean of each class, see the function.  # G*outputs N
     """
 
     def __init__(self, networks: Sequence[nn.Module], shares: Tensor) -> None:

@@ -103,7 +103,13 @@ class Predictor(nn.Module):
             InputError: If the suffix is unknown, the format needs packages that are not installed, or the file exists
                 or cannot be written.
         """
-        values = {"class_names": self.class_names, "sample_shape": self.sample_shape, "network": self.description}
+        values: dict[str, Any] = {
+            "class_names": self.class_names,
+            "sample_shape": self.sample_shape,
+            "network": self.description,
+        }
+        if isinstance(self.network, Combined):
+            values["groups"] = len(self.network.networks)
         metadata = {name: json.dumps(value) for name, value in (values | {"form": asdict(self.form)}).items()}
         path = Path(path)
         require_target(path, overwrite, "path")
@@ -131,11 +137,10 @@ class Predictor(nn.Module):
         network = with_batch_statistics(copied(network))
         for norm in batch_norms(network):
             hold_statistics(norm, torch.zeros(norm.num_features), torch.ones(norm.num_features))
-        if "network.shares" in shapes:
-            groups = len({name.split(".")[2] for name in shapes if name.startswith("network.networks.")})
+        if groups := json.loads(metadata.get("groups", "0")):  # of classes; not in files of former versions
             network = Combined([copied(network) for _ in range(groups)], torch.zeros(shapes["network.shares"]))
         for name, layer in network.named_modules():
-            rows = shapes.get(f"network.{name}.weight", [0])[0]
+            rows = shapes.get(".".join(filter(None, ("network", name, "weight"))), [0])[0]
             if isinstance(layer, nn.Linear) and rows and rows != layer.out_features:  # of a head start
                 wide = {n: p.new_empty(rows, *p.shape[1:]) for n, p in layer.named_parameters(name)}
                 set_parameters(network, wide)

@@ -1,6 +1,6 @@
 """Plain training on all classes, then fine-tuning."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -8,8 +8,9 @@ from torch import Tensor
 from meta_lightning.algorithms.maml import MAML
 from meta_lightning.checks import require
 from meta_lightning.data.tasks import TaskBatch, as_task_batch
-from meta_lightning.inner.heads import Prototypes
-from meta_lightning.inner.params import Params, gradient
+from meta_lightning.inner.heads import ComputedRows, Prototypes, require_no_meta_gradient
+from meta_lightning.inner.params import Params, gradient, of_network
+from meta_lightning.inner.rules import require_no_parameters
 
 
 class Baseline(MAML):
@@ -34,11 +35,18 @@ class Baseline(MAML):
         super().__init__(*args, **options)
         came = f"got {type(self.head_start).__name__}"
         require(self.head_start.computed, f"head_start of Baseline must compute the rows of a task, {came}")
+        require_no_meta_gradient(cast(ComputedRows, self.head_start), "Baseline")
+        require_no_parameters(self.inner_rule, "since Baseline has no meta-gradient")
 
     def network_parameters(self) -> Params:
         """The network's parameters, those of the trained head included."""
         rows = self.head_start.replaced(self.network.named_parameters())
-        return super().network_parameters() | {name: p for name, p in rows.items() if name not in self.outer_frozen}
+        trained = {name: p for name, p in rows.items() if p.requires_grad and name not in self.outer_frozen}
+        return super().network_parameters() | trained
+
+    def learned(self, params: Params) -> Params:
+        """The network's parameters that the outer loop updates: the start of a task's head has no part in training."""
+        return of_network(super().learned(params))
 
     def without_gradient(self, batch: TaskBatch) -> list[str]:
         """No parameters: the inner loop has no part in training."""
@@ -49,6 +57,7 @@ class Baseline(MAML):
         batch = as_task_batch(batch)
         x = torch.cat([batch.support_x, batch.query_x], 1).flatten(0, 1)
         y = torch.cat([batch.support_y, batch.query_y], 1).flatten(0, 1)
+        require(y.dtype == torch.int64, f"targets of Baseline must be int64 class numbers, got {y.dtype}")
         predictions = self.network(x)
         classes, outputs = int(y.max()) + 1, predictions.shape[1]
         require(

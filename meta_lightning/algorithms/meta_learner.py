@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from meta_lightning.adaptation.adapt import adapt_to
-from meta_lightning.adaptation.partitions import combined, members, partitions, shares
+from meta_lightning.adaptation.partitions import combined, partitions, samples_of, shares
 from meta_lightning.adaptation.predictor import Predictor
 from meta_lightning.adaptation.surgery import in_evaluation
 from meta_lightning.checks import (
@@ -38,7 +38,7 @@ from meta_lightning.data.form import SampleForm, form_of
 from meta_lightning.data.module import ClassificationTasks, TaskDataModule
 from meta_lightning.data.tasks import Array, TaskBatch, as_task_batch, scale_pixels
 from meta_lightning.inner.copies import Original, copied
-from meta_lightning.inner.heads import HeadStart, LearntRows, class_counts, ways_of
+from meta_lightning.inner.heads import ComputedRows, HeadStart, LearntRows, class_counts, ways_of
 from meta_lightning.inner.loop import Adapted, InnerStep, Support, trajectory
 from meta_lightning.inner.params import (
     HEAD,
@@ -54,7 +54,7 @@ from meta_lightning.inner.params import (
 from meta_lightning.inner.passes import Compile, Passes
 from meta_lightning.inner.rules import FORMER_KEYS, SGD, InnerRule, require_prepared
 from meta_lightning.inner.state import release, setting, unchanged
-from meta_lightning.inner.task_network import Loss, TaskNetwork, default_loss
+from meta_lightning.inner.task_network import Loss, TaskNetwork, default_loss, ignored_class
 from meta_lightning.networks.batch_statistics import with_batch_statistics
 from meta_lightning.outer.update import (
     Decay,
@@ -84,7 +84,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         inner_rule: Rule of the inner steps: ``SGD`` (default), ``MetaSGD``, ``LSLR``, ``Adam`` or a custom
             ``InnerRule``.
         head_start: Rows with which the last linear layer starts a task: ``LearntRows``, ``ZeroRows``, ``OneVector``,
-            ``Prototypes`` or a custom ``HeadStart``. With all but the first, tasks may have any number of classes.
+            ``Prototypes`` or a custom ``ComputedRows``. With all but the first, tasks may have any number of classes.
             Default: the first; of ProtoNet and Baseline ``Prototypes``.
         inner_freeze: Name patterns of parameters that the inner loop does not update: ``features.*`` adapts the head
             only (ANIL, Raghu et al., 2020, https://arxiv.org/abs/1909.09157), ``head.*`` the body only (BOIL, Oh et
@@ -170,8 +170,6 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         self.transductive = transductive
         self.network, self.original = with_batch_statistics(network), Original(network)
         self.loss = loss or default_loss
-        if init_from is not None:
-            load_network(self.network, init_from)
         # also those without gradient, which a callback may unfreeze
         names = {name: p.requires_grad for name, p in network.named_parameters()}
         trained = {name for name, requires_grad in names.items() if requires_grad}
@@ -182,11 +180,21 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         self.task_network = TaskNetwork(self)
         self.inner_rule, self.head_start = rule, head
         self.head_start.find(self.network)
-        # rows that are computed share what the inner rule keeps of them: it gets one
+        if init_from is not None:
+            load_network(self.network, head, init_from)
+        # tasks have any number of rows: the inner rule keeps one, for all
         rows = self.head_start.replaced(self.network.named_parameters())
         adapted = self.adapted(self.network_parameters() | {name: p[:1].detach() for name, p in rows.items()})
         self.prepared = frozenset(adapted)
         self.inner_rule.prepare(adapted, inner_lr)
+        if isinstance(head, ComputedRows):
+            require(
+                bool(self.learned(self.meta_parameters())),
+                "network and head_start must have a parameter to learn, got none",
+            )
+            adapted_head = {*head.names} & self.prepared or not head.equal
+            came = f"with head_start {type(head).__name__}, whose rows are equal until they are adapted"
+            require(bool(adapted_head), f"inner_freeze must leave the head, {head.path}, {came}")
         self.passes = Passes(tasks_per_pass, compile_passes)
         self.outer_update = OuterUpdate(outer_lr_decay, scheduler, max_skipped)
         self.evaluation, self.scores = Evaluation(), Scores(dict((metrics or {}).items()))  # also of a MetricCollection
@@ -218,8 +226,12 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
     def support(self, x: Tensor, y: Tensor, steps: int, first: int | None = None) -> Support:
         """Support sets, and what inner steps take of them; for ``first`` see ``inner_batches``.  # T S ..., T S ..."""
-        counted = self.head_start.computed or not self.training  # in training only if needed, as it waits for a GPU
-        counts = class_counts(y, self.head_start.outputs) if counted else y.new_zeros(len(y), 0)
+        head = self.head_start
+        counts = (
+            class_counts(y, head.outputs, ignored_class(self.loss))
+            if isinstance(head, ComputedRows)
+            else y.new_zeros(len(y), 0)
+        )
         return Support(x, y, self.inner_batches(x, y, steps, first), counts)
 
     def inner_batches(self, x: Tensor, y: Tensor, steps: int, first: int | None = None) -> list[tuple[Tensor, Tensor]]:
@@ -232,8 +244,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def start(self, theta: Params, support: Support, task_network: TaskNetwork | None = None) -> Params:
         """θ'_0 of every task, with its graph to ``theta``: θ with the rows of the head."""
         network, head = task_network or self.task_network, self.head_start
-        if head.computed:
-            network.require_last(head.path, support.x)
+        if not isinstance(head, ComputedRows):
+            return theta
+        network.require_last(head.path, support.x)
         return head.start(theta, lambda: network.features(theta, support.x, head.path), support.y, support.classes)
 
     def start_alone(self, support: Support) -> Params:
@@ -261,8 +274,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             """What a graph takes from the learner: callbacks may change it, and moving to a device replaces it."""
             numbers = [v for n, v in vars(self).items() if isinstance(v, int | float) and not n.startswith("_")]
             frozen = frozenset(self.inner_frozen), frozenset(self.outer_frozen)
-            rule = setting(self.inner_rule, None)
-            return function.__name__, *numbers, *frozen, *rule, *setting(self.network, self.loss), *theta
+            parts = *setting(self.inner_rule, None), *setting(self.head_start, None)
+            return function.__name__, *numbers, *frozen, *parts, *setting(self.network, self.loss), *theta
 
         x, y, *_ = tree_leaves(stacked)
         in_turn = self.task_network.examine(x, y).in_turn
@@ -393,6 +406,11 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         if not self.gradients_checked:
             with self.trainer.precision_plugin.forward_context():
                 unused = self.without_gradient(as_task_batch(batch))
+            data: L.LightningDataModule | None = getattr(self.trainer, "datamodule", None)
+            if isinstance(data, ClassificationTasks) and self.loss is default_loss and not self.head_start.computed:
+                ways, outputs = data.most_ways("train"), self.task_network.examine(*as_task_batch(batch)[:2]).outputs
+                enough = self.train_labels != "task" or ways <= outputs
+                require(enough, f"network must give an output for each class: expected at least {ways}, got {outputs}")
             if batch[0].dtype == torch.uint8:
                 self.form = replace(self.form, pixels=True)
             if unused:
@@ -412,6 +430,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         with torch.random.fork_rng(devices):
             losses = probe.losses_of(self.start(theta, self.support(x, y, 0), probe), x, y)
         of_parameters = of_network(theta)
+        if not of_parameters:
+            return []
         grads = torch.autograd.grad(losses.sum(), list(of_parameters.values()), allow_unused=True)
         return [name for name, g in zip(of_parameters, grads, strict=True) if g is None]
 
@@ -478,8 +498,11 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def predict_alone(self, batch: TaskBatch, each_step: bool = False, first: int = 0) -> list[Tensor]:
         """``predict_tasks`` of this learner alone."""
         outputs = self.task_network.examine(batch.support_x, batch.support_y).outputs
-        if not self.head_start.computed and outputs > 1 and (ways := ways_of(batch.support_y)) > outputs:
-            return self.predict_groups(batch, partitions(ways, outputs), ways, each_step, first)
+        of_classes = self.loss is default_loss or isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss)
+        if of_classes and outputs > 1 and not self.head_start.computed:
+            ways = ways_of(batch.support_y, ignored_class(self.loss))
+            if ways > outputs:
+                return self.predict_groups(batch, ways, partitions(ways, outputs), each_step, first)
 
         def predict(support: Support, support_x: Tensor, query_x: Tensor) -> tuple[Any, ...]:
             def answers(params: Params) -> Tensor:
@@ -499,19 +522,21 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             _, *predictions = self.in_passes(predict, support, batch.support_x, batch.query_x, compiled=False)
         return predictions
 
-    def predict_groups(self, batch: TaskBatch, groups: Sequence[Tensor], ways: int, *how: Any) -> list[Tensor]:
+    def predict_groups(
+        self, batch: TaskBatch, ways: int, groups: Sequence[Tensor], each_step: bool, first: int
+    ) -> list[Tensor]:
         """``predict_alone`` of tasks with more classes than outputs, from adaptations to groups of their classes."""
         classes = f"the network has {len(groups[0])} outputs for {ways} classes"
         self.task_network.say("Adaptations to groups of the classes are combined, since ", classes)
         of_groups = []
         for group in groups:
-            rows, y = zip(*(members(task, group) for task in batch.support_y), strict=True)
+            rows, y = zip(*(samples_of(group, task) for task in batch.support_y), strict=True)
             x = [task[own] for task, own in zip(batch.support_x, rows, strict=True)]
             require(
                 len({*map(len, x)}) == 1, f"support_y must hold each class equally often, since {classes}, got others"
             )
             parts = batch._replace(support_x=torch.stack(x), support_y=torch.stack(y))
-            of_groups.append(self.predict_alone(parts, *how))
+            of_groups.append(self.predict_alone(parts, each_step, first))
         mean = shares(groups, ways).to(of_groups[0][0])
         return [combined(logits, mean) for logits in zip(*of_groups, strict=True)]
 

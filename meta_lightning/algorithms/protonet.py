@@ -16,7 +16,7 @@ class ProtoNet(MAML):
     of the support samples of class k. This is MAML whose head starts at ``Prototypes``, without inner steps. The
     features are the inputs of the network's last linear layer; the scale s, 1 in the paper, is learnt.
 
-    The arguments are those of ``MAML``; those of the inner loop have no effect.
+    The arguments are those of ``MAML``; the inner steps and their rule and rate have no effect.
 
     Raises:
         InputError: If an argument is outside its range, or ``head_start`` is not ``Prototypes``.

@@ -13,6 +13,7 @@ from meta_lightning.checks import UNSUPPORTED, require, require_at_least, requir
 from meta_lightning.data.module import ClassificationTasks
 from meta_lightning.data.streams import uniforms
 from meta_lightning.data.tasks import TaskBatch, as_task_batch, least_and_most
+from meta_lightning.inner.heads import ComputedRows, require_no_meta_gradient
 from meta_lightning.inner.loop import Support, minibatches
 from meta_lightning.inner.params import RULE, Params, mean_over_tasks, of_network, with_prefix, without_prefix
 from meta_lightning.inner.rules import Adam, chosen_by, require_no_parameters
@@ -75,10 +76,10 @@ class Reptile(MetaLearner):
             bool(self.learned(self.adapted(self.meta_parameters()))),
             "inner_freeze and outer_freeze must leave Reptile a parameter that both loops update, got patterns of all",
         )
-        require(
-            not self.head_start.must_be_learnt,
-            f"head_start must need no meta-gradient, which Reptile does not have, got {type(self.head_start).__name__}",
-        )
+        if isinstance(head := self.head_start, ComputedRows):
+            require_no_meta_gradient(head, "Reptile")
+            came = f"got {type(head).__name__}, with which the first moves the head alone"
+            require(inner_steps > 1 or not head.equal, f"inner_steps 1 of Reptile needs another head_start, {came}")
         for name, size in (("inner_batch_size", inner_batch_size), ("test_inner_batch_size", test_inner_batch_size)):
             require_at_least(1, **{name: 1 if size is None else size})
         if outer_lr < 0.01:

@@ -35,13 +35,20 @@ class Described(nn.Module):
     def of(cls, given: Self | Mapping[str, Any] | None, default: type[Self]) -> Self:
         """A copy of the given part, or the part of the given description."""
         part: Any = default() if given is None else given
-        if isinstance(part, Mapping):
-            try:
-                part = resolve_name(part["class_path"])(**part.get("init_args", {}))
-            except (ImportError, AttributeError, ValueError) as error:
-                came = f"{part['class_path']} cannot be imported ({error})"
-                raise InputError(f"{cls.argument} must be given: {came}") from None
         expected = f"{cls.argument} must be of the class {cls.__name__}, such as {default.__name__}()"
+        if isinstance(part, Mapping):
+            path, arguments = str(part["class_path"]), part.get("init_args", {})
+            try:
+                kind = resolve_name(path)
+            except (ImportError, AttributeError, ValueError) as error:
+                raise InputError(f"{cls.argument} must be given: {path} cannot be imported ({error})") from None
+            # before it is called: a checkpoint may name anything
+            require(isinstance(kind, type) and issubclass(kind, cls), f"{expected}, got {path}")
+            try:
+                return kind(**arguments)  # type: ignore[no-any-return]
+            except (TypeError, InputError) as error:
+                expected = f"{cls.argument} must be a {path} with arguments that it takes"
+                raise InputError(f"{expected}, got {arguments}: {error}") from None
         require(isinstance(part, cls), f"{expected}, got {given!r}")
         copied: Self = copy.deepcopy(part)
         return copied

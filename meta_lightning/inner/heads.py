@@ -11,55 +11,73 @@ from meta_lightning.checks import require, require_positive
 from meta_lightning.inner.described import Described
 from meta_lightning.inner.params import HEAD, Params, without_prefix
 
-Features = Callable[[], Tensor]  # the inputs of the head for the support set: T S D
+Features = Callable[[], Tensor]  # returns the inputs of the head for the support set: T S D
 
 
-class HeadStart(Described, ABC):
-    """The start of the head, which is the last linear layer of a network, in each task.
+class HeadStart(Described):
+    """The rows with which the head, the last linear layer of a network, starts a task.
 
-    A start computes as many rows as a task has classes, so that a learner takes tasks of any number of classes; the
-    rows that the network itself has are not trained. A custom start implements ``rows``. Parameters created in
-    ``prepare`` are part of θ and meta-learnt. Constructor arguments are described as those of an ``InnerRule``.
+    A custom one extends ``ComputedRows``. Constructor arguments must be plain values and kept as attributes of the same
+    name, so that a checkpoint can describe the start.
 
     Args:
         layer: Name of the head in the network. Default: the linear layer that the network registers last.
 
     Raises:
-        InputError: In the learner, if the network has no such layer, or the layer shares its weight with another.
+        InputError: In the learner, if the network has no such layer, or the layer is not a plain one.
     """
 
     argument = "head_start"
-    computed: ClassVar[bool] = True  # whether rows are computed; else they are the network's, in θ
-    must_be_learnt: ClassVar[bool] = False  # whether its parameters are of no use before training
+    computed: ClassVar[bool] = False  # whether rows are computed; else they are the network's, in θ
 
     def __init__(self, layer: str | None = None) -> None:
         super().__init__()
         self.layer = layer
-        self.path, self.outputs = "", 0
-        self.names: list[str] = []  # of the head's weight and, if there is one, bias
 
     def find(self, network: nn.Module) -> None:
-        """Find the head, and create the start's parameters; called once, by the learner."""
+        """Find the head in the network; called once, by the learner."""
+
+    def replaced(self, params: Iterable[tuple[str, Tensor]]) -> Params:
+        """Those of the network's parameters in whose place rows are computed."""
+        return {}
+
+
+class LearntRows(HeadStart):
+    """The network's own rows, which are part of θ, as in the papers of MAML and Reptile.
+
+    Their number is the greatest number of classes in training.
+    """
+
+
+class ComputedRows(HeadStart, ABC):
+    """Rows that are computed for each task, as many as it has classes: tasks may have any number of classes.
+
+    The network's own rows are not trained. A custom start implements ``rows``; parameters created in ``prepare`` are
+    part of θ and meta-learnt.
+    """
+
+    computed = True
+    must_be_learnt: ClassVar[bool] = False  # whether its parameters are of no use before training
+    equal: ClassVar[bool] = False  # whether all rows are equal, so that they have to be adapted
+
+    def find(self, network: nn.Module) -> None:
+        """Find the head, and create the start's parameters."""
         own = {name for name, p in network.named_parameters() if p.requires_grad}
         linear = {name: part for name, part in network.named_modules() if isinstance(part, nn.Linear)}
-        heads = {path: layer for path, layer in linear.items() if {*names_of(path, layer)} <= own}
-        path: str = next(reversed(linear), "") if self.layer is None else self.layer
-        if path not in heads:
-            expected = f"layer of head_start {type(self).__name__} must be a linear layer with trainable parameters of"
-            came = f"among {', '.join(heads)}; got {path!r}" if heads else "of which the network has none"
-            require(not self.computed and self.layer is None, f"{expected} its own, {came}")
-            return
-        self.path, self.outputs = path, heads[path].out_features
-        self.names = names_of(path, heads[path])
-        if self.computed:
-            self.prepare(heads[path])
+        heads = {path: layer for path, layer in linear.items() if is_plain(layer) and {*names_of(path, layer)} <= own}
+        self.path: str = next(reversed(linear), "") if self.layer is None else self.layer
+        expected = f"layer of head_start {type(self).__name__} must be a linear layer with a plain, trainable weight of"
+        came = f"among {', '.join(map(repr, heads))}; got {self.path!r}" if heads else "of which the network has none"
+        require(self.path in heads, f"{expected} its own, {came}")
+        self.names, self.outputs = names_of(self.path, heads[self.path]), heads[self.path].out_features
+        self.prepare(heads[self.path])
 
     def prepare(self, head: nn.Linear) -> None:
         """Create the start's parameters; called once."""
 
     def replaced(self, params: Iterable[tuple[str, Tensor]]) -> Params:
         """Those of the network's parameters in whose place rows are computed."""
-        return {name: p for name, p in params if name in self.names and self.computed}
+        return {name: p for name, p in params if name in self.names}
 
     def start(self, theta: Params, features: Features, y: Tensor, classes: Tensor) -> Params:
         """θ'_0 of every task: θ with the rows of its head; for the arguments see ``rows``.  # T ..."""
@@ -76,7 +94,7 @@ class HeadStart(Described, ABC):
         Args:
             features: Returns the inputs of the head for the support set.  # T S D
             y: Targets of the support set.  # T S ...
-            classes: Samples per class; zeros for real targets.  # T N
+            classes: Samples per class; where targets are not one class number per sample, zeros per output.  # T N
             own: The start's parameters by name, expanded to the tasks.  # T ...
 
         Returns:
@@ -84,28 +102,13 @@ class HeadStart(Described, ABC):
         """
 
 
-class LearntRows(HeadStart):
-    """The network's own rows, which are part of θ, as in the papers of MAML and Reptile.
-
-    Their number is the greatest number of classes in training.
-    """
-
-    computed = False
-
-    def start(self, theta: Params, features: Features, y: Tensor, classes: Tensor) -> Params:
-        """Return θ."""
-        return theta
-
-    def rows(self, features: Features, y: Tensor, classes: Tensor, own: Params) -> tuple[Tensor, Tensor]:
-        """Not called."""
-        raise NotImplementedError
-
-
-class ZeroRows(HeadStart):
+class ZeroRows(ComputedRows):
     """Rows of zeros (Kao et al., 2022, https://arxiv.org/abs/2106.15367).
 
     The first inner step moves the head alone.
     """
+
+    equal = True
 
     def prepare(self, head: nn.Linear) -> None:
         """Create a row, which moves with the learner."""
@@ -117,13 +120,13 @@ class ZeroRows(HeadStart):
         return row.expand(*classes.shape, len(row)), row.new_zeros(classes.shape)
 
 
-class OneVector(HeadStart):
+class OneVector(ComputedRows):
     """One learnt vector as every row (Ye and Chao, 2022, https://arxiv.org/abs/2106.16245): no order of labels counts.
 
     The first inner step moves the head alone.
     """
 
-    must_be_learnt = True
+    must_be_learnt = equal = True
 
     def prepare(self, head: nn.Linear) -> None:
         """Start the vector at the first row of the network's head."""
@@ -135,7 +138,7 @@ class OneVector(HeadStart):
         return vector[:, None].expand(*classes.shape, vector.shape[1]), vector.new_zeros(classes.shape)
 
 
-class Prototypes(HeadStart):
+class Prototypes(ComputedRows):
     """Rows from the class means c_k of the features, ``w_k = 2s c_k`` and ``b_k = −s ‖c_k‖²`` with a learnt scale s.
 
     This is the head of Proto-MAML (Triantafillou et al., 2020, https://arxiv.org/abs/1903.03096, section 3.3). Before
@@ -156,31 +159,44 @@ class Prototypes(HeadStart):
         self.learnt_scale = nn.Parameter(head.weight.new_tensor(self.scale))
 
     def rows(self, features: Features, y: Tensor, classes: Tensor, own: Params) -> tuple[Tensor, Tensor]:
-        """Compute the prototypes, and the rows."""
-        return prototype_rows(features(), y, classes, own["learnt_scale"])
+        """Compute the rows."""
+        z, scale = features(), own["learnt_scale"]  # T S D, T
+        of_samples = z.ndim == 3 and y.shape == z.shape[:2] and not y.is_floating_point()
+        shapes = f"features {list(z.shape[1:])} and targets {list(y.shape[1:])} of type {y.dtype}"
+        require(of_samples, f"head_start Prototypes needs one class number and one vector per sample, got {shapes}")
+        with torch.autocast(z.device.type, enabled=False):
+            is_in = y[:, None] == torch.arange(classes.shape[1], device=y.device)[:, None]  # T N S
+            means = (is_in.to(scale.dtype) @ z.to(scale.dtype)) / classes[..., None]  # T N D
+            return 2 * scale[:, None, None] * means, -scale[:, None] * means.square().sum(2)
 
 
-def prototype_rows(features: Tensor, y: Tensor, classes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """``2s c_k`` and ``−s ‖c_k‖²``, c_k being the class means of features.  # T S D, T S, T N, T -> T N D, T N"""
-    of_samples = features.ndim == 3 and y.shape == features.shape[:2] and not y.is_floating_point()
-    shapes = f"features {list(features.shape[1:])} and targets {list(y.shape[1:])} of type {y.dtype}"
-    require(of_samples, f"head_start Prototypes needs one class number and one vector per sample, got {shapes}")
-    with torch.autocast(features.device.type, enabled=False):
-        is_in = y[:, None] == torch.arange(classes.shape[1], device=y.device)[:, None]  # T N S
-        centres = (is_in.to(scale.dtype) @ features.to(scale.dtype)) / classes.clamp(min=1)[..., None]  # T N D
-        return 2 * scale[:, None, None] * centres, -scale[:, None] * centres.square().sum(2)
+def require_no_meta_gradient(head: ComputedRows, algorithm: str) -> None:
+    """Raise InputError for a start whose parameters have to be learnt, which some algorithms cannot."""
+    came = f"got {type(head).__name__}"
+    require(not head.must_be_learnt, f"head_start must need no meta-gradient, which {algorithm} does not have, {came}")
 
 
-def class_counts(y: Tensor, outputs: int) -> Tensor:
-    """Samples per class; for real targets zeros for each output of the head.  # T S ... -> T N"""
-    if y.is_floating_point():
+def class_counts(y: Tensor, outputs: int, ignored: int) -> Tensor:
+    """Samples per class; where targets are not one class number per sample, zeros per output.  # T S ... -> T N"""
+    ways = ways_of(y, ignored)
+    if not ways:
         return y.new_zeros(len(y), outputs, dtype=torch.int64)
-    return (y.flatten(1)[..., None] == torch.arange(ways_of(y), device=y.device)).sum(1)
+    counts = (y[..., None] == torch.arange(ways, device=y.device)).sum(1)
+    absent = (counts == 0).sum(1).max().item()
+    require(not absent, f"support_y must hold each of the {ways} classes in every task, got a task without {absent}")
+    return counts
 
 
-def ways_of(y: Tensor) -> int:
-    """Number of classes (N); 0 for real targets."""
-    return 0 if y.is_floating_point() else int(y.max()) + 1
+def ways_of(y: Tensor, ignored: int) -> int:
+    """Number of classes of tasks with one class number per sample; else 0.  # T S ..."""
+    if y.ndim != 2 or y.is_floating_point():
+        return 0
+    return int(torch.where(y == ignored, -1, y).max()) + 1
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer has a weight and perhaps a bias, and no parametrisation of these."""
+    return [name for name, _ in layer.named_parameters()] in (["weight"], ["weight", "bias"])
 
 
 def names_of(path: str, layer: nn.Module) -> list[str]:

@@ -32,7 +32,7 @@ class Adapted(NamedTuple):
 
     params: Params  # θ'_k
     losses: Tensor  # T: the support losses at θ'_{k-1}; empty for θ'_0
-    state: Any  # of the inner rule, task-stacked
+    state: Any  # of the inner rule, task-stacked once a step was taken
 
 
 class InnerStep(NamedTuple):

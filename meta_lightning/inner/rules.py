@@ -31,7 +31,7 @@ class InnerRule(Described, ABC):
         """Create the rule's parameters and buffers; called once, by the learner.
 
         Args:
-            params: Parameters that inner steps update.
+            params: Parameters that inner steps update; of a head whose rows a task computes, one row.  # ..., 1 D
             lr: The inner learning rate α.
         """
 

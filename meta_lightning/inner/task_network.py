@@ -11,8 +11,8 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from meta_lightning.checks import require
-from meta_lightning.inner.copies import copied
 from meta_lightning.inner.exact import Exact, differentiable_attention
+from meta_lightning.inner.heads import ways_of
 from meta_lightning.inner.params import Params, of_network
 from meta_lightning.inner.state import form, hooked_parameters
 from meta_lightning.inner.traits import Traits
@@ -29,6 +29,12 @@ MANY_VALUES = 2**16  # in the inputs of a task: five 84×84 colour images have m
 
 # from predictions and targets of one task to a scalar; the union lets the command line build modules
 Loss = nn.Module | Callable[[Tensor, Tensor], Tensor]
+
+
+def ignored_class(loss: Any) -> int:
+    """The class number that a loss leaves out."""
+    ignored = getattr(loss, "ignore_index", None)
+    return ignored if isinstance(ignored, int) else -100
 
 
 def default_loss(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -48,7 +54,6 @@ class TaskNetwork:
         self.loops_over_tasks = False
         self.said: set[str] = set()
         self.shapes_checked: set[tuple[torch.Size, torch.Size]] = set()
-        self.last_layers: set[str] = set()  # that were found to run last
 
     def examine(self, x: Tensor, y: Tensor | None = None) -> Traits:
         """Find the traits of network and loss in their present setting from the first task.  # T S ..., T S ..."""
@@ -60,7 +65,9 @@ class TaskNetwork:
         if self.modules != (modules := [*network.modules()]):
             self.modules, self.known = modules, {}
         if present not in self.known:
-            self.known[present] = Traits.of(network, loss, x[0], None if y is None else y[0])
+            head = getattr(self.owner, "head_start", None)
+            rows = 0 if y is None or head is None or not head.computed else ways_of(y, ignored_class(loss))
+            self.known[present] = Traits.of(network, loss, x[0], None if y is None else y[0], rows)
         self.examined, self.traits = present, self.known[present]
         self.loops_over_tasks = bool(self.traits.looped or self.traits.in_turn)
         self.say("Tasks run in a loop, since ", self.traits.looped)
@@ -90,10 +97,9 @@ class TaskNetwork:
 
     def require_last(self, layer: str, x: Tensor) -> None:
         """Raise InputError unless this is the layer with parameters that runs last.  # T S ..."""
-        if layer not in self.last_layers:
-            last = last_layer(copied(self.owner.network), x[0])
-            require(last == layer, f"layer of head_start must be the layer that runs last, {last}, got {layer}")
-            self.last_layers.add(layer)
+        last = (self.traits or self.examine(x)).last
+        ran = f"the last layer with parameters that is called, which is {last!r}"
+        require(last == layer, f"layer of head_start must be {ran}, got {layer!r}")
 
     def features(self, params: Params, x: Tensor, layer: str) -> Tensor:
         """Inputs of a layer that runs once, for every task.  # T S ... -> T S D"""
@@ -108,7 +114,11 @@ class TaskNetwork:
             return inputs[0]
 
         module = self.owner.network.get_submodule(layer)
-        hook = module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+
+        def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            inputs.append([*args, *kwargs.values()][0])
+
+        hook = module.register_forward_pre_hook(note, with_kwargs=True)
         try:
             return self.over_tasks(features_of_task, params, x)
         finally:
@@ -206,17 +216,6 @@ def parts_of_tasks(stacked: Params | Tensor) -> Sequence[Any]:
     # the backward of indexing allocates zeros for all tasks, once per task; that of unbind copies once. Samples are
     # copied, since a network may write into its input, which views of one tensor do not allow
     return stacked.unbind() if stacked.requires_grad else [stacked[task].clone() for task in range(len(stacked))]
-
-
-@torch.no_grad()
-def last_layer(network: nn.Module, x: Tensor) -> str:
-    """Name of the layer with parameters that runs last on these samples, by hooks that stay."""
-    started = [""]
-    for name, part in network.named_modules():
-        if any(True for _ in part.parameters(recurse=False)):
-            part.register_forward_pre_hook(lambda *_, name=name: started.append(name))
-    network(x)
-    return started[-1]
 
 
 def check_outputs(predictions: Tensor, targets: Tensor) -> None:

@@ -59,10 +59,13 @@ class Traits(NamedTuple):
     replaced: bool = False  # forward calls functions that EXACT replaces
     size: int = 0  # the only number of samples that the network takes; 0 if it takes any
     outputs: int = 0  # per sample, if these are a vector
+    last: str = ""  # the layer with parameters that runs last
 
     @classmethod
-    def of(cls, network: nn.Module, loss: Any, x: Tensor, y: Tensor | None) -> "Traits":
+    def of(cls, network: nn.Module, loss: Any, x: Tensor, y: Tensor | None, rows: int = 0) -> "Traits":
         """Those of a network and, if targets are given, a loss, from copies that run on one task.  # S ..., S ...
+
+        ``rows`` is the number of outputs that a head start makes, if it does.
 
         Raises:
             InputError: If the network does not take the samples, or does not compute with its own parameters.
@@ -81,6 +84,7 @@ class Traits(NamedTuple):
                 # other than θ, so that what still computes with θ is seen
                 params = {name: 1.1 * p.detach() for name, p in network.named_parameters() if p.requires_grad}
                 one = copied(network)
+                started = started_layers(one)
                 before = contents(one)
                 with Calls() as calls:
                     try:
@@ -90,7 +94,7 @@ class Traits(NamedTuple):
                         return traits  # an error of the network itself, which training shows as well
                 drawn = random_states(x.device)
                 require(isinstance(output, Tensor), f"network must return a tensor, got {type(output).__name__}")
-                traits = traits._replace(outputs=output.shape[1] if output.ndim == 2 else 0)
+                traits = traits._replace(outputs=output.shape[1] if output.ndim == 2 else 0, last=started[-1])
                 traits = traits._replace(
                     looped=reason_to_loop(network, states, drawn), replaced=bool(calls.seen & EXACT.keys())
                 )
@@ -102,6 +106,8 @@ class Traits(NamedTuple):
                 require(not traits.size or x.ndim > 1, came + missing)
                 traits = traits.with_state(network, one, before, params, x, drawn)
                 if y is not None and isinstance(loss, nn.Module):
+                    # as many outputs as a head start makes
+                    output = output[:, torch.arange(rows, device=x.device) % output.shape[1]] if rows else output
                     traits = traits.with_loss(loss, output, y)
                 return traits.compared(network, params, x, drawn)
         finally:
@@ -145,10 +151,6 @@ class Traits(NamedTuple):
         """Complete them by whether the loss changes itself."""
         one = copied(loss)
         before = contents(one)
-        if not y.is_floating_point() and y.numel() and 0 < output.shape[1] <= (most := int(y.max())):
-            output = output[
-                :, torch.arange(most + 1, device=y.device) % output.shape[1]
-            ]  # as many as a head start makes
         one(output, y)
         changed = changes(before, contents(one))
         return self._replace(in_turn=self.in_turn or f"the loss changes {listed(changed)}") if changed else self
@@ -238,6 +240,15 @@ class Traits(NamedTuple):
                 else:
                     attributes[name] = value
                     put_back(value, held)
+
+
+def started_layers(network: nn.Module) -> list[str]:
+    """A list that grows by the name of each layer with parameters that starts, by hooks that stay."""
+    started = [""]
+    for name, part in network.named_modules():
+        if any(True for _ in part.parameters(recurse=False)):
+            part.register_forward_pre_hook(lambda *_, name=name: started.append(name))
+    return started
 
 
 def other_names(network: nn.Module) -> dict[str, str]:

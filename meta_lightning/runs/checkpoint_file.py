@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from meta_lightning.checks import InputError, require
 from meta_lightning.hub import located
+from meta_lightning.inner.heads import HeadStart
 
 LAST, PREVIOUS = "last", "previous"
 STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers")  # required to resume training
@@ -76,12 +78,23 @@ def load(path: Path) -> dict[str, Any] | str:
     return checkpoint if isinstance(checkpoint, dict) else f"it holds a {type(checkpoint).__name__}"
 
 
-def load_network(network: nn.Module, path: str | Path) -> None:
-    """Load the network's weights from a checkpoint of any algorithm."""
-    state = read_checkpoint(path, "init_from")["state_dict"]
-    weights = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
-    require_same_state(network.state_dict(), weights, "init_from")
-    network.load_state_dict(weights)
+def load_network(network: nn.Module, head: HeadStart, path: str | Path) -> None:
+    """Load the weights of a network, and of a head start of the same kind, from a checkpoint of any algorithm."""
+    checkpoint = read_checkpoint(path, "init_from")
+    weights, start = (
+        {name.removeprefix(part): p for name, p in checkpoint["state_dict"].items() if name.startswith(part)}
+        for part in ("network.", "head_start.")
+    )
+    computed = head.replaced(network.named_parameters()).keys()  # rows that no task uses may differ
+    weights, own = ({n: p for n, p in state.items() if n not in computed} for state in (weights, network.state_dict()))
+    require_same_state(own, weights, "init_from")
+    network.load_state_dict(weights, strict=False)
+    if start.keys() == head.state_dict().keys():
+        head.load_state_dict(start)
+    if start and not head.computed:
+        rank_zero_warn(
+            f"The head of init_from {path} was computed for each task: its rows in the network are untrained"
+        )
 
 
 def require_same_state(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], argument: str) -> None:
@@ -90,7 +103,7 @@ def require_same_state(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]
     names = sorted(dict(a.items() ^ b.items()))
     # the learner's submodule that all of them belong to
     (part,) = parts if len(parts := {name.partition(".")[0] for name in names}) == 1 else ("network",)
-    part = part if part in ("inner_rule", "loss") else "network"
+    part = part if part in ("inner_rule", "head_start", "loss") else "network"
     listed = ", ".join(f"{name}: expected {a.get(name)}, got {b.get(name)}" for name in names[:3])
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     require(not names, f"{argument} must be of the {part} in use, but differs in {listed}{more}")

@@ -13,7 +13,10 @@ from meta_lightning.checks import InputError
 from meta_lightning.runs.checkpoint_file import LAST, PREVIOUS, load, read_checkpoint
 
 # the options that tell experiments apart: checkpoints of other classes, networks or data are not this run's
-IDENTITY = r"(model|data)\.class_path|model\.init_args\.(network|inner_rule)\.|data\.init_args\.root"
+IDENTITY = r"(model|data)\.class_path|model\.init_args\.(network|inner_rule|head_start)\.|data\.init_args\.root"
+
+# classes of options that are described only if they are given
+DEFAULTS = {"inner_rule": "SGD", "head_start": "LearntRows"}
 
 
 def newest_checkpoint(config: Namespace, subcommand: str) -> str | None:
@@ -62,6 +65,8 @@ def leaves_of(options: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(options, dict):
         for key, value in options.items():
             yield from leaves_of(value, f"{name}.{key}".strip("."))
+    elif options is None and name.endswith(tuple(DEFAULTS)):
+        yield from leaves_of({"class_path": DEFAULTS[name.rpartition(".")[2]]}, name)
     elif isinstance(options, str) and name.endswith(".class_path"):
         yield name, options.rpartition(".")[2]  # modules may move
     elif isinstance(options, str) and name.endswith(".root"):
