@@ -472,6 +472,14 @@ def test_every_task_must_hold_every_class(start: HeadStart) -> None:
         prepared(MAML, start)[1].meta_gradient(batch._replace(support_y=y))
 
 
+def test_a_head_start_leaves_tasks_together() -> None:
+    _, learner = prepared(MAML, Prototypes())
+    learner.meta_gradient(tasks(4))
+    assert learner.task_network.traits is not None
+    assert (learner.task_network.traits.last, learner.task_network.loops_over_tasks) == ("head", False)
+    assert not any(module._forward_pre_hooks for module in learner.modules())
+
+
 def test_the_search_for_the_head_draws_no_random_numbers() -> None:
     network = nn.Sequential(nn.Linear(6, D), nn.Dropout(0.5), nn.Linear(D, 5))
     drawn = []

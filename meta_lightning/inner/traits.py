@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from meta_lightning.checks import InputError, require
@@ -84,9 +85,8 @@ class Traits(NamedTuple):
                 # other than θ, so that what still computes with θ is seen
                 params = {name: 1.1 * p.detach() for name, p in network.named_parameters() if p.requires_grad}
                 one = copied(network)
-                started = started_layers(one)
                 before = contents(one)
-                with Calls() as calls:
+                with Calls() as calls, layers_started(one) as started:
                     try:
                         output = traits.forward(one, params, x)
                     except (RuntimeError, TypeError, ValueError) as error:
@@ -242,13 +242,21 @@ class Traits(NamedTuple):
                     put_back(value, held)
 
 
-def started_layers(network: nn.Module) -> list[str]:
-    """A list that grows by the name of each layer with parameters that starts, by hooks that stay."""
+@contextmanager
+def layers_started(network: nn.Module) -> Iterator[list[str]]:
+    """The names of the layers with parameters, as they start; by a hook that leaves nothing on the modules."""
+    names = {part: name for name, part in network.named_modules() if any(True for _ in part.parameters(recurse=False))}
     started = [""]
-    for name, part in network.named_modules():
-        if any(True for _ in part.parameters(recurse=False)):
-            part.register_forward_pre_hook(lambda *_, name=name: started.append(name))
-    return started
+
+    def note(module: nn.Module, args: Any) -> None:
+        if module in names:
+            started.append(names[module])
+
+    hook = register_module_forward_pre_hook(note)
+    try:
+        yield started
+    finally:
+        hook.remove()
 
 
 def other_names(network: nn.Module) -> dict[str, str]:
