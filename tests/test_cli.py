@@ -116,12 +116,6 @@ def test_own_configs_train(name: str, model: list[str], mini_imagenet: str) -> N
     assert record["figures"]["val/loss"] > 0
 
 
-def test_the_three_default_configs_differ_in_one_word() -> None:
-    texts = [(configs_dir() / f"{name}.yaml").read_text().splitlines()[2:] for name in ("maml", "fomaml", "reptile")]
-    for text, word in zip(texts, ("MAML", "FOMAML", "Reptile"), strict=True):
-        assert [line for line in text if line not in texts[0]] in ([], [f"  class_path: {word}"])
-
-
 def test_a_change_of_algorithm_brings_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     reptile = printed_config(capsys, "fit", "--config", "maml.yaml", "--model", "Reptile")["model"]
     assert reptile["class_path"].endswith("Reptile")
@@ -173,7 +167,7 @@ def test_a_range_of_ways(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_labels_of_the_split(capsys: pytest.CaptureFixture[str]) -> None:
     labels = ["--data.train_labels", "split", "--model.network.ways", "2000"]
-    main(["fit", "--config", TINY, *labels, "--trainer.max_steps", "1"])
+    main(["fit", "--config", TINY, "--model", "Baseline", *labels, "--trainer.max_steps", "1"])
     config = printed_config(capsys, "test", "--ckpt_path", str(RUN / "checkpoints/last.ckpt"))
     assert config["data"]["init_args"]["train_labels"] == "split"
 

@@ -210,7 +210,7 @@ def with_rates(learner: MAML, rates: Params) -> MAML:
 def split(meta_gradient: Params) -> tuple[Params, Params]:
     """The parts of θ and of the rates, by the names of θ."""
     theta = {name: g for name, g in meta_gradient.items() if not name.startswith(".")}
-    rates = {name: meta_gradient.get(".rates." + name.replace(".", "/")) for name in theta}
+    rates = {name: meta_gradient.get(".rule.rates." + name.replace(".", "/")) for name in theta}
     assert len(meta_gradient) == len(theta) + sum(g is not None for g in rates.values())
     return theta, {name: g for name, g in rates.items() if g is not None}
 
@@ -313,26 +313,6 @@ def test_rates_begin_as_the_plain_inner_rate() -> None:
     network, batch = mlp(), classification(6)
     learner = MAML(network, inner_lr=INNER_LR, inner_steps=STEPS, learn_inner_lr=True)
     assert error(split(learner.meta_gradient(batch)[0])[0], maml_loop(network, batch, STEPS)) <= EXACT
-
-
-def test_more_classes_than_outputs_take_the_rates_of_their_rows() -> None:
-    network, x, y = mlp(), torch.randn(14, 6), torch.arange(7).repeat(2)
-    learner = MAML(network, inner_steps=STEPS, learn_inner_lr=True)
-    rates = rates_of(network, "nothing")
-    wide, rows = copy.deepcopy(network), torch.arange(7) % WAYS
-    wide.head = nn.Linear(8, 7)
-    with torch.no_grad():
-        for name, p in wide.head.named_parameters():
-            p.copy_(network.head.get_parameter(name)[rows])
-    for _ in range(STEPS):
-        wide.zero_grad()
-        F.cross_entropy(wide(x), y).backward()
-        with torch.no_grad():
-            for name, p in wide.named_parameters():
-                p -= (rates[name][rows] if name.startswith("head") else rates[name]) * p.grad
-    torch.testing.assert_close(with_rates(learner, rates).adapt(x, y)(x), wide(x).detach())
-    with pytest.raises(ValueError, match=r"\by .*\b5 .* 7"):  # equal rows that do not adapt never part
-        MAML(network, inner_freeze=BOIL).adapt(x, y)
 
 
 # ----------------------------------------------------------------------------------------------------- no gradient
