@@ -38,7 +38,7 @@ from meta_lightning.data.form import SampleForm, form_of
 from meta_lightning.data.module import ClassificationTasks, TaskDataModule
 from meta_lightning.data.tasks import Array, TaskBatch, as_task_batch, scale_pixels
 from meta_lightning.inner.copies import Original, copied
-from meta_lightning.inner.heads import ComputedRows, HeadStart, LearntRows, class_counts, ways_of
+from meta_lightning.inner.heads import ComputedRows, HeadStart, LearntRows, ways_of
 from meta_lightning.inner.loop import Adapted, InnerStep, Support, trajectory
 from meta_lightning.inner.params import (
     HEAD,
@@ -226,13 +226,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
     def support(self, x: Tensor, y: Tensor, steps: int, first: int | None = None) -> Support:
         """Support sets, and what inner steps take of them; for ``first`` see ``inner_batches``.  # T S ..., T S ..."""
-        head = self.head_start
-        counts = (
-            class_counts(y, head.outputs, ignored_class(self.loss))
-            if isinstance(head, ComputedRows)
-            else y.new_zeros(len(y), 0)
-        )
-        return Support(x, y, self.inner_batches(x, y, steps, first), counts)
+        classes = self.head_start.classes(y, ignored_class(self.loss))
+        return Support(x, y, self.inner_batches(x, y, steps, first), classes)
 
     def inner_batches(self, x: Tensor, y: Tensor, steps: int, first: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """Support samples and targets of each inner step: all of them.  # T S ..., T S ...

@@ -41,6 +41,10 @@ class HeadStart(Described):
         """Those of the network's parameters in whose place rows are computed."""
         return {}
 
+    def classes(self, y: Tensor, ignored: int) -> Tensor:
+        """Samples per class, if the start wants to know: reading the targets waits for the device.  # T S ... -> T N"""
+        return y.new_zeros(len(y), 0)
+
 
 class LearntRows(HeadStart):
     """The network's own rows, which are part of θ, as in the papers of MAML and Reptile.
@@ -78,6 +82,18 @@ class ComputedRows(HeadStart, ABC):
     def replaced(self, params: Iterable[tuple[str, Tensor]]) -> Params:
         """Those of the network's parameters in whose place rows are computed."""
         return {name: p for name, p in params if name in self.names}
+
+    def classes(self, y: Tensor, ignored: int) -> Tensor:
+        """Samples per class; where targets are not one class number per sample, zeros per output.  # T S ... -> T N"""
+        ways = ways_of(y, ignored)
+        if not ways:
+            return y.new_zeros(len(y), self.outputs, dtype=torch.int64)
+        counts = (y[..., None] == torch.arange(ways, device=y.device)).sum(1)
+        absent = (counts == 0).sum(1).max().item()
+        require(
+            not absent, f"support_y must hold each of the {ways} classes in every task, got a task without {absent}"
+        )
+        return counts
 
     def start(self, theta: Params, features: Features, y: Tensor, classes: Tensor) -> Params:
         """θ'_0 of every task: θ with the rows of its head; for the arguments see ``rows``.  # T ..."""
@@ -174,17 +190,6 @@ def require_no_meta_gradient(head: ComputedRows, algorithm: str) -> None:
     """Raise InputError for a start whose parameters have to be learnt, which some algorithms cannot."""
     came = f"got {type(head).__name__}"
     require(not head.must_be_learnt, f"head_start must need no meta-gradient, which {algorithm} does not have, {came}")
-
-
-def class_counts(y: Tensor, outputs: int, ignored: int) -> Tensor:
-    """Samples per class; where targets are not one class number per sample, zeros per output.  # T S ... -> T N"""
-    ways = ways_of(y, ignored)
-    if not ways:
-        return y.new_zeros(len(y), outputs, dtype=torch.int64)
-    counts = (y[..., None] == torch.arange(ways, device=y.device)).sum(1)
-    absent = (counts == 0).sum(1).max().item()
-    require(not absent, f"support_y must hold each of the {ways} classes in every task, got a task without {absent}")
-    return counts
 
 
 def ways_of(y: Tensor, ignored: int) -> int:
