@@ -101,7 +101,8 @@ class Reptile(MetaLearner):
     def adapt_pass(self, support: Support) -> tuple[Params, Tensor]:
         """``mean_i θ'_i`` of one pass, with the inner rule's carried state, and the last losses.  # ..., T"""
         params, losses, state = self.inner_loop(self.start_alone(support), support)
-        moved = {name: p for name, p in self.learned(self.adapted(params)).items() if name in self.network_parameters()}
+        theta = self.network_parameters()
+        moved = {name: p for name, p in self.learned(self.adapted(params)).items() if name in theta}
         return mean_over_tasks(moved | with_prefix(self.inner_rule.carried(state), RULE)), losses
 
     def outer_step(self, mean: Params) -> None:
@@ -147,12 +148,10 @@ class Reptile(MetaLearner):
 
     def unsuited(self, data: Any) -> list[str]:
         """Settings with which Reptile learns little, which are usual for MAML."""
-        shots = (
-            least_and_most(data.sizes("train")[0], "train_shots")[1]
-            if isinstance(data, ClassificationTasks)
-            else FEW_SHOTS
-        )
-        few = {"data.train_shots": (shots, FEW_SHOTS), "inner_steps": (self.inner_steps, FEW_STEPS)}
+        few = {}
+        if isinstance(data, ClassificationTasks):
+            few["data.train_shots"] = least_and_most(data.sizes("train")[0], "train_shots")[1], FEW_SHOTS
+        few["inner_steps"] = self.inner_steps, FEW_STEPS
         return [f"{name} {value} (expected at least {least})" for name, (value, least) in few.items() if value < least]
 
     def hold_step(self) -> None:
