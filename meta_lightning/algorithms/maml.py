@@ -1,6 +1,5 @@
 """Model-agnostic meta-learning."""
 
-from collections import deque
 from typing import Any, Literal
 
 import torch
@@ -120,11 +119,14 @@ class MAML(MetaLearner):
         ``weights`` are those of the query losses after each inner step; without them only the last loss counts.  # T K
         """
         theta = leaves(stack(self.meta_parameters(), len(query_x)))
-        steps = self.inner_trajectory(  # lines 6 and 7: θ' ← θ' − α ∇L_support(θ')
-            self.start(theta, support), support, second_order=not self.first_order, recompute=self.recompute_inner_steps
-        )
+        start = self.start(theta, support)
+        options = {"second_order": not self.first_order, "recompute": self.recompute_inner_steps}
+        if weights is None:
+            of_steps = [self.inner_loop(start, support, **options)]  # lines 6 and 7: θ' ← θ' − α ∇L_support(θ')
+        else:
+            of_steps = [*self.inner_trajectory(start, support, **options)][-weights.shape[1] :]
         losses_after = []
-        for adapted in deque(steps, maxlen=1 if weights is None else weights.shape[1]):
+        for adapted in of_steps:
             predictions = self.task_network.predict(adapted.params, query_x)
             losses_after.append(self.task_network.losses(predictions, query_y))
         losses = losses_after[-1]
