@@ -72,7 +72,7 @@ def batch(dtype: torch.dtype, device: str) -> TaskBatch:
 
 def update(algorithm: str, network: nn.Module, dtype: torch.dtype, device: str, **options: Any) -> Params:
     """The meta-gradient, or Reptile's mean θ'."""
-    options = {"inner_lr": 0.05, "inner_steps": 2, "compile_passes": "auto"} | options
+    options = {"inner_lr": 0.05, "inner_steps": 2, "compile_passes": "record"} | options
     learner = ALGORITHMS[algorithm](network, **options).to(device, dtype)
     tasks = batch(dtype, device)
     for _ in range(2):  # the second runs the graph of the first
@@ -111,7 +111,7 @@ def gradients(device: str, fused: bool) -> Iterator[tuple[str, float, float]]:
 def trained(folder: str, device: str, steps: int, ckpt_path: str | None = None, **options: Any) -> MetaLearner:
     """A short fit on sinusoids, whose last checkpoint is in the folder."""
     L.seed_everything(0)
-    learner = MAML(MLP(), inner_steps=2, compile_passes="auto")
+    learner = MAML(MLP(), inner_steps=2, compile_passes="record")
     trainer = L.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,

@@ -4,7 +4,7 @@
 
 The same network, initial values and tasks for all, float32 (on a GPU with torch's default of TF32 in convolutions),
 five inner steps; before timing, everyone's gradient is compared with learn2learn's. Each figure is the median of
-repeats that are taken in turn. "Recorded" is compile_passes auto (on a GPU a CUDA graph), "compiled" compile_passes
+repeats that are taken in turn. "Recorded" is compile_passes record (on a GPU a CUDA graph), "compiled" compile_passes
 true, after compiling, whose seconds stand beside it. JAX is left out where it is not installed. The last
 table has the peak memory of one step, each in a process of its own.
 """
@@ -52,7 +52,7 @@ def compare(workload: Workload, device: str, repeats: int, without: list[str]) -
         steps = {
             "learn2learn": learn2learn(algorithm, workload, device),
             "ours": ours(algorithm, workload, device),
-            "recorded": ours(algorithm, workload, device, compile_passes="auto"),
+            "recorded": ours(algorithm, workload, device, compile_passes="record"),
         }
         if "compiled" not in without:
             steps["compiled"] = ours(algorithm, workload, device, compile_passes=True)

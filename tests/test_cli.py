@@ -108,7 +108,6 @@ def test_own_configs_train(name: str, model: list[str], mini_imagenet: str) -> N
     }.get(name.partition("/")[0], [])
     few = [f"--data.{option}=2" for option in ("meta_batch_size", "val_tasks", "test_tasks")]
     few += ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--data.epoch_length=1", "--model.test_inner_steps=2"]
-    few += ["--model.compile_passes=false"] * ("/" in name)  # recording pays after more than one step
     main(["fit", "--config", name, *model, *data, *few])
     record = json.loads((RUN / "fit.json").read_text())
     algorithm = "FOMAML" if model else ALGORITHMS[stem_of(name)].__name__

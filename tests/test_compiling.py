@@ -1,11 +1,14 @@
 """Compiled passes: the same training to rounding, whatever changes in between."""
 
 import copy
+import math
 import random
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from conftest import trainer
@@ -16,7 +19,8 @@ from torch.utils.data import DataLoader
 from meta_lightning import FOMAML, IMAML, MAML, Adam, MetaLearner, Reptile, TaskBatch
 from meta_lightning.checks import InputError
 from meta_lightning.inner import compiling
-from meta_lightning.inner.passes import Compile
+from meta_lightning.inner.compiling import without_autograd
+from meta_lightning.inner.passes import Compile, Passes
 
 ALGORITHMS: list[tuple[type[MetaLearner], dict[str, Any]]] = [
     (MAML, {"learn_inner_lr": True}),
@@ -84,7 +88,7 @@ def test_recorded_training_is_the_same_to_the_bit(
     torch.manual_seed(3)
     expected = train(algorithm, network, batches(6), **options)
     torch.manual_seed(3)
-    ours = train(algorithm, network, batches(6), **options, compile_passes="auto")
+    ours = train(algorithm, network, batches(6), **options, compile_passes="record")
     assert compiled(ours) == 1
     for name, value in expected.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
@@ -253,7 +257,7 @@ class Branching(nn.Module):
 
 
 @pytest.mark.parametrize("by", ["an activation", "a buffer", "the shape of a selection", "a list", "an array"])
-@pytest.mark.parametrize("compile_passes", [True, "auto"])
+@pytest.mark.parametrize("compile_passes", [True, "record"])
 def test_what_reads_values_runs_as_it_is(by: str, compile_passes: Compile, network: nn.Module) -> None:
     network = Branching(network, by)
     batch = next(iter(batches(6)))
@@ -296,7 +300,7 @@ class Unsteady(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["random numbers", "attributes", "buffers"])
-@pytest.mark.parametrize("compile_passes", [True, "auto"])
+@pytest.mark.parametrize("compile_passes", [True, "record"])
 def test_what_a_graph_would_repeat_is_refused(kind: str, compile_passes: Compile, network: nn.Module) -> None:
     """And the step that shows it counts as one step."""
     batch = next(iter(batches(6)))
@@ -340,7 +344,7 @@ def test_what_sets_random_states_is_not_recorded(how: str, network: nn.Module) -
         return [learner.meta_gradient(batch)[1] for _ in range(3)]
 
     with pytest.warns(UserWarning, match="uncompiled"):
-        ours = losses("auto")
+        ours = losses("record")
     if how != "a generator":  # which examining and recording have moved
         assert all(map(torch.equal, ours, losses(False)))
 
@@ -348,7 +352,7 @@ def test_what_sets_random_states_is_not_recorded(how: str, network: nn.Module) -
 def test_a_loss_that_is_annealed_is_seen(network: nn.Module) -> None:
     weight, batch = [1.0], next(iter(batches(6)))
     loss = lambda predictions, targets: weight[0] * nn.functional.cross_entropy(predictions, targets)  # noqa: E731
-    learner = FOMAML(network, loss=loss, inner_lr=0.1, inner_steps=1, compile_passes="auto")
+    learner = FOMAML(network, loss=loss, inner_lr=0.1, inner_steps=1, compile_passes="record")
     before = learner.meta_gradient(batch)[1]
     weight[0] = 2.0
     expected = FOMAML(network, loss=loss, inner_lr=0.1, inner_steps=1).meta_gradient(batch)[1]
@@ -358,9 +362,79 @@ def test_a_loss_that_is_annealed_is_seen(network: nn.Module) -> None:
 
 
 def test_recomputed_steps_are_not_recorded(network: nn.Module) -> None:
-    learner = MAML(network, recompute_inner_steps=True, compile_passes="auto")
+    learner = MAML(network, recompute_inner_steps=True, compile_passes="record")
     learner.meta_gradient(next(iter(batches(6))))
     assert compiled(learner) == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "how"), [(99, "never"), (500, "record"), (9_999, "record"), (10_000, "compile"), (math.inf, "never")]
+)
+def test_what_pays_is_chosen(steps: float, how: str) -> None:
+    passes = Passes(None, "auto")
+    passes.choose(steps, torch.device("cpu"), trainer(max_steps=1).strategy)
+    assert passes.how == how
+    assert passes.compiled.fuse == (how == "compile")
+
+
+@pytest.mark.parametrize(("option", "how"), [(False, "never"), ("record", "record"), (True, "compile")])
+def test_what_is_given_is_kept(option: Compile, how: str) -> None:
+    passes = Passes(None, option)
+    passes.choose(10**6, torch.device("cpu"), trainer(max_steps=1).strategy)
+    assert passes.how == how
+
+
+class Interrupted(L.Callback):
+    """Stops training as if the process had been killed after a checkpoint."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, learner: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "at2.ckpt")
+
+
+@pytest.mark.usefixtures("unfused")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_resumed_run_does_what_the_first_chose(
+    dropout: float, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, though the one meta-iteration to come would not pay for compiling."""
+    monkeypatch.setattr("meta_lightning.inner.passes.RECORD_FROM", 2)
+    monkeypatch.setattr("meta_lightning.inner.passes.COMPILE_FROM", 3)
+    network = nn.Sequential(network, nn.Dropout(dropout))
+    data = DataLoader([next(iter(batches(6)))] * 3, batch_size=None)  # type: ignore[arg-type]
+
+    def fit(ckpt_path: str | None = None) -> MAML:
+        learner = MAML(copy.deepcopy(network), inner_lr=0.1, inner_steps=2)
+        run = trainer(max_steps=3, limit_val_batches=0, default_root_dir=tmp_path, callbacks=[Interrupted()])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.fit(learner, data, ckpt_path=ckpt_path)
+        assert any("recorded and not compiled" in str(w.message) for w in caught) == (dropout > 0)
+        return learner
+
+    torch.manual_seed(5)
+    whole = fit()
+    checkpoint = torch.load(tmp_path / "at2.ckpt", weights_only=True)
+    assert checkpoint["passes"] == "compile"
+    resumed = fit(str(tmp_path / "at2.ckpt"))
+    assert (resumed.passes.how, compiled(resumed)) == ("compile", 1)
+    for name, value in whole.state_dict().items():
+        assert dropout or torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_without_a_compiler_passes_are_recorded(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(graph: Any, **options: Any) -> Any:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", missing)
+    learner, batch = MAML(network, inner_lr=0.1, inner_steps=2, compile_passes=True), next(iter(batches(6)))
+    with pytest.warns(UserWarning, match=f"{REFUSAL}.* no C\\+\\+ compiler"):
+        learner.meta_gradient(batch)
+    (recorded,) = learner.passes.compiled.passes.values()
+    assert recorded.func is without_autograd  # type: ignore[attr-defined]
+    expected = MAML(network, inner_lr=0.1, inner_steps=2, compile_passes=False).meta_gradient(batch)[0]
+    for name, value in learner.meta_gradient(batch)[0].items():
+        assert torch.equal(value, expected[name])
 
 
 def test_another_word_is_refused(network: nn.Module) -> None:

@@ -246,7 +246,7 @@ def test_a_computed_head_does_what_inner_update_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "compiled"), [*((start, "auto") for start in STARTS), (Prototypes(0.7), True)], ids=named
+    ("start", "compiled"), [*((start, "record") for start in STARTS), (Prototypes(0.7), True)], ids=named
 )
 def test_compiled_passes_compute_the_same(start: HeadStart, compiled: Any) -> None:
     _, learner = prepared(MAML, start)
@@ -433,7 +433,7 @@ class Scaled(ComputedRows):
 
 def test_a_recorded_pass_sees_a_start_that_changes() -> None:
     batch = tasks(4)
-    network, learner = prepared(MAML, Scaled(), compile_passes="auto")
+    network, learner = prepared(MAML, Scaled(), compile_passes="record")
     plain = MAML(network, inner_lr=INNER_LR, inner_steps=STEPS, head_start=Scaled())
     for value in (1.0, 5.0):
         learner.head_start.value = plain.head_start.value = value  # type: ignore[assignment]

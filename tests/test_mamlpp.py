@@ -136,7 +136,7 @@ def test_rates_start_at_inner_lr_one_per_tensor_and_step() -> None:
 
 
 def test_learnt_rates_compile() -> None:
-    network, learner = prepared(inner_rule=LSLR(STEPS - 1), compile_passes="auto")
+    network, learner = prepared(inner_rule=LSLR(STEPS - 1), compile_passes="record")
     batch = tasks()
     meta_gradient, *_ = learner.meta_gradient(batch)
     loss = query_losses(network, trained(network), rates_of(learner), batch)[:, -1].mean()
@@ -292,7 +292,7 @@ ANNEALED = {"inner_rule": LSLR(2), "multi_step_loss": 5, "first_order_steps": 3}
 def test_compiled_training_is_the_same(algorithm: type[MAML]) -> None:
     batches = [tasks() for _ in range(8)]
     thetas, graphs = [], 0
-    for compile_passes in (False, "auto"):
+    for compile_passes in (False, "record"):
         torch.manual_seed(1)
         _, learner = prepared(algorithm, compile_passes=compile_passes, **ANNEALED)
         thetas.append(fit(learner, batches))

@@ -12,6 +12,7 @@ from meta_lightning.checks import require, require_at_least, require_choice, req
 from meta_lightning.data.tasks import TaskBatch, as_task_batch
 from meta_lightning.inner.loop import Support
 from meta_lightning.inner.params import Params, gradient, leaves, mean_over_tasks, stack
+from meta_lightning.inner.passes import Passes
 from meta_lightning.inner.rules import MetaSGD, chosen_by
 from meta_lightning.outer.update import OuterOptimizer
 
@@ -74,10 +75,10 @@ class MAML(MetaLearner):
         require_at_least(0, multi_step_loss=multi_step_loss, first_order_steps=first_order_steps)
         if recompute_inner_steps and self.second_order:
             require(
-                self.passes.compile is not True,
+                self.passes.option is not True,
                 "compile_passes must not be combined with recompute_inner_steps, which sets random states, got both",
             )
-            self.passes.compile = False
+            self.passes = Passes(self.passes.tasks_per_pass, compile_passes=False)  # a record would keep every step
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.recompute_inner_steps = recompute_inner_steps
         self.multi_step_loss, self.first_order_steps = multi_step_loss, first_order_steps

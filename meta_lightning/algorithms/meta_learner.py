@@ -96,11 +96,13 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             ``torch.optim.lr_scheduler``. It steps once per meta-iteration.
         tasks_per_pass: Tasks of a meta-batch that are computed at once; affects time, memory and dropout masks only.
             Default: on a CPU as many as fit into its caches, elsewhere all; halved on OOM.
-        compile_passes: ``"auto"`` records the kernels of a training pass once and replays them: on a GPU as a CUDA
+        compile_passes: ``"record"`` records the kernels of a training pass once and replays them: on a GPU as a CUDA
             graph, many times faster for small networks; on a CPU without the cost of autograd and ``vmap``. The numbers
             stay the same. ``True`` also compiles them with ``torch.compile``: affects time, rounding and dropout masks
-            only, takes seconds to minutes, and needs a C++ compiler or, on a GPU, Triton. The network and loss must be
-            functions of their inputs, parameters and buffers: what else their Python code does is done once.
+            only, takes seconds to minutes, and needs a C++ compiler or, on a GPU, Triton. ``"auto"`` does what pays for
+            the number of meta-iterations to come; a resumed run does what the first chose. Where passes are recorded or
+            compiled, the network and loss must be functions of their inputs, parameters and buffers: what else their
+            Python code does is done once.
         transductive: Whether evaluation predicts all queries of a task in one batch, which share batch-norm statistics
             (Finn et al., 2017), or each query with the support set only (Nichol et al., 2018, section 6.1).
         init_from: Checkpoint, of any algorithm, to load the network's weights from.
@@ -137,7 +139,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         outer_lr_decay: Decay = "constant",
         scheduler: Scheduler | None = None,
         tasks_per_pass: int | None = None,
-        compile_passes: Compile = False,
+        compile_passes: Compile = "auto",
         transductive: bool = True,
         init_from: str | None = None,
         max_skipped: int = 10,
@@ -283,7 +285,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
                 parameters=sum(p.numel() for p in theta.values()),
                 most=1 if in_turn else None,
                 # anomaly mode reads values
-                key=read if compiled and self.passes.compile and not torch.is_anomaly_enabled() else None,
+                key=read if compiled and self.passes.how != "never" and not torch.is_anomaly_enabled() else None,
                 buffers=self.network.buffers,
             )
         if in_turn:
@@ -395,6 +397,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def on_train_start(self) -> None:
         """Start or resume the outer loop."""
         self.outer_update.begin(self.outer_optimizer().optimizer, self.trainer)
+        to_come = self.outer_update.steps - self.trainer.global_step
+        self.passes.choose(to_come, self.device, self.trainer.strategy)
 
     def on_train_batch_start(self, batch: TaskBatch, batch_idx: int) -> None:
         """Warn once about parameters without gradient."""
@@ -570,10 +574,11 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         return predictions if batch.query_y.is_floating_point() else predictions.softmax(2)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the algorithm's name, the form of the samples, the tasks that fit into memory and the counters."""
+        """Save the algorithm's name, the form of the samples, how passes run, the tasks that fit and the counters."""
         checkpoint["form"] = asdict(self.form)
         checkpoint["algorithm"] = type(self).__name__
         checkpoint["tasks_that_fit"] = self.passes.tasks_that_fit
+        checkpoint["passes"] = self.passes.how
         checkpoint["skipped"] = torch.stack(self.outer_update.counters())
 
     def accept(self, checkpoint: dict[str, Any]) -> None:
@@ -589,5 +594,6 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         self.description = network_description(checkpoint.get("hyper_parameters", {}))
         if self.fitting:  # other machines may have more memory
             self.passes.tasks_that_fit = checkpoint.get("tasks_that_fit")
+            self.passes.kept = checkpoint.get("passes")
         for counter, count in zip(self.outer_update.counters(), checkpoint.get("skipped", ()), strict=False):
             counter.copy_(count)

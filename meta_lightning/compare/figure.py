@@ -11,13 +11,13 @@ from meta_lightning.compare.summary import UNTRAINED, Result, Row, algorithm_of,
 from meta_lightning.drawing import MUTED, RIGHT, SUPPORT, WRONG
 
 COLOURS = {UNTRAINED: MUTED, "MAML": SUPPORT, "FOMAML": RIGHT, "Reptile": WRONG}
-OTHERS = ("#8e5bb5", "#d98c1f", "#3aa6a6", "#a65a3a")  # of other algorithms
+OTHERS = ("#8e5bb5", "#d98c1f", "#3aa6a6", "#a65a3a", "#d66fa6", "#a8b23a", "#5f6fd9", "#444444")  # of other algorithms
 PANELS = [["steps"] * 3 + ["time"] * 3, ["scores"] * 2 + ["speed"] * 2 + ["memory"] * 2]
 
 
 def draw(rows: Sequence[Row], results: Sequence[Result], path: Path) -> None:
     """Plot validation against meta-iterations and time, and bars of score, speed and memory."""
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure = Figure(figsize=(12, 4.5 + 0.35 * len(rows)), layout="constrained")
     panels: dict[str, Any] = figure.subplot_mosaic(PANELS)  # type: ignore[arg-type]
     for axes in panels.values():
         axes.spines[["top", "right"]].set_visible(False)
@@ -38,20 +38,21 @@ def draw(rows: Sequence[Row], results: Sequence[Result], path: Path) -> None:
     for panel, label in (("steps", "meta-iterations"), ("time", "seconds of training")):
         panels[panel].set(xlabel=label, ylabel=f"validation {metric}")
     if lines:
-        panels["steps"].legend(lines.values(), lines)
+        figure.legend(lines.values(), lines, loc="outside upper center", ncols=5)
 
     def bars(panel: str, field: str, title: str, shift: float = 0.0, **style: float) -> None:
         """Draw a bar per row, labelled with its value, and its confidence interval if it has one."""
         axes = panels[panel]
         shown = [row for row in rows if getattr(row, field) is not None]
-        places, heights = [i + shift for i in range(len(shown))], [getattr(row, field) for row in shown]
+        places, widths = [i + shift for i in range(len(shown))], [getattr(row, field) for row in shown]
         errors = [getattr(row, f"{field}_ci95", 0.0) for row in shown]
         colour = [colours[row.algorithm] for row in shown]
-        drawn = axes.bar(places, heights, 0.4 if shift else 0.7, yerr=errors, color=colour, **style)
+        drawn = axes.barh(places, widths, 0.4 if shift else 0.7, xerr=errors, color=colour, **style)
         axes.bar_label(drawn, fmt="{:.3g}", padding=3)
-        axes.set_xticks(range(len(shown)), [row.algorithm.replace("-", "-\n") for row in shown])
+        axes.set_yticks(range(len(shown)), [row.algorithm for row in shown])
+        axes.set_ylim(len(shown) - 0.5, -0.5)  # the first on top, as in the table
         axes.set_title(title, size=10)
-        axes.margins(y=0.12)
+        axes.margins(x=0.12)
 
     bars("scores", "before", "", -0.2, alpha=0.35)
     bars("scores", "after", f"test {metric}, before (pale) and after adaptation", 0.2)

@@ -24,18 +24,19 @@ MOST = 32  # graphs: a learning rate that changes at every step would compile on
 class CompiledPasses:
     """Records a pass once per signature of its inputs, and replays it; runs it, with a warning, if that fails.
 
-    The record is a list of torch's own kernels or, if ``fuse``, of those of torch.compile; on a GPU a CUDA graph.
+    The record is a list of torch's own kernels or, if ``fuse``, of those of torch.compile; on a GPU a CUDA graph. What
+    draws random numbers is fused if ``draws`` allows it.
     """
 
-    def __init__(self, fuse: bool) -> None:
-        self.fuse = fuse
+    def __init__(self, fuse: bool, draws: bool = True) -> None:
+        self.fuse, self.draws = fuse, draws
         self.refused = False
         self.passes: dict[Hashable, Pass] = {}
         self.memory: Any = None  # that all CUDA graphs share: no result outlives the next replay
 
-    def __reduce__(self) -> tuple[type["CompiledPasses"], tuple[bool]]:
+    def __reduce__(self) -> tuple[type["CompiledPasses"], tuple[bool, bool]]:
         """Copy without graphs, which read the tensors of the original learner."""
-        return CompiledPasses, (self.fuse,)
+        return CompiledPasses, (self.fuse, self.draws)
 
     def run(
         self, function: Pass, key: Callable[[], Hashable], buffers: Callable[[], Iterable[Tensor]], *args: Any
@@ -67,16 +68,27 @@ class CompiledPasses:
                 return self.refuse("the pass changes attributes of its modules", result)
             if not all(map(equal, buffers(), kept)):
                 return self.refuse("the pass changes buffers", result)
+            drew = any(not torch.equal(after[kind], before[kind]) for kind in ("torch", "cuda") if kind in before)
+            fuse = self.fuse and (self.draws or not drew)
+            if self.fuse > fuse:
+                rank_zero_warn("Passes are recorded and not compiled, since they draw random numbers")
+            best = function
             try:
                 set_random_states(before, device)  # the draws belong to training
-                on_gpu = device.type == "cuda"
-                compiled = function if on_gpu and not self.fuse else traced(function, self.fuse, result, before, *args)
-                self.passes[signature] = self.captured(compiled, *args) if on_gpu else compiled
+                if fuse or device.type != "cuda":
+                    graph = traced(function, result, before, *args)
+                    best = partial(without_autograd, graph)
+                if fuse:
+                    compiled = partial(without_autograd, compiled_by_torch(graph))
+                    compiled(*args)  # compiles
+                    best = compiled
+                if device.type == "cuda":
+                    best = self.captured(best, *args)
             except Exception as reason:  # any kind: the compiler's, of a missing compiler, or of the device
                 rank_zero_warn(f"A pass runs uncompiled, since compiling failed: {reason}")
-                self.passes[signature] = function
             finally:
                 set_random_states(before, device)
+            self.passes[signature] = best
         return self.passes[signature](*args)
 
     def refuse(self, reason: str, result: Any) -> Any:
@@ -139,31 +151,24 @@ class ReadingNoValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def traced(function: Pass, fuse: bool, result: Any, states: dict[str, Any], *args: Any) -> Pass:
-    """Record torch's kernels in the function, and run them without autograd and vmap, or fused by torch.compile.
-
-    Raise RuntimeError unless they have its result in the same random states.
-    """
-    device = tree_leaves(args)[0].device
+def traced(function: Pass, result: Any, states: dict[str, Any], *args: Any) -> GraphModule:
+    """Record torch's kernels in the function; raise RuntimeError unless they have its result in the same states."""
     # torch.compile has no double backward: make_fx traces the pass, i.e. forward, inner loop and meta-gradient, into a
     # graph that needs no further differentiation. Its Python numbers are constants; tensors are read at each call
     with ReadingNoValues(), ReadingNoMemory():
         graph: GraphModule = make_fx(lambda *args: function(*args))(*args)  # a method's self would count
-
-    def without_autograd(compiled: Pass, *args: Any) -> Any:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):  # the casts are in the graph
-            return compiled(*args)
-
     # a pass that sets random states, as checkpointing with dropout does, or draws from generators of its own
-    set_random_states(states, device)
+    set_random_states(states, tree_leaves(args)[0].device)
     pairs = zip(tree_leaves(without_autograd(graph, *args)), tree_leaves(result), strict=True)
     if not all(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True) for ours, theirs in pairs):
         raise RuntimeError("the network or loss has another result when its kernels are replayed")
-    if not fuse:
-        return partial(without_autograd, graph)
-    run = partial(without_autograd, compiled_by_torch(graph))
-    run(*args)  # compiles
-    return run
+    return graph
+
+
+def without_autograd(graph: Pass, *args: Any) -> Any:
+    """Run a graph, which needs no autograd and no casts besides its own."""
+    with torch.no_grad(), torch.autocast(tree_leaves(args)[0].device.type, enabled=False):
+        return graph(*args)
 
 
 def compiled_by_torch(graph: GraphModule) -> Pass:

@@ -1,12 +1,14 @@
 """Passes: chunks of the tasks of a meta-batch that fit into memory or caches."""
 
+import math
 import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from meta_lightning.checks import require, require_at_least
@@ -15,8 +17,12 @@ from meta_lightning.inner.params import tree_leaves, tree_map
 
 # Input values per pass on a CPU; above this the activations exceed the caches (benchmarks/results/speed.md)
 CACHED_VALUES = 2**19
+# Meta-iterations from which compile_passes "auto" records and compiles on a CPU, and records on a GPU. What these cost
+# per kernel of a pass, and save per kernel and replay, hardly depends on the network (speed.md, "When compiling pays")
+RECORD_FROM, COMPILE_FROM, RECORD_ON_GPU_FROM = 500, 10_000, 100
 
-Compile = bool | Literal["auto"]
+Compile = bool | Literal["auto", "record"]
+HOW = {"never": "run as they are", "record": "are recorded", "compile": "are compiled"}
 
 
 class Passes:
@@ -26,13 +32,34 @@ class Passes:
         if tasks_per_pass is not None:
             require_at_least(1, tasks_per_pass=tasks_per_pass)
         require(
-            compile_passes in (True, False, "auto"),
-            f"compile_passes must be true, false or 'auto', got {compile_passes!r}",
+            compile_passes in (True, False, "auto", "record"),
+            f"compile_passes must be true, false, 'auto' or 'record', got {compile_passes!r}",
         )
         self.tasks_per_pass = tasks_per_pass
         self.tasks_that_fit: int | None = None  # in memory; None if unknown
-        self.compile: Compile = compile_passes
-        self.compiled = CompiledPasses(fuse=compile_passes is True)
+        self.option: Compile = compile_passes
+        self.how = {True: "compile", "record": "record"}.get(compile_passes, "never")  # a key of HOW
+        self.kept: str | None = None  # what the run that is resumed had chosen
+        self.compiled = self.new()
+
+    def new(self) -> CompiledPasses:
+        """No graphs yet. Compiled dropout draws other masks, for which one has to ask."""
+        return CompiledPasses(fuse=self.how == "compile", draws=self.option is True)
+
+    def choose(self, steps: float, device: torch.device, strategy: Strategy) -> None:
+        """Choose what ``"auto"`` does in a training of so many more meta-iterations, the same on all ranks."""
+        if self.option != "auto":
+            return
+        if device.type == "cuda":
+            how = "record" if steps >= RECORD_ON_GPU_FROM else "never"
+        else:
+            how = "compile" if steps >= COMPILE_FROM else "record" if steps >= RECORD_FROM else "never"
+        how = how if math.isfinite(steps) else "never"
+        how, self.kept = strategy.broadcast(self.kept or how), None
+        if how != self.how:
+            self.how, self.compiled = how, self.new()
+        count = f"{steps:,.0f} meta-iterations" if math.isfinite(steps) else "an unknown number of meta-iterations"
+        rank_zero_info(f"Passes {HOW[self.how]} (compile_passes auto), for {count}")
 
     def run(
         self,

@@ -26,7 +26,7 @@ from meta_lightning.inner.traits import Traits
 pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.filterwarnings("ignore")]
 Network = Callable[[], nn.Module]
 LOSS = nn.CrossEntropyLoss()
-RECORDED: dict[str, Any] = {"compile_passes": "auto"}
+RECORDED: dict[str, Any] = {"compile_passes": "record"}
 
 
 class Net(nn.Module):
