@@ -4,6 +4,7 @@ import csv
 import json
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -118,8 +119,24 @@ def test_own_configs_train(name: str, model: list[str], mini_imagenet: str) -> N
 def test_a_change_of_algorithm_brings_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     reptile = printed_config(capsys, "fit", "--config", "maml.yaml", "--model", "Reptile")["model"]
     assert reptile["class_path"].endswith("Reptile")
-    assert reptile["init_args"]["outer_lr"] == 0.1
+    assert reptile["init_args"]["inner_batch_size"] is None
     assert reptile["init_args"]["network"]["init_args"]["filters"] == 32
+
+
+def test_reptile_names_what_suits_it_badly_in_the_file_of_another_algorithm() -> None:
+    few = ["--trainer.max_steps", "1", "--data.val_tasks", "1"]
+    with pytest.warns(UserWarning, match=r"Reptile learns little") as caught:
+        main(["fit", "--config", "maml.yaml", "--model", "Reptile", *few])
+    (said,) = [str(w.message) for w in caught if "learns little" in str(w.message)]
+    for named in (
+        "data.train_shots 1 (expected at least 5)",
+        "outer_lr 0.005 (expected at least 0.01)",
+        "reptile.yaml",
+    ):
+        assert named in said
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Reptile learns little")
+        main(["fit", "--config", "reptile.yaml", *few])
 
 
 def test_any_optimizer_by_class_path() -> None:

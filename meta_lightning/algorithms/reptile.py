@@ -19,8 +19,9 @@ from meta_lightning.inner.params import RULE, Params, mean_over_tasks, of_networ
 from meta_lightning.inner.rules import Adam, chosen_by, require_no_parameters
 from meta_lightning.outer.update import mean_over_ranks
 
-# support samples per class and inner steps of training, below which a search on glyphs found nothing good
-FEW_SHOTS, FEW_STEPS = 5, 3
+# support samples per class and inner steps of training below which a search on glyphs found nothing good, and ε below
+# which outer_lr looks like a learning rate
+FEW_SHOTS, FEW_STEPS, SMALL_EPSILON = 5, 3, 0.01
 
 
 class Reptile(MetaLearner):
@@ -82,8 +83,6 @@ class Reptile(MetaLearner):
             require(inner_steps > 1 or not head.equal, f"inner_steps 1 of Reptile needs another head_start, {came}")
         for name, size in (("inner_batch_size", inner_batch_size), ("test_inner_batch_size", test_inner_batch_size)):
             require_at_least(1, **{name: 1 if size is None else size})
-        if outer_lr < 0.01:
-            rank_zero_warn(f"outer_lr {outer_lr} looks like a learning rate; Reptile's ε is usually between 0.01 and 1")
         if inner_steps == 1 and inner_batch_size is None:
             rank_zero_warn(
                 "inner_steps 1 on the full support set reduces Reptile to joint training; expected at least 2"
@@ -148,10 +147,10 @@ class Reptile(MetaLearner):
 
     def unsuited(self, data: Any) -> list[str]:
         """Settings with which Reptile learns little, which are usual for MAML."""
-        few = {}
+        few: dict[str, tuple[float, float]] = {}
         if isinstance(data, ClassificationTasks):
             few["data.train_shots"] = least_and_most(data.sizes("train")[0], "train_shots")[1], FEW_SHOTS
-        few["inner_steps"] = self.inner_steps, FEW_STEPS
+        few |= {"inner_steps": (self.inner_steps, FEW_STEPS), "outer_lr": (self.outer_lr, SMALL_EPSILON)}
         return [f"{name} {value} (expected at least {least})" for name, (value, least) in few.items() if value < least]
 
     def hold_step(self) -> None:

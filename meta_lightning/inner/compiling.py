@@ -70,7 +70,7 @@ class CompiledPasses:
                 return self.refuse("the pass changes buffers", result)
             drew = any(not torch.equal(after[kind], before[kind]) for kind in ("torch", "cuda") if kind in before)
             fuse = self.fuse and (self.draws or not drew)
-            if self.fuse > fuse:
+            if self.fuse and not fuse:
                 rank_zero_warn("Passes are recorded and not compiled, since they draw random numbers")
             best = function
             try:
