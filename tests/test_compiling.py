@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from meta_lightning import FOMAML, IMAML, MAML, Adam, MetaLearner, Reptile, TaskBatch
+from meta_lightning import FOMAML, IMAML, MAML, Adam, Glyphs, MetaLearner, Reptile, Sinusoid, TaskBatch
 from meta_lightning.checks import InputError
 from meta_lightning.inner import compiling
 from meta_lightning.inner.compiling import without_autograd
@@ -368,11 +368,21 @@ def test_recomputed_steps_are_not_recorded(network: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "how"), [(99, "never"), (500, "record"), (9_999, "record"), (10_000, "compile"), (math.inf, "never")]
+    ("steps", "shapes", "how"),
+    [
+        (499, 1, "never"),
+        (500, 1, "record"),
+        (9_999, 1, "record"),
+        (10_000, 1, "compile"),
+        (10_000, 2, "record"),  # each of which is compiled
+        (10_000, 21, "never"),
+        (10_000, None, "record"),
+        (math.inf, 1, "never"),
+    ],
 )
-def test_what_pays_is_chosen(steps: float, how: str) -> None:
+def test_what_pays_is_chosen(steps: float, shapes: int | None, how: str) -> None:
     passes = Passes(None, "auto")
-    passes.choose(steps, torch.device("cpu"), trainer(max_steps=1).strategy)
+    passes.choose(steps, shapes, torch.device("cpu"), trainer(max_steps=1).strategy)
     assert passes.how == how
     assert passes.compiled.fuse == (how == "compile")
 
@@ -380,8 +390,14 @@ def test_what_pays_is_chosen(steps: float, how: str) -> None:
 @pytest.mark.parametrize(("option", "how"), [(False, "never"), ("record", "record"), (True, "compile")])
 def test_what_is_given_is_kept(option: Compile, how: str) -> None:
     passes = Passes(None, option)
-    passes.choose(10**6, torch.device("cpu"), trainer(max_steps=1).strategy)
+    passes.choose(10**6, 1, torch.device("cpu"), trainer(max_steps=1).strategy)
     assert passes.how == how
+
+
+def test_data_modules_count_the_shapes_of_their_batches() -> None:
+    assert Sinusoid().train_shapes() == 1
+    assert Sinusoid(train_shots=[5, 10]).train_shapes() == 6
+    assert Glyphs(train_ways=[2, 5], train_shots=[1, 3]).train_shapes() == 12
 
 
 class Interrupted(L.Callback):
@@ -395,20 +411,19 @@ class Interrupted(L.Callback):
 @pytest.mark.usefixtures("unfused")
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_resumed_run_does_what_the_first_chose(
-    dropout: float, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dropout: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, though the one meta-iteration to come would not pay for compiling."""
     monkeypatch.setattr("meta_lightning.inner.passes.RECORD_FROM", 2)
     monkeypatch.setattr("meta_lightning.inner.passes.COMPILE_FROM", 3)
-    network = nn.Sequential(network, nn.Dropout(dropout))
-    data = DataLoader([next(iter(batches(6)))] * 3, batch_size=None)  # type: ignore[arg-type]
+    network = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 1))
 
     def fit(ckpt_path: str | None = None) -> MAML:
         learner = MAML(copy.deepcopy(network), inner_lr=0.1, inner_steps=2)
         run = trainer(max_steps=3, limit_val_batches=0, default_root_dir=tmp_path, callbacks=[Interrupted()])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            run.fit(learner, data, ckpt_path=ckpt_path)
+            run.fit(learner, datamodule=Sinusoid(meta_batch_size=3), ckpt_path=ckpt_path)
         assert any("recorded and not compiled" in str(w.message) for w in caught) == (dropout > 0)
         return learner
 

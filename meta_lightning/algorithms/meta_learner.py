@@ -398,7 +398,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         """Start or resume the outer loop."""
         self.outer_update.begin(self.outer_optimizer().optimizer, self.trainer)
         to_come = self.outer_update.steps - self.trainer.global_step
-        self.passes.choose(to_come, self.device, self.trainer.strategy)
+        data: L.LightningDataModule | None = getattr(self.trainer, "datamodule", None)
+        shapes = data.train_shapes() if isinstance(data, TaskDataModule) else None
+        self.passes.choose(to_come, shapes, self.device, self.trainer.strategy)
 
     def on_train_batch_start(self, batch: TaskBatch, batch_idx: int) -> None:
         """Warn once about parameters without gradient."""

@@ -17,8 +17,8 @@ from meta_lightning.inner.params import tree_leaves, tree_map
 
 # Input values per pass on a CPU; above this the activations exceed the caches (benchmarks/results/speed.md)
 CACHED_VALUES = 2**19
-# Meta-iterations from which compile_passes "auto" records and compiles on a CPU, and records on a GPU. What these cost
-# per kernel of a pass, and save per kernel and replay, hardly depends on the network (speed.md, "When compiling pays")
+# Replays of a pass from which compile_passes "auto" records and compiles it on a CPU, and records it on a GPU. What a
+# kernel of the pass costs then, and saves per replay, hardly depends on the network (speed.md, "When compiling pays")
 RECORD_FROM, COMPILE_FROM, RECORD_ON_GPU_FROM = 500, 10_000, 100
 
 Compile = bool | Literal["auto", "record"]
@@ -46,20 +46,25 @@ class Passes:
         """No graphs yet. Compiled dropout draws other masks, for which one has to ask."""
         return CompiledPasses(fuse=self.how == "compile", draws=self.option is True)
 
-    def choose(self, steps: float, device: torch.device, strategy: Strategy) -> None:
-        """Choose what ``"auto"`` does in a training of so many more meta-iterations, the same on all ranks."""
+    def choose(self, steps: float, shapes: int | None, device: torch.device, strategy: Strategy) -> None:
+        """Choose what ``"auto"`` does in a training of so many more meta-iterations, the same on all ranks.
+
+        ``shapes`` is the number of shapes that its batches have, None if that is not known.
+        """
         if self.option != "auto":
             return
+        replays = steps / (shapes or 1) if math.isfinite(steps) else 0
         if device.type == "cuda":
-            how = "record" if steps >= RECORD_ON_GPU_FROM else "never"
+            how = "record" if replays >= RECORD_ON_GPU_FROM else "never"
         else:
-            how = "compile" if steps >= COMPILE_FROM else "record" if steps >= RECORD_FROM else "never"
-        how = how if math.isfinite(steps) else "never"
+            how = "compile" if shapes and replays >= COMPILE_FROM else "record" if replays >= RECORD_FROM else "never"
         how, self.kept = strategy.broadcast(self.kept or how), None
         if how != self.how:
-            self.how, self.compiled = how, self.new()
+            self.how = how
+            self.compiled = self.new()
         count = f"{steps:,.0f} meta-iterations" if math.isfinite(steps) else "an unknown number of meta-iterations"
-        rank_zero_info(f"Passes {HOW[self.how]} (compile_passes auto), for {count}")
+        of_shapes = f" of {shapes} shapes" if shapes and shapes > 1 else ""
+        rank_zero_info(f"Passes {HOW[self.how]} (compile_passes auto), for {count}{of_shapes}")
 
     def run(
         self,
