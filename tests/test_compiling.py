@@ -394,6 +394,16 @@ def test_what_is_given_is_kept(option: Compile, how: str) -> None:
     assert passes.how == how
 
 
+@pytest.mark.parametrize(("options", "how"), [({}, "record"), ({"max_time": "00:01:00:00"}, "never")])
+def test_a_training_of_unknown_length_runs_as_it_is(
+    options: dict[str, Any], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meta_lightning.inner.passes.RECORD_FROM", 2)
+    learner = MAML(nn.Linear(1, 1), inner_steps=1)
+    trainer(max_steps=2, limit_val_batches=0, **options).fit(learner, datamodule=Sinusoid(meta_batch_size=1))
+    assert learner.passes.how == how
+
+
 def test_data_modules_count_the_shapes_of_their_batches() -> None:
     assert Sinusoid().train_shapes() == 1
     assert Sinusoid(train_shots=[5, 10]).train_shapes() == 6

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -397,7 +398,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def on_train_start(self) -> None:
         """Start or resume the outer loop."""
         self.outer_update.begin(self.outer_optimizer().optimizer, self.trainer)
-        to_come = self.outer_update.steps - self.trainer.global_step
+        timed = any(isinstance(callback, Timer) for callback in self.trainer.callbacks)  # max_time
+        to_come = math.inf if timed else self.outer_update.steps - self.trainer.global_step
         data: L.LightningDataModule | None = getattr(self.trainer, "datamodule", None)
         shapes = data.train_shapes() if isinstance(data, TaskDataModule) else None
         self.passes.choose(to_come, shapes, self.device, self.trainer.strategy)
