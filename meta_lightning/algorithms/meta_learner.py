@@ -398,7 +398,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def on_train_start(self) -> None:
         """Start or resume the outer loop."""
         self.outer_update.begin(self.outer_optimizer().optimizer, self.trainer)
-        timed = any(isinstance(callback, Timer) for callback in self.trainer.callbacks)  # max_time
+        callbacks: list[L.Callback] = getattr(self.trainer, "callbacks", [])
+        timed = any(isinstance(callback, Timer) for callback in callbacks)  # max_time
         to_come = math.inf if timed else self.outer_update.steps - self.trainer.global_step
         data: L.LightningDataModule | None = getattr(self.trainer, "datamodule", None)
         shapes = data.train_shapes() if isinstance(data, TaskDataModule) else None
