@@ -410,8 +410,8 @@ def test_data_modules_count_the_shapes_of_their_batches() -> None:
     assert Glyphs(train_ways=[2, 5], train_shots=[1, 3]).train_shapes() == 12
 
 
-class Interrupted(L.Callback):
-    """Stops training as if the process had been killed after a checkpoint."""
+class Saving(L.Callback):
+    """Saves a checkpoint after two meta-iterations, from which a killed process would go on."""
 
     def on_train_batch_end(self, trainer: L.Trainer, learner: L.LightningModule, *args: Any) -> None:
         if trainer.global_step == 2:
@@ -430,7 +430,7 @@ def test_a_resumed_run_does_what_the_first_chose(
 
     def fit(ckpt_path: str | None = None) -> MAML:
         learner = MAML(copy.deepcopy(network), inner_lr=0.1, inner_steps=2)
-        run = trainer(max_steps=3, limit_val_batches=0, default_root_dir=tmp_path, callbacks=[Interrupted()])
+        run = trainer(max_steps=3, limit_val_batches=0, default_root_dir=tmp_path, callbacks=[Saving()])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             run.fit(learner, datamodule=Sinusoid(meta_batch_size=3), ckpt_path=ckpt_path)

@@ -388,12 +388,16 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         """Check the schedule before training, and take the form of the samples from the data module."""
         self.outer_update.require_end(self.trainer)
         self.outer_update.take_options(self.trainer.optimizers)
-        data: L.LightningDataModule | None = getattr(self.trainer, "datamodule", None)
+        data = self.data_module()
         if isinstance(data, TaskDataModule):
             self.form = data.sample_form()
         labels = data.train_labels if isinstance(data, ClassificationTasks) else self.train_labels
         expected = f"data.train_labels must be {self.train_labels!r} to train {type(self).__name__}"
         require(labels == self.train_labels, f"{expected}, got {labels!r}")
+
+    def data_module(self) -> L.LightningDataModule | None:
+        """The trainer's data module, if it has one."""
+        return getattr(self.trainer, "datamodule", None)
 
     def on_train_start(self) -> None:
         """Start or resume the outer loop."""
@@ -401,7 +405,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         callbacks: list[L.Callback] = getattr(self.trainer, "callbacks", [])
         timed = any(isinstance(callback, Timer) for callback in callbacks)  # max_time
         to_come = math.inf if timed else self.outer_update.steps - self.trainer.global_step
-        data: L.LightningDataModule | None = getattr(self.trainer, "datamodule", None)
+        data = self.data_module()
         shapes = data.train_shapes() if isinstance(data, TaskDataModule) else None
         self.passes.choose(to_come, shapes, self.device, self.trainer.strategy)
 
@@ -410,7 +414,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         if not self.gradients_checked:
             with self.trainer.precision_plugin.forward_context():
                 unused = self.without_gradient(as_task_batch(batch))
-            data: L.LightningDataModule | None = getattr(self.trainer, "datamodule", None)
+            data = self.data_module()
             if isinstance(data, ClassificationTasks) and self.loss is default_loss and not self.head_start.computed:
                 ways, outputs = data.most_ways("train"), self.task_network.examine(*as_task_batch(batch)[:2]).outputs
                 enough = self.train_labels != "task" or ways <= outputs

@@ -142,7 +142,7 @@ class Reptile(MetaLearner):
         """Let Lightning's stand-in for the optimizer hold ε, and name settings that suit Reptile badly."""
         self.hold_step()
         super().on_fit_start()
-        if unsuited := self.unsuited(getattr(self.trainer, "datamodule", None)):
+        if unsuited := self.unsuited(self.data_module()):
             rank_zero_warn(
                 f"Reptile learns little with {' and '.join(unsuited)}: reptile.yaml has settings that suit it"
             )
