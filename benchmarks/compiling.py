@@ -2,8 +2,8 @@
 
     python benchmarks/compiling.py [--only sinusoid-1 glyphs] [--threads 1]
 
-Each network in a process and a cache of its own; medians of repeats taken in turn. The seconds of compiling come
-on top of those of recording. The last two columns are the replays from which a form of the pass has won back its seconds;
+Each network in a process and a cache of its own; medians of repeats taken in turn. The seconds of compiling come on top
+of those of recording. The last two columns are the replays from which a form of the pass has won back its seconds;
 ``inner/passes.py`` has the thresholds.
 """
 
