@@ -21,9 +21,10 @@ from meta_lightning.data import (
     TensorTasks,
     TieredImagenet,
 )
-from meta_lightning.data.tasks import TaskBatch
+from meta_lightning.data.tasks import TaskBatch, pad_tasks
 from meta_lightning.inner.heads import ComputedRows, HeadStart, LearntRows, OneVector, Prototypes, ZeroRows
 from meta_lightning.inner.rules import LSLR, SGD, Adam, InnerRule, MetaSGD
+from meta_lightning.inner.task_loss import TaskLoss, TaskPredictor
 from meta_lightning.moved import FormerModules
 from meta_lightning.networks import MLP, Conv4, ResNet12
 from meta_lightning.scores import TaskMean
@@ -37,5 +38,6 @@ __all__ = ["FOMAML", "IMAML", "MAML", "Baseline", "MetaLearner", "ProtoNet", "Re
 __all__ += ["LSLR", "SGD", "Adam", "InnerRule", "MetaSGD"]
 __all__ += ["ComputedRows", "HeadStart", "LearntRows", "OneVector", "Prototypes", "ZeroRows"]
 __all__ += ["MLP", "Conv4", "Dashboard", "Predictor", "ResNet12", "TaskBatch", "TaskMean"]
+__all__ += ["TaskLoss", "TaskPredictor", "pad_tasks"]
 __all__ += ["ImageFolderTasks", "ImageTasks", "ImageTransforms", "RegressionTasks", "TaskDataModule", "TensorTasks"]
 __all__ += ["CIFARFS", "FC100", "Characters", "Glyphs", "MiniImagenet", "Omniglot", "Sinusoid", "TieredImagenet"]

@@ -42,6 +42,8 @@ def draw_contact_sheet(
 def classifies_pictures(task: TaskBatch) -> bool:
     """Whether ``table_of`` accepts a task, which has no task dimension."""
     x, y = task.query_x, task.query_y
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return False
     return x.ndim == 4 and x.shape[1] in (1, 3) and y.ndim == 1 and not y.is_floating_point()
 
 

@@ -13,6 +13,9 @@ from torchmetrics.utilities import dim_zero_cat
 
 from meta_lightning.checks import InputError, require
 from meta_lightning.inner.copies import copied
+from meta_lightning.inner.params import tree_leaves, tree_map
+from meta_lightning.inner.samples import Padded, Samples, first_task, length, padded_with, shapes_of, valid, values_of
+from meta_lightning.inner.task_loss import TaskLoss
 from meta_lightning.random_states import random_states, set_random_states
 
 RESERVED = ("loss", "tasks", "skipped", "outer_lr")  # names that the learners log
@@ -36,25 +39,29 @@ class Scores:
         self.known: tuple[Any, Trait] | None = None  # a loss, and what its scores depend on
 
     @torch.no_grad()
-    def __call__(self, loss: Any, predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def __call__(self, loss: Any, predictions: Samples, targets: Samples) -> dict[str, Tensor]:
         """The scores of each task by name.  # T S N ... or T S ..., T S ... -> T"""
         if self.known is None or self.known[0] is not loss:
-            self.known = loss, Trait.of(loss, predictions[0], targets[0])
-        trait = self.known[1]
-        scored = trait.compares or not targets.is_floating_point()
-        found = score(predictions, targets, trait.ignored) if scored else {}
+            self.known = loss, Trait.of(loss, first_task(predictions), values_of(first_task(targets)))
+        trait, y = self.known[1], values_of(targets)
+        tensors = isinstance(predictions, Tensor) and isinstance(y, Tensor)
+        scored = tensors and (trait.compares or not y.is_floating_point())
+        mask = targets.mask if isinstance(targets, Padded) else None
+        found = score(predictions, y, trait.ignored, mask) if scored else {}
         return found | {name: self.of_tasks(name, predictions, targets) for name in self.metrics}
 
-    def of_tasks(self, name: str, predictions: Tensor, targets: Tensor) -> Tensor:
+    def of_tasks(self, name: str, predictions: Samples, targets: Samples) -> Tensor:
         """A given metric of each task.  # T S ..., T S ... -> T"""
-        metric, values = self.metrics[name].to(predictions.device), []
-        for task in zip(predictions, targets, strict=True):
+        metric, values = self.metrics[name].to(tree_leaves(predictions)[0].device), []
+        predictions = padded_with(predictions, targets)
+        for number in range(length(predictions)):
+            task = [valid(tree_map(lambda t, i=number: t[i], part)) for part in (predictions, targets)]
             metric.reset()
             try:
                 metric.update(*task)
                 value = metric.compute()
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                shapes = " and ".join(str(list(part.shape)) for part in task)
+                shapes = " and ".join(shapes_of(part) for part in task)
                 came = f"{shapes} for {name} ({type(metric).__name__}: {error})"
                 raise InputError(f"metrics must take the predictions and targets of a task, got {came}") from None
             came = getattr(value, "shape", type(value).__name__)
@@ -66,12 +73,18 @@ class Scores:
         return of_tasks if of_tasks.is_floating_point() else of_tasks.float()
 
 
-def score(predictions: Tensor, targets: Tensor, ignored: int = -100) -> dict[str, Tensor]:
-    """Accuracy per task for class numbers, mse for real targets, else nothing.  # T S N ... or T S ..., T S ... -> T"""
+def score(predictions: Tensor, targets: Tensor, ignored: int = -100, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Accuracy per task for class numbers, mse for real targets, else nothing; of the samples that are in the mask.
+
+    # T S N ... or T S ..., T S ..., T S -> T
+    """
+    there = None if mask is None else mask.view(*mask.shape, *[1] * (targets.ndim - 2)).expand_as(targets).flatten(1)
     if targets.is_floating_point() and predictions.shape == targets.shape:
-        return {"mse": (predictions - targets).square().flatten(1).mean(1)}
+        errors = (predictions - targets).square().flatten(1)
+        return {"mse": errors.mean(1) if there is None else (errors * there).sum(1) / there.sum(1)}
     if not targets.is_floating_point() and predictions.ndim == targets.ndim + 1:
         scored = (targets != ignored).flatten(1)
+        scored = scored if there is None else scored & there
         right = (predictions.argmax(2) == targets).flatten(1) & scored
         return {"accuracy": right.sum(1) / scored.sum(1)}
     return {}
@@ -84,9 +97,13 @@ class Trait(NamedTuple):
     ignored: int  # class number that it leaves out
 
     @classmethod
-    def of(cls, loss: Any, predictions: Tensor, targets: Tensor) -> "Trait":
+    def of(cls, loss: Any, predictions: Samples, targets: Samples) -> "Trait":
         """Those of a loss, which runs on one task.  # S ..., S ..."""
+        if not isinstance(predictions, Tensor) or not isinstance(targets, Tensor):
+            return cls(compares=False, ignored=-100)
         same = targets.is_floating_point() and targets.shape == predictions.shape
+        if isinstance(loss, TaskLoss):
+            return cls(same, ignored=-100)
         states = random_states(predictions.device)
         try:
             with Labels() as labels:
@@ -156,7 +173,7 @@ class Evaluation:
 
     def begin(self, batch: Sequence[Tensor]) -> int:
         """Count the tasks of a new batch, and return the number of the first one."""
-        self.first, self.tasks = self.tasks, self.tasks + len(batch[0])
+        self.first, self.tasks = self.tasks, self.tasks + length(batch[0])
         return self.first
 
     def update(self, values: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Adapt a network and its initialisation to the support set of one task."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,50 +17,72 @@ from meta_lightning.data.form import SampleForm
 from meta_lightning.data.tasks import Array
 from meta_lightning.data.tensors import samples
 from meta_lightning.inner.copies import copied
-from meta_lightning.inner.params import Params
+from meta_lightning.inner.params import Params, tree_leaves, tree_map
+from meta_lightning.inner.samples import Output, Samples, call, length, shapes_of
 from meta_lightning.networks.batch_statistics import freeze_statistics
 
 
 def adapt_to(
     network: nn.Module,
-    inner_loop: Callable[[Tensor, Tensor], Params],
-    x: Tensor | Array,
-    y: Tensor | Array | Sequence[str],
+    inner_loop: Callable[[Samples, Samples], Params],
+    x: Samples | Array,
+    y: Samples | Array | Sequence[str],
     class_names: Sequence[str] | None,
     any_ways: bool,
     form: SampleForm,
+    form_for: Callable[[Samples], SampleForm],
+    inputs_of: Callable[[Samples], Samples],
+    output: Output | None,
     description: dict[str, Any] | None,
 ) -> Predictor:
-    """Implement ``MetaLearner.adapt``, with its ``x``, ``y``, ``class_names`` and errors."""
+    """Implement ``MetaLearner.adapt``, with its ``x``, ``y``, ``class_names`` and errors.
+
+    ``form_for`` completes the form by how the network takes samples, and ``inputs_of`` gives the part that it takes.
+    """
     x, (names, targets) = form.check(samples(x, "x")), numbered(y, class_names)
     if unlike := form.unlike(x):
         rank_zero_warn(f"The images of x do not look like those of training: {unlike}. Expect a lower accuracy")
-    require(len(x) == len(targets), f"x and y must have the same length, got {len(x)} and {len(targets)}")
+    lengths = {len(tensor) for tensor in tree_leaves((x, targets))}
+    came = " and ".join(map(str, (length(x), length(targets)) if len(lengths) == 2 else sorted(lengths)))
+    require(len(lengths) == 1, f"x and y must have the same length, got {came}")
 
-    def adapted(inputs: Tensor, targets: Tensor) -> nn.Module:
+    def forward(network: nn.Module, inputs: Samples) -> Samples:
+        return call(network, inputs_of(inputs), bool(form.keywords), output)
+
+    def adapted(inputs: Samples, targets: Samples) -> nn.Module:
         params, copy = inner_loop(inputs, targets), copied(network)
         set_parameters(copy, params)
-        freeze_statistics(copy, inputs)
+        freeze_statistics(copy, lambda copy: forward(copy, inputs))
         return copy
 
     with torch.inference_mode(False), torch.enable_grad():
         p = next(network.parameters())
         # autograd rejects tensors made in inference mode, but not their clones
-        inputs, targets = form.network_input(x.to(p.device).clone(), p.dtype), targets.to(p.device).clone()
-        outputs = 0 if names is None or any_ways else outputs_of(network, inputs, len(names))
+        moved, targets = tree_map(lambda t: t.to(p.device).clone(), (x, targets))
+        form = form_for(form.network_input(moved, p.dtype))
+        inputs, example = form.network_input(moved, p.dtype), tree_map(lambda t: t[:1], inputs_of(x))
+        outputs = 0
+        if names is not None and not any_ways:
+            outputs = outputs_of(lambda: forward(network, inputs), inputs, len(names))
         if names is None or any_ways or len(names) <= outputs:
-            return Predictor(adapted(inputs, targets), names, x.shape[1:], form, description)
+            return Predictor(adapted(inputs, targets), names, example, form, description, output)
         groups = partitions(len(names), outputs)
         came = f"the network has {outputs} outputs for {len(names)} classes"
         hint = "a learner that was trained with head_start Prototypes takes any number"
         rank_zero_warn(f"{len(groups)} adaptations to groups of the classes are combined, since {came}; {hint}")
-        parts = [(inputs[rows], numbers) for rows, numbers in (samples_of(group, targets) for group in groups)]
-        combination = Combined([adapted(*part) for part in parts], shares(groups, len(names)).to(p))
-    return Predictor(combination, names, x.shape[1:], form, description)
+        own = [samples_of(group, targets) for group in groups]
+        parts = [(tree_map(lambda t, rows=rows: t[rows], inputs), numbers) for rows, numbers in own]
+        networks = [adapted(*part) for part in parts]
+        combination = Combined(networks, shares(groups, len(names)).to(p), bool(form.keywords), output)
+    # its networks take care of keywords and output
+    return Predictor(combination, names, example, replace(form, keywords=False), description)
 
 
-def numbered(y: Tensor | Array | Sequence[str], class_names: Sequence[str] | None) -> tuple[list[str] | None, Tensor]:
+def numbered(y: Samples | Array | Sequence[str], class_names: Sequence[str] | None) -> tuple[list[str] | None, Samples]:
     """Class names and numbers in the sorted order of y's values; for regression no names, and the targets."""
+    if isinstance(y, Mapping) or (isinstance(y, tuple) and y and isinstance(y[0], Tensor | np.ndarray)):
+        require(class_names is None, "class_names must be omitted for targets in a nest, which mean no classes")
+        return None, samples(y, "y")
     values = y.numpy(force=True) if isinstance(y, Tensor) else np.asarray(y)
     if values.dtype.kind == "f":
         require(class_names is None, "class_names must be omitted for floating-point targets, which mean regression")
@@ -74,13 +97,13 @@ def numbered(y: Tensor | Array | Sequence[str], class_names: Sequence[str] | Non
     return names, torch.from_numpy(numbers)
 
 
-def outputs_of(network: nn.Module, inputs: Tensor, classes: int) -> int:
+def outputs_of(forward: Callable[[], Samples], inputs: Samples, classes: int) -> int:
     """Number of outputs of a classifier."""
     try:
         with torch.no_grad():
-            shape = network(inputs).shape
+            shape = tree_leaves(forward())[0].shape
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"x must hold samples that fit the network, got {list(inputs.shape)}: {error}") from None
+        raise InputError(f"x must hold samples that fit the network, got {shapes_of(inputs)}: {error}") from None
     expected = f"y must be floating-point regression targets, since the network's outputs have shape {list(shape)}"
     require(len(shape) == 2 and shape[1] >= 2, f"{expected}; got {classes} classes")
     return int(shape[1])

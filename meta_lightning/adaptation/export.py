@@ -12,25 +12,32 @@ from torch.export import Dim, export
 
 from meta_lightning.checks import InputError, require, require_choice
 from meta_lightning.files import require_writable
+from meta_lightning.inner.params import tree_map
+from meta_lightning.inner.samples import Samples
 
-BATCH = ({0: Dim.DYNAMIC},)  # dynamic shapes of the input
+
+def batches(example: Samples) -> tuple[Any, ...]:
+    """Dynamic shapes of the input: any number of samples."""
+    return (tree_map(lambda _: {0: Dim.DYNAMIC}, example),)
 
 
-def write_safetensors(predictor: nn.Module, path: Path, metadata: dict[str, str], example: Tensor) -> None:
+def write_safetensors(predictor: nn.Module, path: Path, metadata: dict[str, str], example: Samples) -> None:
     """Write parameters and metadata."""
     save_model(predictor, str(path), metadata)
 
 
-def write_program(predictor: nn.Module, path: Path, metadata: dict[str, str], example: Tensor) -> None:
+def write_program(predictor: nn.Module, path: Path, metadata: dict[str, str], example: Samples) -> None:
     """Write a program for ``torch.export.load``, with the metadata as extra files."""
-    torch.export.save(export(predictor, (example,), dynamic_shapes=BATCH), path, extra_files=metadata)
+    torch.export.save(export(predictor, (example,), dynamic_shapes=batches(example)), path, extra_files=metadata)
 
 
-def write_onnx(predictor: nn.Module, path: Path, metadata: dict[str, str], example: Tensor) -> None:
+def write_onnx(predictor: nn.Module, path: Path, metadata: dict[str, str], example: Samples) -> None:
     """Write an ONNX model from ``x`` to ``logits``, with the metadata as properties."""
-    names: dict[str, Any] = {"input_names": ["x"], "output_names": ["logits"], "verbose": False}
+    inputs = {"input_names": ["x"]} if isinstance(example, Tensor) else {}  # those of a nest are its keys
+    shapes = {"dynamic_shapes": batches(example)}
+    options: dict[str, Any] = inputs | shapes | {"output_names": ["logits"], "verbose": False}
     # opset 18 is the lowest that torch exports without conversion, so the most widely supported
-    program = torch.onnx.export(predictor, (example,), opset_version=18, dynamo=True, dynamic_shapes=BATCH, **names)
+    program = torch.onnx.export(predictor, (example,), opset_version=18, dynamo=True, **options)
     assert program is not None
     program.model.metadata_props.update(metadata)
     program.save(path)

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from meta_lightning.inner.samples import Output, Samples, call
+
 # Partitions of the classes into groups. With the checkpoint of maml.yaml, on 60 tasks of 20 glyphs, 1-shot, 1, 2, 5 and
 # 10 reach 59.9, 64.4, 69.4 and 70.5 ± 1.8 %; one adaptation of a head of 20 rows at most 57.8 from prototypes, and 39.0
 # from repeated rows.
@@ -44,13 +46,18 @@ class Combined(nn.Module):
     Args:
         networks: The adapted networks.
         shares: Share of each network's outputs in the mean of each class, see the function.  # G*outputs N
+        keywords: Whether samples are dicts, passed as keywords of the networks.
+        output: Function that makes predictions of what the networks return.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], shares: Tensor) -> None:
+    def __init__(
+        self, networks: Sequence[nn.Module], shares: Tensor, keywords: bool = False, output: Output | None = None
+    ) -> None:
         super().__init__()
-        self.networks = nn.ModuleList(networks)
+        self.networks, self.keywords, self.output = nn.ModuleList(networks), keywords, output
         self.register_buffer("shares", shares)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Samples) -> Tensor:
         """Combine the networks' logits.  # S ... -> S N"""
-        return combined([network(x) for network in self.networks], self.get_buffer("shares"))
+        logits = [call(network, x, self.keywords, self.output) for network in self.networks]
+        return combined(logits, self.get_buffer("shares"))

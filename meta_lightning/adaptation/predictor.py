@@ -16,12 +16,16 @@ from meta_lightning.adaptation.partitions import Combined
 from meta_lightning.adaptation.surgery import build_network, set_parameters
 from meta_lightning.checks import InputError, require
 from meta_lightning.data.form import SampleForm
-from meta_lightning.data.tasks import Array
+from meta_lightning.data.tasks import Array, scale_pixels
 from meta_lightning.data.tensors import samples
 from meta_lightning.files import written_whole
 from meta_lightning.inner.copies import copied
+from meta_lightning.inner.params import tree_map
+from meta_lightning.inner.samples import Output, Samples, call, length, structure_of
 from meta_lightning.networks.batch_statistics import batch_norms, hold_statistics, with_batch_statistics
 
+# kinds in the description of an example, where a list is the shape of floating-point samples or pixels
+TENSOR, TUPLE = "tensor", "tuple"
 AT_ONCE = 256  # samples per forward pass, which bounds memory
 
 
@@ -36,38 +40,47 @@ class Predictor(nn.Module):
     Args:
         network: The adapted network, including its statistics.
         class_names: Class names, one per output; None for regression.
-        sample_shape: Shape of one sample.
+        example: A sample, in the structure of those that it was adapted to.  # 1 ...
         form: Preprocessing of the training samples.
         description: Class path and arguments of the network; None if it was built in Python.
+        output: Function that makes predictions of what the network returns, see ``MetaLearner``.
 
     Shapes:
-        Input ``S …``, samples as in the data set: uint8 pixels or floating-point. Output ``S N``, the logits of the
-        classes; for regression ``S …``.
+        Input ``S …``, samples as in the data set: uint8 pixels, floating-point, or nests as in training. Output
+        ``S N``, the logits of the classes; for regression ``S …``.
     """
 
     def __init__(
         self,
         network: nn.Module,
         class_names: Sequence[str] | None,
-        sample_shape: Sequence[int],
+        example: Samples,
         form: SampleForm,
         description: dict[str, Any] | None,
+        output: Output | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.class_names = None if class_names is None else list(class_names)
-        self.sample_shape = list(sample_shape)
+        self.example = tree_map(lambda t: t[:1].detach().cpu().clone(), example)
         self.form = form
         self.description = description
+        self.output = output
         self.requires_grad_(False).eval()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Samples) -> Samples:
         """Logits of samples, or regressed values.  # S ... -> S N"""
-        outputs: Tensor = self.network(self.form.network_input(x, next(self.network.parameters()).dtype))
+        inputs = self.form.network_input(x, next(self.network.parameters()).dtype)
+        outputs = call(self.network, inputs, bool(self.form.keywords), self.output)
         return outputs if self.class_names is None else outputs[:, : len(self.class_names)]
 
+    @property
+    def sample_shape(self) -> list[int] | None:
+        """Shape of one sample; None for nests."""
+        return list(self.example.shape[1:]) if isinstance(self.example, Tensor) else None
+
     @torch.no_grad()
-    def predict_proba(self, x: Tensor | Array) -> Tensor:
+    def predict_proba(self, x: Samples | Array) -> Tensor:
         """Class probabilities of any number of samples.  # S ... -> S N
 
         Raises:
@@ -76,14 +89,20 @@ class Predictor(nn.Module):
         """
         require(self.class_names is not None, "the predictor must have classes, got a regression: call it instead")
         x = samples(x, "x")
-        expected = ", ".join(map(str, ["S", *self.sample_shape]))
-        same = list(x.shape[1:]) == self.sample_shape
-        require(same, f"x must have shape [{expected}], as the support set, got {list(x.shape)}")
+        if isinstance(x, Tensor) and self.sample_shape is not None:
+            expected = ", ".join(map(str, ["S", *self.sample_shape]))
+            same = list(x.shape[1:]) == self.sample_shape
+            require(same, f"x must have shape [{expected}], as the support set, got {list(x.shape)}")
+        else:
+            ours, came = structure_of(self.example), structure_of(x)
+            require(ours == came, f"x must have the structure of the support set, {ours}, got {came}")
         x = self.form.check(x)
         device = next(self.parameters()).device
-        return torch.cat([self(part.to(device)).softmax(1) for part in x.split(AT_ONCE)])
+        starts = range(0, length(x), AT_ONCE)
+        parts = [tree_map(lambda t, i=i: t[i : i + AT_ONCE].to(device), x) for i in starts]
+        return torch.cat([self(part).softmax(1) for part in parts])
 
-    def predict(self, x: Tensor | Array) -> list[str]:
+    def predict(self, x: Samples | Array) -> list[str]:
         """The name of each sample's most probable class.  # S ..."""
         numbers = self.predict_proba(x).argmax(1).tolist()
         return [self.class_names[number] for number in numbers] if self.class_names else []
@@ -92,8 +111,8 @@ class Predictor(nn.Module):
         """Save the predictor atomically, in the format given by the suffix.
 
         ``.safetensors`` holds the parameters, and as metadata everything else that ``load`` needs. ``.pt2`` is a
-        program of ``torch.export``, and ``.onnx`` an ONNX model of opset 18: both take a float32 batch of any size,
-        with pixels in [0, 1], and hold the class names.
+        program of ``torch.export``, and ``.onnx`` an ONNX model of opset 18: both take a batch of any size, in the
+        structure of the support set, with pixels as float32 in [0, 1], and hold the class names.
 
         Args:
             path: The file.
@@ -105,24 +124,26 @@ class Predictor(nn.Module):
         """
         values: dict[str, Any] = {
             "class_names": self.class_names,
-            "sample_shape": self.sample_shape,
+            "sample_shape": described(self.example),
             "network": self.description,
         }
         if isinstance(self.network, Combined):
-            values["groups"] = len(self.network.networks)
+            values |= {"groups": len(self.network.networks), "keywords": self.network.keywords}
         metadata = {name: json.dumps(value) for name, value in (values | {"form": asdict(self.form)}).items()}
         path = Path(path)
         require_target(path, overwrite, "path")
         with written_whole(path) as part:
-            WRITERS[path.suffix](copy.deepcopy(self).cpu(), part, metadata, torch.zeros(2, *self.sample_shape))
+            twice = tree_map(lambda t: torch.cat([t, t]), scale_pixels(self.example))
+            WRITERS[path.suffix](copy.deepcopy(self).cpu(), part, metadata, twice)
 
     @classmethod
-    def load(cls, path: str | Path, network: nn.Module | None = None) -> "Predictor":
+    def load(cls, path: str | Path, network: nn.Module | None = None, output: Output | None = None) -> "Predictor":
         """Load a predictor that was saved as safetensors.
 
         Args:
             path: The file.
             network: A network with the architecture of the adapted one; required if that was built in Python.
+            output: The function ``output`` of the learner, if it had one.
 
         Raises:
             InputError: If the file is not a saved predictor, or the network is missing or does not match.
@@ -130,6 +151,7 @@ class Predictor(nn.Module):
         metadata, shapes = read_description(Path(path))
         names = ("class_names", "sample_shape", "form", "network")
         class_names, sample_shape, form, description = (json.loads(metadata[name]) for name in names)
+        keywords = json.loads(metadata.get("keywords", "false"))  # of the networks of groups
         if network is None:
             missing = f"network must be given: it was built in Python, and {path} does not describe it"
             require(description is not None, missing)
@@ -138,15 +160,40 @@ class Predictor(nn.Module):
         for norm in batch_norms(network):
             hold_statistics(norm, torch.zeros(norm.num_features), torch.ones(norm.num_features))
         if groups := json.loads(metadata.get("groups", "0")):  # of classes; not in files of former versions
-            network = Combined([copied(network) for _ in range(groups)], torch.zeros(shapes["network.shares"]))
+            networks = [copied(network) for _ in range(groups)]
+            network = Combined(networks, torch.zeros(shapes["network.shares"]), bool(keywords), output)
+            output = None
         for name, layer in network.named_modules():
             rows = shapes.get(".".join(filter(None, ("network", name, "weight"))), [0])[0]
             if isinstance(layer, nn.Linear) and rows and rows != layer.out_features:  # of a head start
                 wide = {n: p.new_empty(rows, *p.shape[1:]) for n, p in layer.named_parameters(name)}
                 set_parameters(network, wide)
-        predictor = cls(network, class_names, sample_shape, SampleForm(**form), description)
+        predictor = cls(network, class_names, example_of(sample_shape), SampleForm(**form), description, output)
         try:
             load_model(predictor, path)
         except RuntimeError as error:
             raise InputError(f"network must be like the adapted one, got another: {error}") from None
         return predictor
+
+
+def described(example: Samples) -> Any:
+    """An example as plain values, without its numbers.  # 1 ..."""
+    if isinstance(example, Tensor) and (example.is_floating_point() or example.dtype == torch.uint8):
+        return list(example.shape[1:])
+    if isinstance(example, Tensor):
+        return {TENSOR: [str(example.dtype).removeprefix("torch."), *example.shape[1:]]}
+    if isinstance(example, dict):
+        return {"dict": {name: described(part) for name, part in example.items()}}
+    return {TUPLE: [described(part) for part in example]}
+
+
+def example_of(description: Any) -> Samples:
+    """The inverse of ``described``, of zeros.  # 1 ..."""
+    if isinstance(description, list):
+        return torch.zeros(1, *description)
+    ((kind, parts),) = description.items()
+    if kind == TENSOR:
+        return torch.zeros(1, *parts[1:], dtype=getattr(torch, parts[0]))
+    if kind == TUPLE:
+        return tuple(map(example_of, parts))
+    return {name: example_of(part) for name, part in parts.items()}

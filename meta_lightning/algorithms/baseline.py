@@ -9,8 +9,10 @@ from meta_lightning.algorithms.maml import MAML
 from meta_lightning.checks import require
 from meta_lightning.data.tasks import TaskBatch, as_task_batch
 from meta_lightning.inner.heads import ComputedRows, Prototypes, require_no_meta_gradient
-from meta_lightning.inner.params import Params, gradient, of_network
+from meta_lightning.inner.params import Params, gradient, of_network, tree_map
 from meta_lightning.inner.rules import require_no_parameters
+from meta_lightning.inner.samples import Padded
+from meta_lightning.inner.task_loss import TaskLoss
 
 
 class Baseline(MAML):
@@ -34,6 +36,9 @@ class Baseline(MAML):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         came = f"got {type(self.head_start).__name__}"
+        require(
+            not isinstance(self.loss, TaskLoss), "loss of Baseline must be of predictions and targets, got a TaskLoss"
+        )
         require(self.head_start.computed, f"head_start of Baseline must compute the rows of a task, {came}")
         require_no_meta_gradient(cast(ComputedRows, self.head_start), "Baseline")
         require_no_parameters(self.inner_rule, "since Baseline has no meta-gradient")
@@ -55,10 +60,15 @@ class Baseline(MAML):
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """One step of the outer optimizer on all samples of the meta-batch."""
         batch = as_task_batch(batch)
-        x = torch.cat([batch.support_x, batch.query_x], 1).flatten(0, 1)
-        y = torch.cat([batch.support_y, batch.query_y], 1).flatten(0, 1)
-        require(y.dtype == torch.int64, f"targets of Baseline must be int64 class numbers, got {y.dtype}")
-        predictions = self.network(x)
+        unequal = any(isinstance(part, Padded) for part in batch)
+        require(not unequal, "tasks of Baseline must be of one size in a meta-batch, got padded ones")
+        x, y = (
+            tree_map(lambda s, q: torch.cat([s, q], 1).flatten(0, 1), *parts)
+            for parts in ((batch.support_x, batch.query_x), (batch.support_y, batch.query_y))
+        )
+        came = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        require(came == torch.int64, f"targets of Baseline must be int64 class numbers, got {came}")
+        predictions = self(x)
         classes, outputs = int(y.max()) + 1, predictions.shape[1]
         require(
             classes <= outputs, f"network must have an output per training class, at least {classes}, got {outputs}"

@@ -1,6 +1,6 @@
 """Implicit model-agnostic meta-learning."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,9 +8,11 @@ from torch import Tensor
 
 from meta_lightning.algorithms.maml import MAML
 from meta_lightning.checks import require, require_at_least, require_positive
-from meta_lightning.inner.loop import Adapted, InnerStep, Support, trajectory
-from meta_lightning.inner.params import Params, gradient, leaves, mean_over_tasks, of_network, stack
+from meta_lightning.inner.loop import Support
+from meta_lightning.inner.params import Params, gradient, leaves, mean_over_tasks, of_network, stack, tree_map
 from meta_lightning.inner.rules import require_no_parameters
+from meta_lightning.inner.samples import Samples, length
+from meta_lightning.inner.task_loss import TaskLoss
 
 Operator = Callable[[Params], Params]  # a linear map of task-stacked parameters, symmetric for each task
 
@@ -38,40 +40,33 @@ class IMAML(MAML):
     """
 
     second_order = False
+    depends_on_start = True
 
     def __init__(self, *args: Any, proximal_weight: float = 2.0, cg_steps: int = 5, **options: Any) -> None:
         super().__init__(*args, **options)
         require_positive(proximal_weight=proximal_weight)
         require_at_least(0, cg_steps=cg_steps)
         last_only = "multi_step_loss must be 0 for IMAML, whose meta-gradient depends on the last inner step alone"
+        came = f"got {type(self.loss).__name__}"
+        require(not isinstance(self.loss, TaskLoss), f"loss of IMAML must be of predictions and targets, {came}")
         require(self.multi_step_loss == 0, f"{last_only}, got {self.multi_step_loss}")
         require_no_parameters(self.inner_rule, "on which no minimum depends")
         self.proximal_weight, self.cg_steps = proximal_weight, cg_steps
 
-    def inner_losses(self, start: Params) -> Callable[[Params, Tensor, Tensor], Tensor]:
-        """``L_support(θ') + λ/2 ‖θ' − θ'_0‖²`` as a function of θ' and the support set.  # T"""
-
-        def losses(params: Params, x: Tensor, y: Tensor) -> Tensor:
-            distance = {name: params[name] - p for name, p in self.adapted(start).items()}
-            return self.task_network.losses_of(params, x, y) + self.proximal_weight / 2 * dot(distance, distance)
-
-        return losses
-
-    def inner_trajectory(self, start: Params, support: Support, **options: bool) -> Iterator[Adapted]:
-        """θ' of every task after 0, …, K steps on ``inner_losses``."""
-        step = InnerStep(self.inner_losses(start), self.inner_rule, self.inner_lr, [*self.adapted(start)])
-        return trajectory(step, start, support.steps, **options)
+    def inner_losses(self, params: Params, start: Params, x: Samples, y: Samples) -> Tensor:
+        """``L_support(θ') + λ/2 ‖θ' − θ'_0‖²`` of every task.  # T"""
+        distance = {name: params[name] - p for name, p in self.adapted(start).items()}
+        return super().inner_losses(params, start, x, y) + self.proximal_weight / 2 * dot(distance, distance)
 
     def pass_gradient(
-        self, support: Support, query_x: Tensor, query_y: Tensor, weights: Tensor | None = None
-    ) -> tuple[Params, Tensor, Tensor]:
+        self, support: Support, query_x: Samples, query_y: Samples, weights: Tensor | None = None
+    ) -> tuple[Params, Tensor, Samples]:
         """``meta_gradient`` of the tasks of one pass (algorithm 2); there are no ``weights``."""
-        theta = leaves(stack(self.meta_parameters(), len(query_x)))
+        theta = leaves(stack(self.meta_parameters(), length(query_x)))
         graph = self.start(theta, support)
         start = leaves(graph)  # the minimum does not depend on the steps to it
         params = leaves(of_network(self.inner_loop(start, support).params))  # line 3: θ'
-        predictions = self.task_network.predict(params, query_x)
-        losses = self.task_network.losses(predictions, query_y)
+        losses, predictions = self.task_network.query(params, start, query_x, query_y)
         by_query = gradient(losses.sum(), params)  # line 4: ∇L_query(θ')
         by_start = self.implicit_gradient(start, params, by_query, *support.steps[-1])  # line 5
         learned = self.learned(theta)
@@ -79,11 +74,11 @@ class IMAML(MAML):
             [graph[name] for name in by_start], [*learned.values()], [*by_start.values()], materialize_grads=True
         )
         meta_gradient = mean_over_tasks(dict(zip(learned, grads, strict=True)))
-        return meta_gradient, losses.detach(), predictions.detach()
+        return meta_gradient, losses.detach(), tree_map(Tensor.detach, predictions)
 
-    def implicit_gradient(self, start: Params, params: Params, by_query: Params, x: Tensor, y: Tensor) -> Params:
+    def implicit_gradient(self, start: Params, params: Params, by_query: Params, x: Samples, y: Samples) -> Params:
         """dL_query/dθ'_0 by the implicit function theorem (lemma 1).  # T ..."""
-        by_support = gradient(self.inner_losses(start)(params, x, y).sum(), self.adapted(params), create_graph=True)
+        by_support = gradient(self.inner_losses(params, start, x, y).sum(), self.adapted(params), create_graph=True)
 
         def product(v: Params, by: Params) -> Params:  # ∂⟨∇(L_support + λ/2 ‖θ' − θ‖²), v⟩ / λ; by θ' it is (I + H/λ) v
             scaled = [v[name] / self.proximal_weight for name in by_support]

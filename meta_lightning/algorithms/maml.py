@@ -11,9 +11,10 @@ from meta_lightning.algorithms.meta_learner import MetaLearner
 from meta_lightning.checks import require, require_at_least, require_choice, require_positive
 from meta_lightning.data.tasks import TaskBatch, as_task_batch
 from meta_lightning.inner.loop import Support
-from meta_lightning.inner.params import Params, gradient, leaves, mean_over_tasks, stack
+from meta_lightning.inner.params import Params, gradient, leaves, mean_over_tasks, stack, tree_leaves, tree_map
 from meta_lightning.inner.passes import Passes
 from meta_lightning.inner.rules import MetaSGD, chosen_by
+from meta_lightning.inner.samples import Samples, length
 from meta_lightning.outer.update import OuterOptimizer
 
 # in the errors of operators that have a first derivative only
@@ -89,9 +90,9 @@ class MAML(MetaLearner):
         batch = as_task_batch(batch)
         meta_gradient, losses, predictions = self.meta_gradient(batch)
         self.outer_step(meta_gradient)
-        return self.log_training(losses, lambda: self.scores(self.loss, predictions, batch.query_y))
+        return self.log_training(losses, lambda: self.training_scores(predictions, batch.query_y))
 
-    def meta_gradient(self, batch: TaskBatch) -> tuple[Params, Tensor, Tensor]:
+    def meta_gradient(self, batch: TaskBatch) -> tuple[Params, Tensor, Samples]:
         """``∇_θ mean_i L_query,i(θ'_i(θ))``, with the query losses and predictions of the tasks.  # ..., T, T R ..."""
         support = self.support(batch.support_x, batch.support_y, self.inner_steps)
         self.first_order = not self.second_order or self.global_step < self.first_order_steps
@@ -100,7 +101,8 @@ class MAML(MetaLearner):
             steps = max(1, len(support.steps))  # of an algorithm without inner steps, θ'_0 counts
             weights = torch.tensor(step_weights(steps, self.global_step / self.multi_step_loss))
             # a tensor, which a graph reads at each call; without a host sync
-            queries.append(weights.to(batch.query_x.device, non_blocking=True).expand(len(batch.query_x), -1))  # T K
+            weights = weights.to(tree_leaves(batch)[0].device, non_blocking=True)
+            queries.append(weights.expand(length(batch.query_x), -1))  # T K
         try:
             meta_gradient, losses, predictions = self.in_passes(self.pass_gradient, support, *queries, compiled=True)
         except RuntimeError as error:
@@ -113,13 +115,13 @@ class MAML(MetaLearner):
         return meta_gradient, losses, predictions
 
     def pass_gradient(
-        self, support: Support, query_x: Tensor, query_y: Tensor, weights: Tensor | None = None
-    ) -> tuple[Params, Tensor, Tensor]:
+        self, support: Support, query_x: Samples, query_y: Samples, weights: Tensor | None = None
+    ) -> tuple[Params, Tensor, Samples]:
         """``meta_gradient`` of the tasks of one pass; the lines are those of algorithm 2.
 
         ``weights`` are those of the query losses after each inner step; without them only the last loss counts.  # T K
         """
-        theta = leaves(stack(self.meta_parameters(), len(query_x)))
+        theta = leaves(stack(self.meta_parameters(), length(query_x)))
         start = self.start(theta, support)
         options = {"second_order": not self.first_order, "recompute": self.recompute_inner_steps}
         if weights is None:
@@ -128,12 +130,11 @@ class MAML(MetaLearner):
             of_steps = [*self.inner_trajectory(start, support, **options)][-weights.shape[1] :]
         losses_after = []
         for adapted in of_steps:
-            predictions = self.task_network.predict(adapted.params, query_x)
-            losses_after.append(self.task_network.losses(predictions, query_y))
-        losses = losses_after[-1]
+            losses, predictions = self.task_network.query(adapted.params, start, query_x, query_y)
+            losses_after.append(losses)
         objective = losses if weights is None else (weights * torch.stack(losses_after, 1)).sum(1)
         meta_gradient = mean_over_tasks(gradient(objective.sum(), self.learned(theta)))  # line 10: ∇_θ mean L_query(θ')
-        return meta_gradient, losses.detach(), predictions.detach()
+        return meta_gradient, losses.detach(), tree_map(Tensor.detach, predictions)
 
     def outer_step(self, meta_gradient: Params) -> None:
         """Update θ by the outer optimizer and a given meta-gradient."""

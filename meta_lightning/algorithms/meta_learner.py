@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import lightning as L
 import numpy as np
@@ -37,7 +37,7 @@ from meta_lightning.checks import (
 )
 from meta_lightning.data.form import SampleForm, form_of
 from meta_lightning.data.module import ClassificationTasks, TaskDataModule
-from meta_lightning.data.tasks import Array, TaskBatch, as_task_batch, scale_pixels
+from meta_lightning.data.tasks import Array, TaskBatch, as_task_batch, nest_of, scale_pixels
 from meta_lightning.inner.copies import Original, copied
 from meta_lightning.inner.heads import ComputedRows, HeadStart, LearntRows, ways_of
 from meta_lightning.inner.loop import Adapted, InnerStep, Support, trajectory
@@ -49,12 +49,24 @@ from meta_lightning.inner.params import (
     of_network,
     stack,
     tree_leaves,
+    tree_map,
     unstack,
     with_prefix,
 )
 from meta_lightning.inner.passes import Compile, Passes
 from meta_lightning.inner.rules import FORMER_KEYS, SGD, InnerRule, require_prepared
+from meta_lightning.inner.samples import (
+    Output,
+    Padded,
+    Samples,
+    call,
+    first_task,
+    is_real,
+    length,
+    one_task,
+)
 from meta_lightning.inner.state import release, setting, unchanged
+from meta_lightning.inner.task_loss import TaskLoss
 from meta_lightning.inner.task_network import Loss, TaskNetwork, default_loss, ignored_class
 from meta_lightning.networks.batch_statistics import with_batch_statistics
 from meta_lightning.outer.update import (
@@ -71,6 +83,13 @@ from meta_lightning.runs.ensemble import State, in_turn, mean_prediction
 from meta_lightning.scores import Evaluation, Scores
 
 
+class Answers(NamedTuple):
+    """What tasks answer to their queries."""
+
+    predictions: Samples  # T R ...
+    losses: Tensor  # T, of a TaskLoss; of other losses, which follow from predictions, T 0
+
+
 class MetaLearner(NamedOptions, L.LightningModule, ABC):
     """Base class of the algorithms, which learn an initialisation θ that adapts to a task in a few gradient steps.
 
@@ -78,9 +97,12 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
     Args:
         network: Module from samples ``S …`` to predictions ``S …``. Its parameters with ``requires_grad`` are θ; its
-            batch norm uses batch statistics.
-        loss: Function or module from predictions and targets of one task to a scalar. Default: cross-entropy for
-            integer targets, mean squared error for floating-point targets.
+            batch norm uses batch statistics. Samples may be nests of dicts and tuples of tensors; a dict whose keys all
+            are parameters of ``forward`` is passed as keywords.
+        loss: Function or module from predictions and targets of one task to a scalar, or a ``TaskLoss``. Default:
+            cross-entropy for integer targets, mean squared error for floating-point targets.
+        output: Function from what the network returns to predictions. Default: the attribute ``logits`` if there is
+            one, as of the model outputs of Hugging Face, else what it returns.
         test_inner_steps: Inner steps in validation, test and prediction. Default: ``inner_steps``.
         inner_rule: Rule of the inner steps: ``SGD`` (default), ``MetaSGD``, ``LSLR``, ``Adam`` or a custom
             ``InnerRule``.
@@ -118,6 +140,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     """
 
     second_order: ClassVar[bool] = False  # whether training differentiates through the inner gradients
+    depends_on_start: ClassVar[bool] = False  # whether the inner losses depend on θ'_0
     greatest_outer_lr: ClassVar[float] = math.inf
     train_labels: ClassVar[str] = "task"  # what class numbers of training count, see ClassificationTasks
     default_head_start: ClassVar[type[HeadStart]] = LearntRows
@@ -128,6 +151,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         network: nn.Module,
         loss: Loss | None = None,
         *,
+        output: Output | None = None,
         inner_lr: float,
         inner_steps: int,
         outer_lr: float,
@@ -150,7 +174,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         # in Python these are objects, which cannot be loaded with weights_only; configurations describe them in plain
         # values. init_from is not needed, as the checkpoint has the weights
         described = {"inner_rule": inner_rule, "head_start": head_start}
-        objects = [] if from_command_line() else ["network", "loss", "optimizer", "scheduler", "metrics", *described]
+        objects = ["network", "loss", "output", "optimizer", "scheduler", "metrics", *described]
+        objects = [] if from_command_line() else objects
         self.save_hyperparameters(ignore=["init_from", *objects])
         # NumPy's scalars, of np.logspace for example, do not load with weights_only
         self.hparams.update({name: v.item() for name, v in self.hparams.items() if isinstance(v, np.generic)})
@@ -172,7 +197,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         self.outer_lr, self.optimizer = outer_lr, optimizer
         self.transductive = transductive
         self.network, self.original = with_batch_statistics(network), Original(network)
-        self.loss = loss or default_loss
+        self.loss, self.output = loss or default_loss, output
         # also those without gradient, which a callback may unfreeze
         names = {name: p.requires_grad for name, p in network.named_parameters()}
         trained = {name for name, requires_grad in names.items() if requires_grad}
@@ -227,12 +252,19 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         """The subset that the outer loop updates."""
         return {name: p for name, p in params.items() if name not in self.outer_frozen}
 
-    def support(self, x: Tensor, y: Tensor, steps: int, first: int | None = None) -> Support:
+    @property
+    def keywords(self) -> bool | None:
+        """Whether the entries of samples are keywords of the network's forward; None before it is known."""
+        return self.form.keywords
+
+    def support(self, x: Samples, y: Samples, steps: int, first: int | None = None) -> Support:
         """Support sets, and what inner steps take of them; for ``first`` see ``inner_batches``.  # T S ..., T S ..."""
         classes = self.head_start.classes(y, ignored_class(self.loss))
         return Support(x, y, self.inner_batches(x, y, steps, first), classes)
 
-    def inner_batches(self, x: Tensor, y: Tensor, steps: int, first: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    def inner_batches(
+        self, x: Samples, y: Samples, steps: int, first: int | None = None
+    ) -> list[tuple[Samples, Samples]]:
         """Support samples and targets of each inner step: all of them.  # T S ..., T S ...
 
         In evaluation ``first`` is the number of the first of these tasks among those of this process.
@@ -250,13 +282,18 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def start_alone(self, support: Support) -> Params:
         """θ'_0 of every task, without a graph."""
         with torch.no_grad():
-            return leaves(self.start(stack(self.meta_parameters(), len(support.x)), support))
+            return leaves(self.start(stack(self.meta_parameters(), length(support.x)), support))
+
+    def inner_losses(self, params: Params, start: Params, x: Samples, y: Samples) -> Tensor:
+        """What the inner steps descend; ``start`` is θ'_0 where it depends on that.  # T S ..., T S ... -> T"""
+        return self.task_network.losses_of(params, start, x, y)
 
     def inner_trajectory(self, start: Params, support: Support, **options: bool) -> Iterator[Adapted]:
         """θ' of every task after 0, …, K inner steps from θ'_0; for the options see ``trajectory``."""
         moved = [*self.adapted(start)]
         require_prepared(self.inner_rule, self.prepared, moved)
-        step = InnerStep(self.task_network.losses_of, self.inner_rule, self.inner_lr, moved)
+        depends = self.depends_on_start or isinstance(self.loss, TaskLoss)
+        step = InnerStep(self.inner_losses, self.inner_rule, self.inner_lr, moved, start if depends else {})
         return trajectory(step, start, support.steps, **options)
 
     def inner_loop(self, start: Params, support: Support, **options: bool) -> Adapted:
@@ -275,8 +312,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             parts = *setting(self.inner_rule, None), *setting(self.head_start, None)
             return function.__name__, *numbers, *frozen, *parts, *setting(self.network, self.loss), *theta
 
-        x, y, *_ = tree_leaves(stacked)
-        in_turn = self.task_network.examine(x, y).in_turn
+        support: Support = stacked[0]
+        in_turn = self.task_network.examine(support.x, support.y).in_turn
         repeats = getattr(self, "recompute_inner_steps", False) and self.second_order
         require(not (in_turn and repeats), f"recompute_inner_steps must be off, since {in_turn}, got on")
         with self.task_network.around():
@@ -293,7 +330,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             release(self.network)
         return results
 
-    def inner_update(self, support_x: Tensor, support_y: Tensor) -> Params:
+    def inner_update(self, support_x: Samples, support_y: Samples) -> Params:
         """Adapt to one task and return θ'.
 
         In training mode θ' keeps its graph to θ: the gradient of a loss is MAML's, first-order for other algorithms.
@@ -307,7 +344,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         steps = self.inner_steps if self.training else self.test_inner_steps
         theta = stack(self.meta_parameters(), tasks=1)
         with torch.enable_grad():
-            support = self.support(scale_pixels(support_x)[None], support_y[None], steps)
+            support = self.support(one_task(scale_pixels(support_x)), one_task(support_y), steps)
             self.task_network.examine(support.x, support.y)
             with self.task_network.around():
                 start = self.start(theta, support)
@@ -315,20 +352,27 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         params = unstack(of_network(adapted.params), 0)
         return params if self.training else {name: p.detach() for name, p in params.items()}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Samples) -> Samples:
         """Predictions at θ, without adaptation, of samples that are normalised as in training.  # S ... -> S ..."""
-        predictions: Tensor = self.network(scale_pixels(x))
-        return predictions
+        x = scale_pixels(x)
+        form = self.form_for(x) if self.keywords is None and not isinstance(x, Tensor) else self.form
+        x = self.task_network.inputs(x)
+        return call(self.network, form.cast(x), bool(form.keywords), self.output)
 
-    def forward_with_weights(self, query_x: Tensor, adapted_params: Params) -> Tensor:
+    def forward_with_weights(self, query_x: Samples, adapted_params: Params) -> Samples:
         """Predictions of one task with the parameters of ``inner_update``.  # R ... -> R ..."""
         params = {name: p[None] for name, p in adapted_params.items()}
-        return self.task_network.predict(params, scale_pixels(query_x)[None])[0]
+        return first_task(self.task_network.predict(params, one_task(scale_pixels(query_x))))
+
+    def form_for(self, x: Samples) -> SampleForm:
+        """The form of the samples, completed by how the network takes them.  # S ..."""
+        traits = self.task_network.examine(one_task(x))
+        return replace(self.form, keywords=traits.keywords, floats=traits.floats)
 
     def adapt(
         self,
-        x: Tensor | Array,
-        y: Tensor | Array | Sequence[str],
+        x: Samples | Array,
+        y: Samples | Array | Sequence[str],
         steps: int | None = None,
         class_names: Sequence[str] | None = None,
     ) -> Predictor:
@@ -338,8 +382,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         ``adaptation.partitions``).
 
         Args:
-            x: Support samples as in the data set: uint8 pixels, or other inputs of the network. They are normalised as
-                in training.  # S ...
+            x: Support samples as in the data set: uint8 pixels, or other inputs of the network, in nests as in
+                training. They are normalised as in training.  # S ...
             y: Class of each sample, as numbers or names; for regression floating-point targets.  # S, S D
             steps: Inner steps. Default: ``test_inner_steps``.
             class_names: Names of the classes in the sorted order of y's values. Default: these values.
@@ -354,8 +398,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         steps = self.test_inner_steps if steps is None else steps
         require_at_least(1, steps=steps)
 
-        def inner_loop(x: Tensor, y: Tensor) -> Params:
-            support = self.support(x[None], y[None], steps)
+        def inner_loop(x: Samples, y: Samples) -> Params:
+            support = self.support(one_task(x), one_task(y), steps)
             self.task_network.examine(support.x, support.y)
             with self.task_network.around():
                 adapted = self.inner_loop(self.start_alone(support), support)
@@ -366,7 +410,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
         any_ways = self.head_start.computed
         with in_evaluation(self), unchanged(self.network):
-            return adapt_to(self.network, inner_loop, x, y, class_names, any_ways, self.form, self.description)
+            forms, described = (self.form, self.form_for, self.task_network.inputs), (self.output, self.description)
+            return adapt_to(self.network, inner_loop, x, y, class_names, any_ways, *forms, *described)
 
     @abstractmethod
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
@@ -419,8 +464,10 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
                 ways, outputs = data.most_ways("train"), self.task_network.examine(*as_task_batch(batch)[:2]).outputs
                 enough = self.train_labels != "task" or ways <= outputs
                 require(enough, f"network must give an output for each class: expected at least {ways}, got {outputs}")
-            if batch[0].dtype == torch.uint8:
+            if any(tensor.dtype == torch.uint8 for tensor in tree_leaves(nest_of(batch[0], "support_x"))):
                 self.form = replace(self.form, pixels=True)
+            traits = self.task_network.examine(*as_task_batch(batch)[:2])
+            self.form = replace(self.form, keywords=traits.keywords, floats=traits.floats)
             if unused:
                 rank_zero_warn(f"The loss does not depend on these parameters: {', '.join(unused)}")
             self.gradients_checked = True
@@ -428,7 +475,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def without_gradient(self, batch: TaskBatch) -> list[str]:
         """Names of parameters that the support loss of the first task does not depend on."""
         theta, devices = leaves(stack(self.meta_parameters(), 1)), [self.device] * (self.device.type == "cuda")
-        x, y, loss = batch.support_x[:1], batch.support_y[:1], self.loss
+        (x, y), loss = tree_map(lambda t: t[:1], batch[:2]), self.loss
         # copies and a fork, which leave the state of network and loss and the random numbers to training
         copies = SimpleNamespace(
             network=copied(self.network), loss=copied(loss) if isinstance(loss, nn.Module) else loss
@@ -436,7 +483,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         probe = TaskNetwork(copies)
         probe.traits = self.task_network.examine(x, y)
         with torch.random.fork_rng(devices):
-            losses = probe.losses_of(self.start(theta, self.support(x, y, 0), probe), x, y)
+            start = self.start(theta, self.support(x, y, 0), probe)
+            losses = probe.losses_of(start, start, x, y)
         of_parameters = of_network(theta)
         if not of_parameters:
             return []
@@ -493,64 +541,89 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             self.log("train/outer_lr", torch.tensor(outer.lr))  # on the CPU: no device sync
         return loss
 
-    def predict_tasks(self, batch: TaskBatch, each_step: bool = False, first: int = 0) -> list[Tensor]:
-        """Query predictions before and after adaptation, or before it and after each inner step.  # T R ...
+    def answers(self, batch: TaskBatch, each_step: bool = False, first: int = 0) -> list[Answers]:
+        """Answers before and after adaptation, or before it and after each inner step.
 
         Those of an ensemble are the means over its ``members``. ``first`` is the number of the first of these tasks
         among those of this process.
         """
-        of_members = [self.predict_alone(batch, each_step, first) for _ in in_turn(self, self.members)]
-        real = batch.query_y.is_floating_point()
-        return [mean_prediction(of_moment, real) for of_moment in zip(*of_members, strict=True)]
+        of_members = [self.answers_alone(batch, each_step, first) for _ in in_turn(self, self.members)]
+        real, answers = is_real(batch.query_y), []
+        for of_moment in zip(*of_members, strict=True):
+            predictions, losses = zip(*of_moment, strict=True)
+            answers.append(Answers(mean_prediction(predictions, real), mean_prediction(losses, real=True)))
+        return answers
 
-    def predict_alone(self, batch: TaskBatch, each_step: bool = False, first: int = 0) -> list[Tensor]:
-        """``predict_tasks`` of this learner alone."""
+    def predict_tasks(self, batch: TaskBatch, each_step: bool = False, first: int = 0) -> list[Samples]:
+        """The predictions of ``answers``, with its arguments.  # T R ..."""
+        return [answers.predictions for answers in self.answers(batch, each_step, first)]
+
+    def answers_alone(self, batch: TaskBatch, each_step: bool = False, first: int = 0) -> list[Answers]:
+        """``answers`` of this learner alone."""
         outputs = self.task_network.examine(batch.support_x, batch.support_y).outputs
         of_classes = self.loss is default_loss or isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss)
         if of_classes and outputs > 1 and not self.head_start.computed:
             ways = ways_of(batch.support_y, ignored_class(self.loss))
             if ways > outputs:
-                return self.predict_groups(batch, ways, partitions(ways, outputs), each_step, first)
+                return self.answers_of_groups(batch, ways, partitions(ways, outputs), each_step, first)
 
-        def predict(support: Support, support_x: Tensor, query_x: Tensor) -> tuple[Any, ...]:
-            def answers(params: Params) -> Tensor:
+        def predict(support: Support, support_x: Samples, query_x: Samples, query_y: Samples) -> tuple[Any, ...]:
+            def answer(params: Params) -> Answers:
                 with torch.no_grad():
-                    return self.task_network.predict_queries(params, support_x, query_x, self.transductive)
+                    predictions = self.task_network.predict_queries(params, support_x, query_x, self.transductive)
+                if not isinstance(self.loss, TaskLoss):
+                    return Answers(predictions, torch.zeros(length(query_x), 0))
+                return Answers(predictions, self.task_network.losses_of(params, start, query_x, query_y).detach())
 
             start = self.start_alone(support)
             if each_step:
-                return (), *(answers(step.params) for step in self.inner_trajectory(start, support))
-            before = answers(start)
-            return (), before, answers(self.inner_loop(start, support).params) if support.steps else before
+                return (), *(answer(step.params) for step in self.inner_trajectory(start, support))
+            before = answer(start)
+            return (), before, answer(self.inner_loop(start, support).params) if support.steps else before
 
         # Lightning evaluates in inference mode, whose tensors autograd rejects even in enable_grad: hence the clones
         with torch.inference_mode(False), torch.enable_grad():
-            batch = TaskBatch(*(part.clone() for part in batch))
-            support = self.support(batch.support_x, batch.support_y, self.test_inner_steps, first)
-            _, *predictions = self.in_passes(predict, support, batch.support_x, batch.query_x, compiled=False)
-        return predictions
+            batch = tree_map(Tensor.clone, batch)
+            support_x, support_y, *queries = batch
+            support = self.support(support_x, support_y, self.test_inner_steps, first)
+            _, *answers = self.in_passes(predict, support, support_x, *queries, compiled=False)
+        return answers
 
-    def predict_groups(
+    def answers_of_groups(
         self, batch: TaskBatch, ways: int, groups: Sequence[Tensor], each_step: bool, first: int
-    ) -> list[Tensor]:
-        """``predict_alone`` of tasks with more classes than outputs, from adaptations to groups of their classes."""
+    ) -> list[Answers]:
+        """``answers_alone`` of tasks with more classes than outputs, from adaptations to groups of their classes."""
         classes = f"the network has {len(groups[0])} outputs for {ways} classes"
         self.task_network.say("Adaptations to groups of the classes are combined, since ", classes)
+        unequal = isinstance(batch.support_y, Padded)
+        require(
+            not unequal, f"head_start must compute rows for tasks of unequal size, since {classes}, got learnt ones"
+        )
         of_groups = []
         for group in groups:
             rows, y = zip(*(samples_of(group, task) for task in batch.support_y), strict=True)
-            x = [task[own] for task, own in zip(batch.support_x, rows, strict=True)]
-            require(
-                len({*map(len, x)}) == 1, f"support_y must hold each class equally often, since {classes}, got others"
-            )
-            parts = batch._replace(support_x=torch.stack(x), support_y=torch.stack(y))
-            of_groups.append(self.predict_alone(parts, each_step, first))
-        mean = shares(groups, ways).to(of_groups[0][0])
-        return [combined(logits, mean) for logits in zip(*of_groups, strict=True)]
+            equally = f"support_y must hold each class equally often, since {classes}, got others"
+            require(len({*map(len, y)}) == 1, equally)
+            tasks = torch.arange(len(y), device=y[0].device)[:, None]
+            own = tasks, torch.stack(rows)
+            x = tree_map(lambda t, own=own: t[own], batch.support_x)
+            parts = batch._replace(support_x=x, support_y=torch.stack(y))
+            of_groups.append(self.answers_alone(parts, each_step, first))
+        mean = shares(groups, ways).to(of_groups[0][0].predictions)
+        return [
+            of_moment[0]._replace(predictions=combined([of_group.predictions for of_group in of_moment], mean))
+            for of_moment in zip(*of_groups, strict=True)
+        ]
 
-    def query_scores(self, predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Loss and scores of each task by name.  # T R ..., T R ... -> T"""
-        return {"loss": self.task_network.losses(predictions, targets)} | self.scores(self.loss, predictions, targets)
+    def query_scores(self, answers: Answers, targets: Samples) -> dict[str, Tensor]:
+        """Loss and scores of each task by name.  # T R ... -> T"""
+        sees_task, predictions = isinstance(self.loss, TaskLoss), answers.predictions
+        losses = answers.losses if sees_task else self.task_network.losses(predictions, targets)
+        return {"loss": losses} | self.scores(self.loss, predictions, targets)
+
+    def training_scores(self, predictions: Samples, targets: Samples) -> dict[str, Tensor]:
+        """Scores of each task by name; a TaskLoss has no predictions in training.  # T R ..., T R ... -> T"""
+        return {} if isinstance(self.loss, TaskLoss) else self.scores(self.loss, predictions, targets)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the statistics; raise InputError for several loaders."""
@@ -559,13 +632,14 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         require(several == 1, f"evaluation takes one loader, whose batches are of tasks, got {several}")
         self.evaluation = Evaluation()
 
-    def validation_step(self, batch: TaskBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+    def validation_step(self, batch: TaskBatch, batch_idx: int, dataloader_idx: int = 0) -> Samples:
         """Adapt to each task, record query loss and scores before and after, and return the predictions after."""
         batch = as_task_batch(batch)
-        before_and_after = self.predict_tasks(batch, first=self.evaluation.begin(batch))
-        for moment, predictions in zip(("_before", ""), before_and_after, strict=True):
-            values = self.query_scores(predictions, batch.query_y)
+        before_and_after = self.answers(batch, first=self.evaluation.begin(batch))
+        for moment, answers in zip(("_before", ""), before_and_after, strict=True):
+            values = self.query_scores(answers, batch.query_y)
             self.evaluation.update({name + moment: tasks for name, tasks in values.items()})
+        predictions: Samples = answers.predictions
         return predictions
 
     def on_validation_epoch_end(self) -> None:
@@ -576,11 +650,11 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
-    def predict_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: TaskBatch, batch_idx: int) -> Samples:
         """Class probabilities (for regression: predictions) of the queries.  # T R N, T R D"""
         batch = as_task_batch(batch)
-        *_, predictions = self.predict_tasks(batch, first=self.evaluation.begin(batch))
-        return predictions if batch.query_y.is_floating_point() else predictions.softmax(2)
+        *_, answers = self.answers(batch, first=self.evaluation.begin(batch))
+        return answers.predictions if is_real(batch.query_y) else answers.predictions.softmax(2)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the algorithm's name, the form of the samples, how passes run, the tasks that fit and the counters."""

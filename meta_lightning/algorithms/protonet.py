@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from meta_lightning.algorithms.maml import MAML
 from meta_lightning.checks import require
 from meta_lightning.inner.heads import Prototypes
+from meta_lightning.inner.samples import Samples
 
 
 class ProtoNet(MAML):
@@ -29,6 +28,8 @@ class ProtoNet(MAML):
         came = f"got {type(self.head_start).__name__}"
         require(isinstance(self.head_start, Prototypes), f"head_start of ProtoNet must be Prototypes, {came}")
 
-    def inner_batches(self, x: Tensor, y: Tensor, steps: int, first: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    def inner_batches(
+        self, x: Samples, y: Samples, steps: int, first: int | None = None
+    ) -> list[tuple[Samples, Samples]]:
         """No inner steps."""
         return []

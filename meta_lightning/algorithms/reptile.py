@@ -17,6 +17,7 @@ from meta_lightning.inner.heads import ComputedRows, require_no_meta_gradient
 from meta_lightning.inner.loop import Support, minibatches
 from meta_lightning.inner.params import RULE, Params, mean_over_tasks, of_network, with_prefix, without_prefix
 from meta_lightning.inner.rules import Adam, chosen_by, require_no_parameters
+from meta_lightning.inner.samples import Samples, length
 from meta_lightning.outer.update import mean_over_ranks
 
 # support samples per class and inner steps of training below which a search on glyphs found nothing good, and ε below
@@ -115,23 +116,25 @@ class Reptile(MetaLearner):
             self.inner_rule.keep(without_prefix(mean, RULE), self.inner_steps)
             stand_in.step()  # only counts global_step
 
-    def inner_batches(self, x: Tensor, y: Tensor, steps: int, first: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    def inner_batches(
+        self, x: Samples, y: Samples, steps: int, first: int | None = None
+    ) -> list[tuple[Samples, Samples]]:
         """Support samples and targets of each inner step, in minibatches if configured."""
         size = self.inner_batch_size if self.training else self.test_inner_batch_size
         if size is None:
             return super().inner_batches(x, y, steps)
 
-        def draw(count: int) -> Tensor:
-            seed, tasks, rank, ranks = torch.initial_seed(), len(x), self.global_rank, self.ranks
+        def draw(amount: int) -> Tensor:
+            seed, tasks, rank, ranks = torch.initial_seed(), length(x), self.global_rank, self.ranks
             if first is not None:  # a function of the task's number alone
                 numbers = range(first * ranks + rank, (first + tasks) * ranks, ranks)
-                return torch.from_numpy(uniforms((seed,), numbers, count))
+                return torch.from_numpy(uniforms((seed,), numbers, amount))
             # a function of the step, so that resumed runs draw the same; to adapt always the same
             step, rank, ranks = (self.global_step, rank, ranks) if self.training else (0, 0, 1)
             sequence = np.random.SeedSequence((seed, step))
             generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
             # for the tasks of all ranks, each of which takes every R-th: the same as in one process
-            return torch.rand(tasks * ranks, count, generator=generator)[rank::ranks]
+            return torch.rand(tasks * ranks, amount, generator=generator)[rank::ranks]
 
         return minibatches(x, y, steps, size, draw)
 

@@ -14,7 +14,7 @@ from meta_lightning.algorithms.meta_learner import MetaLearner
 from meta_lightning.checks import plain, require_at_least
 from meta_lightning.dashboard.task_records import TaskRecord
 from meta_lightning.data.loading import class_names_of
-from meta_lightning.data.tasks import as_task_batch
+from meta_lightning.data.tasks import as_task_batch, tasks_of
 from meta_lightning.inner.params import Params
 
 
@@ -85,7 +85,7 @@ class Dashboard(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the norms and the speed."""
-        self.tasks += len(batch[0]) * trainer.world_size
+        self.tasks += tasks_of(batch) * trainer.world_size
         if self.theta is None or self.board is None or self.started is None:
             return
         update_norm = norm([p.detach() - self.theta[name] for name, p in self.learner.meta_parameters().items()])
@@ -124,12 +124,12 @@ class Dashboard(L.Callback):
         if self.record is None:
             return
         loader = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        names = class_names_of(loader, batch_idx, len(batch[0]))
+        names = class_names_of(loader, batch_idx, tasks_of(batch))
         with trainer.precision_plugin.forward_context():
             self.record.add_adaptation(self.learner, as_task_batch(batch), names)
         if trainer.testing:
-            groups = class_names_of(loader, batch_idx, len(batch[0]), groups=True)
-            self.record.add_answers(outputs, batch[3], groups)
+            groups = class_names_of(loader, batch_idx, tasks_of(batch), groups=True)
+            self.record.add_answers(outputs, as_task_batch(batch).query_y, groups)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the record, and keep the values of a validation or log the hyperparameters with those of a test."""

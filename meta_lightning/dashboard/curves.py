@@ -11,6 +11,7 @@ from torch.nn.functional import mse_loss
 
 from meta_lightning.data.tasks import TaskBatch
 from meta_lightning.drawing import INK, MUTED, SUPPORT, classifies_pictures, draw_tables, shortened, table_of
+from meta_lightning.inner.samples import Samples
 from meta_lightning.scores import Statistics
 
 GROUPS = 60  # classes or alphabets shown at most
@@ -20,8 +21,8 @@ class PicturedTask(NamedTuple):
     """A task, without the task dimension, and its predictions."""
 
     batch: TaskBatch
-    before: Tensor  # R ...
-    after: Tensor  # R ...
+    before: Samples  # R ...
+    after: Samples  # R ...
     class_names: list[str]
     ink: bool  # whether pictures hold ink as 1 on 0, to be shown dark on light
 
@@ -52,6 +53,8 @@ def draw_tasks(tasks: Sequence[PicturedTask]) -> Figure | None:
     batch = tasks[0].batch
     if classifies_pictures(batch):
         return draw_tables([table_of(task.batch, task.class_names, task.after) for task in tasks], tasks[0].ink)
+    if not all(isinstance(part, Tensor) for part in (*batch, tasks[0].after)):
+        return None
     numbers = batch.query_y.is_floating_point() and batch.query_y.shape == tasks[0].after.shape
     return draw_regressions(tasks) if numbers and batch.query_x[0].numel() == batch.query_y[0].numel() == 1 else None
 

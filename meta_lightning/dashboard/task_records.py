@@ -11,6 +11,8 @@ from torch import Tensor
 from meta_lightning.algorithms.meta_learner import MetaLearner
 from meta_lightning.dashboard.curves import PicturedTask, draw_curves, draw_groups, draw_tasks
 from meta_lightning.data.tasks import TaskBatch
+from meta_lightning.inner.params import tree_map
+from meta_lightning.inner.samples import Samples, length, padded_with, valid
 from meta_lightning.scores import TaskMean
 
 
@@ -29,26 +31,29 @@ class TaskRecord:
 
     def add_adaptation(self, learner: MetaLearner, batch: TaskBatch, class_names: Sequence[list[str]]) -> None:
         """Adapt to tasks of a batch, up to ``curve_tasks`` in all, and record the predictions after each step."""
-        batch = TaskBatch(*(part[: self.curve_tasks - self.seen] for part in batch))
-        tasks = len(batch.query_y)
+        batch = tree_map(lambda t: t[: self.curve_tasks - self.seen], batch)
+        tasks = length(batch.query_y)
         if not tasks:
             return
         self.seen += tasks
         with isolate_rng():
-            predictions = predictions_by_step(learner, batch)
-        for step, of_step in enumerate(predictions.unbind(1)):
+            by_step = learner.answers(batch, each_step=True, first=learner.evaluation.first)
+        for step, of_step in enumerate(by_step):
             for name, of_tasks in learner.query_scores(of_step, batch.query_y).items():
                 if step == len(self.curves[name]):
                     self.curves[name].append(TaskMean(sync_on_compute=False))
                 self.curves[name][step].update(of_tasks.cpu())
         for task in range(min(self.pictured_tasks - len(self.pictured), tasks)):
-            parts = TaskBatch(*(part[task].cpu() for part in batch))
-            first, last = (predictions[task, step].cpu() for step in (0, -1))
+            own = tree_map(lambda t, task=task: t[task].detach().cpu(), batch)
+            parts = TaskBatch(*map(valid, own))
+            answers = tree_map(lambda t, task=task: t[task].detach().cpu(), [by_step[0], by_step[-1]])
+            first, last = (valid(padded_with(answer.predictions, own.query_y)) for answer in answers)
             self.pictured.append(PicturedTask(parts, first, last, class_names[task], learner.form.ink))
 
-    def add_answers(self, predictions: Tensor, query_y: Tensor, class_groups: Sequence[list[str]]) -> None:
+    def add_answers(self, predictions: Samples, query_y: Samples, class_groups: Sequence[list[str]]) -> None:
         """Record the accuracy on the queries of each group of classes.  # T R N, T R"""
-        if query_y.is_floating_point() or query_y.ndim != 2 or predictions.ndim != 3:
+        tensors = isinstance(query_y, Tensor) and isinstance(predictions, Tensor)
+        if not tensors or query_y.is_floating_point() or query_y.ndim != 2 or predictions.ndim != 3:
             return
         right = (predictions.argmax(2) == query_y).cpu().double()
         for of_task, targets, groups in zip(right, query_y.cpu(), class_groups, strict=True):
@@ -73,4 +78,4 @@ class TaskRecord:
 
 def predictions_by_step(learner: MetaLearner, batch: TaskBatch) -> Tensor:
     """Query predictions of each task after 0, 1, …, ``test_inner_steps`` inner steps.  # T K+1 R ..."""
-    return torch.stack(learner.predict_tasks(batch, each_step=True, first=learner.evaluation.first), dim=1).detach()
+    return torch.stack(learner.predict_tasks(batch, each_step=True), dim=1).detach()

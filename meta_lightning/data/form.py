@@ -15,6 +15,8 @@ from meta_lightning.checks import InputError, require
 from meta_lightning.data.pictures import prepare_image
 from meta_lightning.data.tasks import Array, scale_pixels
 from meta_lightning.data.transforms import ImageTransforms
+from meta_lightning.inner.params import tree_map
+from meta_lightning.inner.samples import Samples, as_floats
 
 # standard deviations of one image: the means of 5 photographs of a class of Caltech-101 lie within 2.2 of all others,
 # drawings black on white at 2.9 or more
@@ -32,6 +34,8 @@ class SampleForm:
     std: list[float] | None = None
     pixels: bool | None = None  # whether samples were uint8 pixels, scaled to [0, 1]; None: if ``image_size`` is known
     look: dict[str, list[float]] | None = None  # mean and standard deviation of each of ``looks`` over images
+    keywords: bool | None = None  # whether samples are dicts, passed as keywords of forward; None before it is known
+    floats: bool = False  # whether integers are features, which the network takes as floating point
 
     def prepare(self, path: Path) -> Array:
         """Read an image file in this form; InputError if the samples were no images.  # C H W"""
@@ -43,13 +47,21 @@ class SampleForm:
         """Invert a drawing that is mostly light, if training had ink 1 on 0.  # C H W"""
         return 255 - image if self.ink and image.mean() > 127.5 else image
 
-    def network_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def network_input(self, x: Samples, dtype: torch.dtype) -> Samples:
         """Scale pixels, normalise, and convert floating-point samples to ``dtype``.  # S ..."""
-        inputs = ImageTransforms(self.mean, self.std).normalise(scale_pixels(x))
+        if not isinstance(x, Tensor):
+            return tree_map(lambda t: self.network_input(t, dtype), x)
+        inputs = self.cast(ImageTransforms(self.mean, self.std).normalise(scale_pixels(x)))
         return inputs.to(dtype) if inputs.is_floating_point() else inputs
 
-    def check(self, x: Tensor) -> Tensor:
+    def cast(self, x: Samples) -> Samples:
+        """Integers as floating point, where the network takes them as features.  # S ..."""
+        return as_floats(x) if self.floats else x
+
+    def check(self, x: Samples) -> Samples:
         """Refuse samples of another shape or scale.  # S ..."""
+        if not isinstance(x, Tensor):
+            return x
         C, size, shape = self.channels, self.image_size, list(x.shape)
         if C is not None and size is not None and shape[1:] != [C, size, size]:
             raise InputError(f"x must hold images of shape [S, {C}, {size}, {size}], as in training, got {shape}")
@@ -61,9 +73,9 @@ class SampleForm:
             require(valid, f"{expected}, got {x.dtype} from {least:g} to {most:g}")
         return x
 
-    def unlike(self, x: Tensor) -> str:
+    def unlike(self, x: Samples) -> str:
         """How images differ from those of training, for a warning; empty if they do not.  # S ..."""
-        if self.look is None:
+        if self.look is None or not isinstance(x, Tensor):
             return ""
         found = {name: value.mean().item() for name, value in looks(scale_pixels(x).numpy(force=True)).items()}
         far = [

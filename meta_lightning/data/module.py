@@ -15,6 +15,7 @@ from meta_lightning.checks import InputError, NamedOptions, from_command_line, p
 from meta_lightning.data.form import SampleForm, form_of
 from meta_lightning.data.loading import MetaBatches, MetaIterations, TaskLoader
 from meta_lightning.data.tasks import Count, FewShotTasks, LabelSpace, Split, TaskSet, least_and_most
+from meta_lightning.inner.params import tree_leaves
 
 T = TypeVar("T")
 
@@ -97,7 +98,7 @@ class TaskDataModule(NamedOptions, L.LightningDataModule, ABC):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch; one that is there already is left alone, where Lightning would take it apart."""
-        if all(isinstance(part, Tensor) and part.device == device for part in batch):
+        if all(isinstance(part, Tensor) and part.device == device for part in tree_leaves(batch)):
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 

@@ -14,6 +14,8 @@ from torch.utils.data import Dataset
 
 from meta_lightning.checks import InputError, require
 from meta_lightning.data.streams import generators
+from meta_lightning.inner.params import tree_leaves, tree_map
+from meta_lightning.inner.samples import Padded, Samples, collated, length, structure_of, values_of
 
 Array = npt.NDArray[Any]
 Split = Literal["train", "val", "test"]
@@ -26,13 +28,14 @@ class TaskBatch(NamedTuple):
     """A meta-batch: T tasks, each with a support and a query set.
 
     uint8 samples are pixels, which the learner scales to [0, 1] on its device. Targets are int64 class numbers for
-    classification, 0 … N-1 unless ``train_labels`` is "split", and floating point for regression.
+    classification, 0 … N-1 unless ``train_labels`` is "split", and floating point for regression. Samples and targets
+    may be nests of dicts and tuples of tensors, all with leading T S; those of tasks of unequal size are ``Padded``.
     """
 
-    support_x: Tensor  # T S ...
-    support_y: Tensor  # T S (classification), T S D (regression)
-    query_x: Tensor  # T R ...
-    query_y: Tensor  # T R (classification), T R D (regression)
+    support_x: Samples  # T S ...
+    support_y: Samples  # T S (classification), T S D (regression)
+    query_x: Samples  # T R ...
+    query_y: Samples  # T R (classification), T R D (regression)
 
 
 def least_and_most(count: Count, argument: str, lowest: int = 1) -> tuple[int, int]:
@@ -231,11 +234,11 @@ class FewShotTasks(DrawnTasks):
         return torch.from_numpy(np.stack(chosen)).to(self.images.device)
 
 
-def as_task_batch(parts: Sequence[Tensor]) -> TaskBatch:
-    """The four tensors of a ``TaskBatch``, from any loader, with pixels scaled to [0, 1].
+def as_task_batch(parts: Sequence[Samples]) -> TaskBatch:
+    """The four parts of a ``TaskBatch``, from any loader, with pixels scaled to [0, 1].
 
     Raises:
-        InputError: If these are not four tensors of the same number of tasks.
+        InputError: If these are not four tensors, or nests of tensors, of the same number of tasks.
     """
     if len(parts) != 4 or isinstance(parts, Mapping):
         came = f"{type(parts).__name__} of {len(parts)}"
@@ -243,20 +246,91 @@ def as_task_batch(parts: Sequence[Tensor]) -> TaskBatch:
     fields = getattr(parts, "_fields", TaskBatch._fields)
     if fields != TaskBatch._fields and {*fields} == {*TaskBatch._fields}:
         raise InputError(f"batches must be a tuple ({', '.join(TaskBatch._fields)}), got ({', '.join(fields)})")
-    for name, part in zip(TaskBatch._fields, parts, strict=True):
-        if not isinstance(part, Tensor):
-            raise InputError(f"{name} must be a tensor, got {type(part).__name__}")
-        if part.ndim < 2 or len(part) != len(parts[0]):
-            raise InputError(
-                f"{name} must have the shape T S ..., tasks by samples, with as many tasks as support_x; "
-                f"got {list(part.shape)} and {list(parts[0].shape)} of support_x"
-            )
-    support_x, support_y, query_x, query_y = parts
-    return TaskBatch(scale_pixels(support_x), support_y, scale_pixels(query_x), query_y)
+    batch = TaskBatch(*(nest_of(part, name) for name, part in zip(TaskBatch._fields, parts, strict=True)))
+    shape = list(tree_leaves(batch.support_x)[0].shape)
+    for name, part in batch._asdict().items():
+        sizes = {tensor.shape[:2] for tensor in tree_leaves(part)}
+        for tensor in tree_leaves(part):
+            if tensor.ndim < 2 or len(tensor) != shape[0] or len(sizes) > 1:
+                others = "" if isinstance(part, Tensor) else " and one number of samples"
+                raise InputError(
+                    f"{name} must have the shape T S ..., tasks by samples, with as many tasks as support_x{others}; "
+                    f"got {list(tensor.shape)} and {shape} of support_x"
+                )
+    for support, query, name in ((batch[0], batch[2], "x"), (batch[1], batch[3], "y")):
+        forms = [structure_of(values_of(part)) for part in (support, query)]
+        expected = f"query_{name} must have the structure of support_{name}"
+        require(forms[0] == forms[1], f"{expected}, {forms[0]}, got {forms[1]}")
+    return TaskBatch(scale_pixels(batch.support_x), batch.support_y, scale_pixels(batch.query_x), batch.query_y)
 
 
-def scale_pixels(x: Tensor) -> Tensor:
+def nest_of(part: Any, name: str) -> Samples:
+    """A tensor, or a nest of dicts and tuples of tensors, from any mappings and sequences."""
+    if isinstance(part, Mapping):
+        return {key: nest_of(value, f"{name}[{key!r}]") for key, value in part.items()}
+    if isinstance(part, tuple | list) and part:
+        values = [nest_of(value, f"{name}[{i}]") for i, value in enumerate(part)]
+        return Padded(*values) if isinstance(part, Padded) else tuple(values)
+    if not isinstance(part, Tensor):
+        raise InputError(f"{name} must be a tensor, or dicts and tuples of tensors, got {type(part).__name__}")
+    return part
+
+
+def tasks_of(parts: Sequence[Samples]) -> int:
+    """Number of tasks of a batch from any loader."""
+    return length(nest_of(parts[0], "support_x"))
+
+
+def pad_tasks(tasks: Sequence[Sequence[Samples]]) -> TaskBatch:
+    """Stack tasks of unequal size into one meta-batch: ``DataLoader(tasks, 4, collate_fn=pad_tasks)``.
+
+    Smaller tasks are padded with their own first sample, which losses and scores leave out: the meta-gradient is that
+    of the tasks without padding. Where samples of a task affect each other, as by batch norm, the tasks run in a loop.
+
+    Args:
+        tasks: Support samples, support targets, query samples and query targets of each task.  # of S ..., R ...
+
+    Returns:
+        The batch, whose samples and targets are ``Padded`` unless all tasks are of one size.
+
+    Raises:
+        InputError: If a task has other parts, samples and targets of it differ in number, or it has no samples.
+    """
+    parts: list[Samples] = []
+    for number, task in enumerate(tasks):
+        require(len(task) == 4, f"tasks must hold ({', '.join(TaskBatch._fields)}), got {len(task)} parts in {number}")
+    names = TaskBatch._fields
+    of_tasks = [
+        [nest_of(part, f"{n} of task {i}") for n, part in zip(names, task, strict=True)] for i, task in enumerate(tasks)
+    ]
+    for x in (0, 2):
+        sizes: list[int] = []
+        for number, task in enumerate(of_tasks):
+            lengths = {len(tensor) for tensor in tree_leaves(task[x : x + 2])}
+            came = f"{sorted(lengths)} in task {number}"
+            require(len(lengths) == 1, f"{names[x]} and {names[x + 1]} must have one length, got {came}")
+            require(min(lengths) > 0, f"{names[x]} must have samples in every task, got none in task {number}")
+            sizes += lengths
+        most = max(sizes)
+        rows = [torch.where(torch.arange(most) < size, torch.arange(most), 0) for size in sizes]
+        mask = torch.stack([torch.arange(most) < size for size in sizes])
+        for part in (x, x + 1):
+            filled = [
+                tree_map(lambda t, r=r: t[r.to(t.device)], task[part]) for task, r in zip(of_tasks, rows, strict=True)
+            ]
+            forms = [structure_of(task, lambda t: f"{list(t.shape[1:])} {t.dtype}") for task in filled]
+            for number, form in enumerate(forms):
+                expected = f"{names[part]} must have one form in all tasks but for the number of samples"
+                require(form == forms[0], f"{expected}, got {forms[0]} in task 0 and {form} in task {number}")
+            values = collated(filled)
+            parts.append(values if len({*sizes}) == 1 else Padded(values, mask.to(tree_leaves(values)[0].device)))
+    return TaskBatch(*parts)
+
+
+def scale_pixels(x: Samples) -> Samples:
     """Scale uint8 pixels to [0, 1] in torch's default dtype; return other samples unchanged."""
+    if not isinstance(x, Tensor):
+        return tree_map(scale_pixels, x)
     return x.to(torch.get_default_dtype()).div_(255) if x.dtype == torch.uint8 else x
 
 

@@ -1,7 +1,9 @@
 """Classification tasks over arrays."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from meta_lightning.data.form import SampleForm
 from meta_lightning.data.module import ClassificationTasks, options
 from meta_lightning.data.splits import GivenSplit
 from meta_lightning.data.tasks import SPLITS, Array, FewShotTasks, Split
+from meta_lightning.inner.samples import Samples
 
 
 @options
@@ -57,8 +60,12 @@ class TensorTasks(GivenSplit, ClassificationTasks):
         return self.few_shot_tasks(split, self.samples, labels=self.labels, classes=classes)
 
 
-def samples(x: Tensor | Array, name: str) -> Tensor:
-    """Convert samples to torch's default dtype, uint8 or int64, and check that they are finite."""
+def samples(x: Samples | Array, name: str) -> Samples:
+    """Convert samples, or nests of them, to torch's default dtype, uint8 or int64, and check that they are finite."""
+    if isinstance(x, Mapping):
+        return {key: samples(part, f"{name}[{key!r}]") for key, part in x.items()}
+    if isinstance(x, tuple) and x:
+        return tuple(samples(part, f"{name}[{i}]") for i, part in enumerate(x))
     x = as_tensor(x, name)
     require(not x.is_complex() and x.dtype != torch.bool, f"{name} must hold real numbers, got {x.dtype}")
     if not x.is_floating_point():
@@ -72,7 +79,7 @@ def samples(x: Tensor | Array, name: str) -> Tensor:
     return x
 
 
-def as_tensor(values: Tensor | Array, name: str) -> Tensor:
+def as_tensor(values: Any, name: str) -> Tensor:
     """A detached tensor of at least one dimension, without a copy if possible."""
     if not isinstance(values, Tensor):
         try:
@@ -83,4 +90,5 @@ def as_tensor(values: Tensor | Array, name: str) -> Tensor:
         except (TypeError, ValueError) as error:
             raise InputError(f"{name} must be a tensor or an array of numbers: {error}") from None
     require(values.ndim > 0, f"{name} must have a dimension of samples, got a single number")
-    return values.detach()
+    tensor: Tensor = values.detach()
+    return tensor

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from meta_lightning.checks import require, require_positive
 from meta_lightning.inner.described import Described
-from meta_lightning.inner.params import HEAD, Params, without_prefix
+from meta_lightning.inner.params import HEAD, Params, tree_leaves, without_prefix
+from meta_lightning.inner.samples import Samples, class_numbers, length, values_of
 
+PADDING = -1  # class number of padding in ``rows``, of no class
 Features = Callable[[], Tensor]  # returns the inputs of the head for the support set: T S D
 
 
@@ -41,9 +43,9 @@ class HeadStart(Described):
         """Those of the network's parameters in whose place rows are computed."""
         return {}
 
-    def classes(self, y: Tensor, ignored: int) -> Tensor:
+    def classes(self, y: Samples, ignored: int) -> Tensor:
         """Samples per class, if the start wants to know: reading the targets waits for the device.  # T S ... -> T N"""
-        return y.new_zeros(len(y), 0)
+        return torch.zeros(length(y), 0, device=tree_leaves(y)[0].device)
 
 
 class LearntRows(HeadStart):
@@ -83,33 +85,33 @@ class ComputedRows(HeadStart, ABC):
         """Those of the network's parameters in whose place rows are computed."""
         return {name: p for name, p in params if name in self.names}
 
-    def classes(self, y: Tensor, ignored: int) -> Tensor:
+    def classes(self, y: Samples, ignored: int) -> Tensor:
         """Samples per class; where targets are not one class number per sample, zeros per output.  # T S ... -> T N"""
-        ways = ways_of(y, ignored)
+        ways, y = ways_of(y, ignored), class_numbers(y, ignored)
         if not ways:
-            return y.new_zeros(len(y), self.outputs, dtype=torch.int64)
-        counts = (y[..., None] == torch.arange(ways, device=y.device)).sum(1)
+            return torch.zeros(length(y), self.outputs, dtype=torch.int64, device=tree_leaves(y)[0].device)
+        counts: Tensor = (y[..., None] == torch.arange(ways, device=y.device)).sum(1)
         absent = (counts == 0).sum(1).max().item()
         require(
             not absent, f"support_y must hold each of the {ways} classes in every task, got a task without {absent}"
         )
         return counts
 
-    def start(self, theta: Params, features: Features, y: Tensor, classes: Tensor) -> Params:
+    def start(self, theta: Params, features: Features, y: Samples, classes: Tensor) -> Params:
         """θ'_0 of every task: θ with the rows of its head; for the arguments see ``rows``.  # T ..."""
-        weight, bias = self.rows(features, y, classes, without_prefix(theta, HEAD))
+        weight, bias = self.rows(features, class_numbers(y, PADDING), classes, without_prefix(theta, HEAD))
         # inner steps differentiate by the views, which holds the rows fixed where they depend on θ as well
         views = {name: p.view_as(p) for name, p in theta.items()}
         rows = zip(self.names, (weight, bias), strict=False)
         return views | {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in rows}
 
     @abstractmethod
-    def rows(self, features: Features, y: Tensor, classes: Tensor, own: Params) -> tuple[Tensor, Tensor]:
+    def rows(self, features: Features, y: Samples, classes: Tensor, own: Params) -> tuple[Tensor, Tensor]:
         """Compute the weight and the bias of every task's head; a head without bias ignores the latter.
 
         Args:
             features: Returns the inputs of the head for the support set.  # T S D
-            y: Targets of the support set.  # T S ...
+            y: Targets of the support set; of padding a negative class number.  # T S ...
             classes: Samples per class; where targets are not one class number per sample, zeros per output.  # T N
             own: The start's parameters by name, expanded to the tasks.  # T ...
 
@@ -130,7 +132,7 @@ class ZeroRows(ComputedRows):
         """Create a row, which moves with the learner."""
         self.register_buffer("row", torch.zeros_like(head.weight[0]), persistent=False)
 
-    def rows(self, features: Features, y: Tensor, classes: Tensor, own: Params) -> tuple[Tensor, Tensor]:
+    def rows(self, features: Features, y: Samples, classes: Tensor, own: Params) -> tuple[Tensor, Tensor]:
         """Return zeros."""
         row = self.get_buffer("row")
         return row.expand(*classes.shape, len(row)), row.new_zeros(classes.shape)
@@ -148,7 +150,7 @@ class OneVector(ComputedRows):
         """Start the vector at the first row of the network's head."""
         self.vector = nn.Parameter(head.weight[0].detach().clone())
 
-    def rows(self, features: Features, y: Tensor, classes: Tensor, own: Params) -> tuple[Tensor, Tensor]:
+    def rows(self, features: Features, y: Samples, classes: Tensor, own: Params) -> tuple[Tensor, Tensor]:
         """Repeat the vector."""
         vector = own["vector"]  # T D
         return vector[:, None].expand(*classes.shape, vector.shape[1]), vector.new_zeros(classes.shape)
@@ -174,11 +176,13 @@ class Prototypes(ComputedRows):
         require(head.bias is not None, f"head_start Prototypes needs a head with a bias, got {self.path!r} without")
         self.learnt_scale = nn.Parameter(head.weight.new_tensor(self.scale))
 
-    def rows(self, features: Features, y: Tensor, classes: Tensor, own: Params) -> tuple[Tensor, Tensor]:
+    def rows(self, features: Features, y: Samples, classes: Tensor, own: Params) -> tuple[Tensor, Tensor]:
         """Compute the rows."""
         z, scale = features(), own["learnt_scale"]  # T S D, T
-        of_samples = z.ndim == 3 and y.shape == z.shape[:2] and not y.is_floating_point()
-        shapes = f"features {list(z.shape[1:])} and targets {list(y.shape[1:])} of type {y.dtype}"
+        numbers = isinstance(y, Tensor) and not y.is_floating_point()
+        of_samples = numbers and z.ndim == 3 and y.shape == z.shape[:2]
+        of_type = f"{list(y.shape[1:])} of type {y.dtype}" if isinstance(y, Tensor) else type(values_of(y)).__name__
+        shapes = f"features {list(z.shape[1:])} and targets {of_type}"
         require(of_samples, f"head_start Prototypes needs one class number and one vector per sample, got {shapes}")
         with torch.autocast(z.device.type, enabled=False):
             is_in = y[:, None] == torch.arange(classes.shape[1], device=y.device)[:, None]  # T N S
@@ -192,9 +196,10 @@ def require_no_meta_gradient(head: ComputedRows, algorithm: str) -> None:
     require(not head.must_be_learnt, f"head_start must need no meta-gradient, which {algorithm} does not have, {came}")
 
 
-def ways_of(y: Tensor, ignored: int) -> int:
+def ways_of(y: Samples, ignored: int) -> int:
     """Number of classes of tasks with one class number per sample; else 0.  # T S ..."""
-    if y.ndim != 2 or y.is_floating_point():
+    y = class_numbers(y, ignored)
+    if not isinstance(y, Tensor) or y.ndim != 2 or y.is_floating_point():
         return 0
     return int(torch.where(y == ignored, -1, y).max()) + 1
 

@@ -14,16 +14,27 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from meta_lightning.inner.params import RULE, Params, gradient, tree_flatten, tree_unflatten, without_prefix
+from meta_lightning.checks import require
+from meta_lightning.inner.params import (
+    RULE,
+    Params,
+    gradient,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+    without_prefix,
+)
 from meta_lightning.inner.rules import InnerRule
+from meta_lightning.inner.samples import Padded, Samples, length
 
 
 class Support(NamedTuple):
     """The support sets of the tasks of a pass."""
 
-    x: Tensor  # T S ...
-    y: Tensor  # T S ...
-    steps: Sequence[tuple[Tensor, Tensor]]  # samples and targets of each inner step: K of T s ..., T s ...
+    x: Samples  # T S ...
+    y: Samples  # T S ...
+    steps: Sequence[tuple[Samples, Samples]]  # samples and targets of each inner step: K of T s ..., T s ...
     classes: Tensor  # T N: samples per class; T 0 if nobody asks
 
 
@@ -38,14 +49,15 @@ class Adapted(NamedTuple):
 class InnerStep(NamedTuple):
     """One inner step of every task: ``θ' ← θ' + rule(∇L_support(θ'))``, for SGD ``θ' − α ∇L_support(θ')``."""
 
-    support_losses: Callable[[Params, Tensor, Tensor], Tensor]  # parameters, samples, targets -> T
+    support_losses: Callable[[Params, Params, Samples, Samples], Tensor]  # θ', start, samples, targets -> T
     rule: InnerRule
     lr: float
     moved: Collection[str]
+    start: Params  # θ'_0 where the losses depend on it, else empty
 
-    def __call__(self, params: Params, state: Any, x: Tensor, y: Tensor, create_graph: bool = False) -> Adapted:
+    def __call__(self, params: Params, state: Any, x: Samples, y: Samples, create_graph: bool = False) -> Adapted:
         """Take the step."""
-        losses = self.support_losses(params, x, y)
+        losses = self.support_losses(params, self.start, x, y)
         grads = gradient(losses.sum(), {name: params[name] for name in self.moved}, create_graph)
         change, state = self.rule.update(grads, state, without_prefix(params, RULE), self.lr)
         params = params | {name: params[name] + delta for name, delta in change.items()}
@@ -55,7 +67,7 @@ class InnerStep(NamedTuple):
 def trajectory(
     step: InnerStep,
     params: Params,
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[tuple[Samples, Samples]],
     second_order: bool = False,
     recompute: bool = False,
 ) -> Iterator[Adapted]:
@@ -72,31 +84,35 @@ def trajectory(
 
 
 def minibatches(
-    x: Tensor, y: Tensor, steps: int, size: int, draw: Callable[[int], Tensor]
-) -> list[tuple[Tensor, Tensor]]:
+    x: Samples, y: Samples, steps: int, size: int, draw: Callable[[int], Tensor]
+) -> list[tuple[Samples, Samples]]:
     """Minibatches for each inner step: a cycle through the support set, reshuffled each round.
 
     ``draw`` returns so many random numbers per task.  # T count
     """
-    T, S = x.shape[:2]
+    unequal = isinstance(x, Padded)
+    require(not unequal, f"inner_batch_size must be None for tasks of unequal size, got {size}")
+    T, S = length(x), length(x, 1)
+    device = tree_leaves(x)[0].device
     rounds = -(-steps * size // S)
     order = draw(rounds * S).view(T, rounds, S).argsort(-1)
-    order = order.flatten(1).to(x.device)  # T rounds*S
-    tasks = torch.arange(T, device=x.device)[:, None]
-    return [(x[tasks, rows], y[tasks, rows]) for rows in torch.split(order, size, dim=1)[:steps]]
+    order = order.flatten(1).to(device)  # T rounds*S
+    tasks = torch.arange(T, device=device)[:, None]
+    batches = torch.split(order, size, dim=1)[:steps]
+    return [tree_map(lambda t, rows=rows: t[tasks, rows], (x, y)) for rows in batches]
 
 
-def recomputed(step: InnerStep, params: Params, state: Any, x: Tensor, y: Tensor) -> Adapted:
+def recomputed(step: InnerStep, params: Params, state: Any, x: Samples, y: Samples) -> Adapted:
     """An inner step whose graph is recomputed in backward (Griewank and Walther, 2008, chapter 12)."""
-    tensors, structure = tree_flatten((params, state))
-    device = x.device.type
+    tensors, structure = tree_flatten((params, state, step.start))
+    device = tree_leaves(x)[0].device.type
     cast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     structures: list[Any] = []  # of the step's result
 
     def run(tensors: list[Tensor], create_graph: bool) -> list[Tensor]:
         with torch.enable_grad(), torch.autocast(*cast):
-            params, state = tree_unflatten(tensors, structure)
-            left, after = tree_flatten(step(params, state, x, y, create_graph))
+            params, state, start = tree_unflatten(tensors, structure)
+            left, after = tree_flatten(step._replace(start=start)(params, state, x, y, create_graph))
         structures.append(after)
         return left
 

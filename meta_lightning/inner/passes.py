@@ -99,7 +99,7 @@ class Passes:
             return means[0], *(result[0] for result in results)
         weights = [min(size, tasks - i) / tasks for i in range(0, tasks, size)]
         mean = tree_map(lambda *of_parts: weighted_sum(weights, of_parts), *means)
-        return mean, *map(torch.cat, results)
+        return mean, *(tree_map(lambda *of_parts: torch.cat(of_parts), *of_chunks) for of_chunks in results)
 
 
 def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

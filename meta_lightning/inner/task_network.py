@@ -13,8 +13,19 @@ from torch.nn import functional as F
 from meta_lightning.checks import require
 from meta_lightning.inner.exact import Exact, differentiable_attention
 from meta_lightning.inner.heads import ways_of
-from meta_lightning.inner.params import Params, of_network
+from meta_lightning.inner.params import Params, of_network, tree_flatten, tree_map, tree_unflatten
+from meta_lightning.inner.samples import (
+    Padded,
+    Samples,
+    collated,
+    first_task,
+    length,
+    padded_like,
+    valid,
+    values_of,
+)
 from meta_lightning.inner.state import form, hooked_parameters
+from meta_lightning.inner.task_loss import TaskLoss, TaskPredictor
 from meta_lightning.inner.traits import Traits
 
 try:
@@ -27,8 +38,8 @@ except ImportError as error:  # private names of torch, which may go with any ve
 
 MANY_VALUES = 2**16  # in the inputs of a task: five 84×84 colour images have more, 75 28×28 ones less (speed.md)
 
-# from predictions and targets of one task to a scalar; the union lets the command line build modules
-Loss = nn.Module | Callable[[Tensor, Tensor], Tensor]
+# from predictions and targets of one task to a scalar, or a TaskLoss; the union lets the command line build modules
+Loss = nn.Module | Callable[[Any, Any], Tensor]
 
 
 def ignored_class(loss: Any) -> int:
@@ -37,9 +48,17 @@ def ignored_class(loss: Any) -> int:
     return ignored if isinstance(ignored, int) else -100
 
 
-def default_loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared error for floating-point targets, cross-entropy for class numbers."""
-    return F.mse_loss(predictions, targets) if targets.is_floating_point() else F.cross_entropy(predictions, targets)
+def default_loss(predictions: Tensor, targets: Tensor | Padded) -> Tensor:
+    """Mean squared error for floating-point targets, cross-entropy for class numbers; of what is no padding."""
+    if not isinstance(targets, Padded):
+        return (
+            F.mse_loss(predictions, targets) if targets.is_floating_point() else F.cross_entropy(predictions, targets)
+        )
+    y: Tensor = targets.values
+    mask = targets.mask.view(-1, *[1] * (y.ndim - 1))
+    if not y.is_floating_point():
+        return F.cross_entropy(predictions, torch.where(mask, y, -100))
+    return (predictions - y).square().mul(mask).sum() / mask.expand(y.shape).sum()
 
 
 class TaskNetwork:
@@ -55,10 +74,10 @@ class TaskNetwork:
         self.said: set[str] = set()
         self.shapes_checked: set[tuple[torch.Size, torch.Size]] = set()
 
-    def examine(self, x: Tensor, y: Tensor | None = None) -> Traits:
+    def examine(self, x: Samples, y: Samples | None = None) -> Traits:
         """Find the traits of network and loss in their present setting from the first task.  # T S ..., T S ..."""
         network, loss = self.owner.network, None if y is None else self.owner.loss
-        present, traits = form(network, loss), self.traits
+        present, traits = (isinstance(x, Padded), *form(network, loss)), self.traits
         # the forward of a network whose tasks go in turn changes its attributes itself
         if traits is not None and (present == self.examined or (traits.in_turn and len(present) == len(self.examined))):
             return traits
@@ -67,7 +86,9 @@ class TaskNetwork:
         if present not in self.known:
             head = getattr(self.owner, "head_start", None)
             rows = 0 if y is None or head is None or not head.computed else ways_of(y, ignored_class(loss))
-            self.known[present] = Traits.of(network, loss, x[0], None if y is None else y[0], rows)
+            called: dict[str, Any] = {name: getattr(self.owner, name, None) for name in ("keywords", "output")}
+            task = first_task(self.inputs(x)), None if y is None else first_task(y)
+            self.known[present] = Traits.of(network, loss, *task, rows, seen=first_task(x), **called)
         self.examined, self.traits = present, self.known[present]
         self.loops_over_tasks = bool(self.traits.looped or self.traits.in_turn)
         self.say("Tasks run in a loop, since ", self.traits.looped)
@@ -78,40 +99,55 @@ class TaskNetwork:
         self.say("Hooks on parameters see the meta-gradient only: ", ", ".join(hooked_parameters(network)))
         return self.traits
 
+    def inputs(self, x: Samples) -> Samples:
+        """What the network takes of samples: of those of a TaskLoss, a part.  # T S ..."""
+        if not isinstance(self.owner.loss, TaskLoss):
+            return x
+        return Padded(self.owner.loss.inputs(x.values), x.mask) if isinstance(x, Padded) else self.owner.loss.inputs(x)
+
     def say(self, message: str, reason: str) -> None:
         """Warn once, if there is a reason."""
         if reason and reason not in self.said:
             self.said.add(reason)
             rank_zero_warn(message + reason)
 
-    def predict(self, params: Params, x: Tensor) -> Tensor:
+    def predict(self, params: Params, x: Samples) -> Samples:
         """Predictions of every task with its own parameters.  # T S ... -> T S ..."""
         if self.traits is None:
             self.examine(x)
-        return self.over_tasks(self.predict_task, params, x)
+        return self.over_tasks(self.predict_task, params, self.inputs(x))
 
-    def predict_task(self, params: Params, x: Tensor) -> Tensor:
-        """Predictions of one task.  # S ... -> S ..."""
+    def predict_task(self, params: Params, x: Samples) -> Samples:
+        """Predictions of one task, those of padding included.  # S ... -> S ..."""
+        assert self.traits is not None
+        if isinstance(x, Padded) and self.traits.mixes:
+            return padded_like(self.predict_valid(params, valid(x)), x.mask)
+        return self.predict_valid(params, values_of(x))
+
+    def predict_valid(self, params: Params, x: Samples) -> Samples:
+        """Predictions of one task without padding, or with padding that does not matter.  # S ... -> S ..."""
         assert self.traits is not None
         return self.traits.forward(self.owner.network, of_network(params), x)
 
-    def require_last(self, layer: str, x: Tensor) -> None:
+    def require_last(self, layer: str, x: Samples) -> None:
         """Raise InputError unless this is the layer with parameters that runs last.  # T S ..."""
         last = (self.traits or self.examine(x)).last
         ran = f"the last layer with parameters that is called, which is {last!r}"
         require(last == layer, f"layer of head_start must be {ran}, got {layer!r}")
 
-    def features(self, params: Params, x: Tensor, layer: str) -> Tensor:
+    def features(self, params: Params, x: Samples, layer: str) -> Tensor:
         """Inputs of a layer that runs once, for every task.  # T S ... -> T S D"""
         if self.traits is None:
             self.examine(x)
         inputs: list[Tensor] = []
 
-        def features_of_task(params: Params, x: Tensor) -> Tensor:
+        def features_of_task(params: Params, x: Samples) -> Tensor:
             inputs.clear()
             self.predict_task(params, x)
             require(len(inputs) == 1, f"layer of head_start must run once, got {len(inputs)} runs of {layer}")
-            return inputs[0]
+            mixes = self.traits is not None and self.traits.mixes
+            features: Tensor = padded_like(inputs[0], x.mask) if isinstance(x, Padded) and mixes else inputs[0]
+            return features
 
         module = self.owner.network.get_submodule(layer)
 
@@ -120,46 +156,82 @@ class TaskNetwork:
 
         hook = module.register_forward_pre_hook(note, with_kwargs=True)
         try:
-            return self.over_tasks(features_of_task, params, x)
+            of_tasks: Tensor = self.over_tasks(features_of_task, params, self.inputs(x))
+            return of_tasks
         finally:
             hook.remove()
 
-    def predict_queries(self, params: Params, support_x: Tensor, query_x: Tensor, transductive: bool) -> Tensor:
+    def predict_queries(self, params: Params, support_x: Samples, query_x: Samples, transductive: bool) -> Samples:
         """Predictions of every task's queries with its own parameters.  # T R ..."""
-        if transductive:
+        traits = self.traits or self.examine(support_x)
+        padded = any(isinstance(x, Padded) for x in (support_x, query_x))
+        if transductive or (padded and not traits.mixes):  # then a prediction depends on its own sample only
             return self.predict(params, query_x)
-        if self.traits is None:
-            self.examine(support_x)
+        require(
+            not padded,
+            "transductive must be true, since the samples of a task affect each other and tasks are of "
+            "unequal size, got false",
+        )
 
-        def predict_alone(params: Params, support_x: Tensor, query_x: Tensor) -> Tensor:
-            def predict_query(query: Tensor) -> Tensor:
-                return self.predict_task(params, torch.cat([support_x, query[None]]))[-1]
+        def predict_alone(params: Params, support_x: Samples, query_x: Samples) -> Samples:
+            def predict_query(query: Samples) -> Samples:
+                together = tree_map(lambda s, q: torch.cat([s, q[None]]), support_x, query)
+                return tree_map(lambda t: t[-1], self.predict_task(params, together))
 
             return self.over_tasks(predict_query, query_x)
 
         # as many queries at once as need no more memory than a transductive forward
-        at_once = max(1, query_x.shape[1] // (support_x.shape[1] + 1))
-        parts = query_x.split(at_once, dim=1)
-        return torch.cat([self.over_tasks(predict_alone, params, support_x, part) for part in parts], dim=1)
+        at_once = max(1, length(query_x, 1) // (length(support_x, 1) + 1))
+        starts = range(0, length(query_x, 1), at_once)
+        parts = [tree_map(lambda t, i=i: t[:, i : i + at_once], query_x) for i in starts]
+        support = self.inputs(support_x)
+        answers = [self.over_tasks(predict_alone, params, support, self.inputs(part)) for part in parts]
+        return tree_map(lambda *of_parts: torch.cat(of_parts, dim=1), *answers)
 
-    def losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, predictions: Samples, targets: Samples) -> Tensor:
         """Every task's loss.  # T S ..., T S ... -> T"""
-        shapes = predictions.shape, targets.shape
-        if self.owner.loss is default_loss and shapes not in self.shapes_checked:
-            # once per number of classes and samples: reading the targets synchronises with the device
-            check_outputs(predictions, targets)
-            self.shapes_checked.add(shapes)
-        losses = self.over_tasks(self.owner.loss, predictions, targets)
-        require(losses.ndim == 1, f"loss must give a scalar per task, got shape {tuple(losses.shape[1:])}")
-        return losses
+        if self.owner.loss is default_loss:
+            y = values_of(targets)
+            tensors = isinstance(predictions, Tensor) and isinstance(y, Tensor)
+            came = f"got {type(predictions).__name__} and {type(y).__name__}"
+            require(tensors, f"loss must be given unless predictions and targets are tensors, {came}")
+            shapes = predictions.shape, y.shape
+            if shapes not in self.shapes_checked:
+                # once per number of classes and samples: reading the targets synchronises with the device
+                check_outputs(predictions, y)
+                self.shapes_checked.add(shapes)
+        elif isinstance(targets, Padded):
+            # any loss, of the samples that are there
+            tasks = zip(parts_of_tasks(predictions), parts_of_tasks(targets), strict=True)
+            return scalars(torch.stack([self.owner.loss(valid(Padded(p, y.mask)), valid(y)) for p, y in tasks]))
+        return scalars(self.over_tasks(self.owner.loss, predictions, targets))
 
-    def losses_of(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
-        """Every task's loss with its own parameters.  # T S ..., T S ... -> T"""
-        return self.losses(self.predict(params, x), y)
+    def losses_of(self, params: Params, start: Params, x: Samples, y: Samples) -> Tensor:
+        """Every task's loss with its own parameters; ``start`` is θ'_0 for a TaskLoss.  # T S ..., T S ... -> T"""
+        if not isinstance(self.owner.loss, TaskLoss):
+            return self.losses(self.predict(params, x), y)
+        if self.traits is None:
+            self.examine(x, y)
+        if isinstance(x, Padded):  # any loss, of the samples that are there
+            return scalars(one_by_one(self.task_loss, self.functions(), params, start, x, y))
+        return scalars(self.over_tasks(self.task_loss, params, start, x, y))
 
-    def over_tasks(self, function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
+    def query(self, params: Params, start: Params, x: Samples, y: Samples) -> tuple[Tensor, Samples]:
+        """Every task's query loss and predictions; a TaskLoss has none of the latter.  # T S ... -> T, T S ..."""
+        if isinstance(self.owner.loss, TaskLoss):
+            return self.losses_of(params, start, x, y), ()
+        predictions = self.predict(params, x)
+        return self.losses(predictions, y), predictions
+
+    def task_loss(self, params: Params, start: Params, x: Samples, y: Samples) -> Tensor:
+        """A TaskLoss of one task.  # S ..., S ..."""
+        network = TaskPredictor(self.predict_valid, of_network(params), of_network(start))
+        loss: Tensor = self.owner.loss(network, valid(x), valid(y))
+        return loss
+
+    def over_tasks(self, function: Callable[..., Any], *stacked: Samples) -> Any:
         """Apply a function of one task to all tasks.  # -> T ..."""
-        if not self.loops_over_tasks and (len(stacked[-1]) > 1 or faster_stacked(*stacked)):
+        if not self.loops_over_tasks and (length(stacked[-1]) > 1 or faster_stacked(*stacked)):
             try:
                 return together(function, *stacked)
             except torch.OutOfMemoryError:
@@ -185,32 +257,37 @@ class TaskNetwork:
         return Exact() if self.traits is None or self.traits.replaced else nullcontext()
 
 
-def faster_stacked(*stacked: Params | Tensor) -> bool:
+def scalars(losses: Tensor) -> Tensor:
+    """Losses, which must be one number per task.  # T"""
+    require(losses.ndim == 1, f"loss must give a scalar per task, got shape {tuple(losses.shape[1:])}")
+    return losses
+
+
+def faster_stacked(*stacked: Samples) -> bool:
     """Whether a single task, which Passes may give on a CPU, is faster by vmap, with its kernels (measured)."""
     params, x = stacked[0], stacked[-1]
-    if not isinstance(params, dict) or isinstance(x, dict) or x.device.type != "cpu" or x.numel() < MANY_VALUES:
+    if not isinstance(params, dict) or not isinstance(x, Tensor) or x.device.type != "cpu" or x.numel() < MANY_VALUES:
         return False
-    return x.numel() > sum(p.numel() for p in params.values()) // 2
+    return bool(x.numel() > sum(p.numel() for p in params.values()) // 2)
 
 
-def together(function: Callable[..., Tensor], *stacked: Params | Tensor) -> Tensor:
+def together(function: Callable[..., Any], *stacked: Samples) -> Any:
     """Apply a function of one task to all tasks by vmap."""
     with differentiable_attention(), TasksAsChannels():
-        result: Tensor = vmap(function, randomness="different")(*stacked)
-    return result
+        return vmap(function, randomness="different")(*stacked)
 
 
-def one_by_one(function: Callable[..., Tensor], functions: Any, *stacked: Params | Tensor) -> Tensor:
+def one_by_one(function: Callable[..., Any], functions: Any, *stacked: Samples) -> Any:
     """Apply a function of one task to each task in a loop."""
     with differentiable_attention(), functions:
-        return torch.stack([function(*task) for task in zip(*map(parts_of_tasks, stacked), strict=True)])
+        return collated([function(*task) for task in parts_of_tasks(stacked)])
 
 
-def parts_of_tasks(stacked: Params | Tensor) -> Sequence[Any]:
-    """The tasks' parts of a tensor, or of parameters.  # T ... -> T of ..."""
-    if isinstance(stacked, dict):
-        parts = zip(*map(parts_of_tasks, stacked.values()), strict=True)
-        return [dict(zip(stacked, of_task, strict=True)) for of_task in parts]
+def parts_of_tasks(stacked: Samples) -> Sequence[Any]:
+    """The tasks' parts of a tensor or a nest, such as parameters.  # T ... -> T of ..."""
+    if not isinstance(stacked, Tensor):
+        tensors, structure = tree_flatten(stacked)
+        return [tree_unflatten(of_task, structure) for of_task in zip(*map(parts_of_tasks, tensors), strict=True)]
     if len(stacked) == 1:
         return [stacked.squeeze(0)]
     # the backward of indexing allocates zeros for all tasks, once per task; that of unbind copies once. Samples are

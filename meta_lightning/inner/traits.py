@@ -1,5 +1,6 @@
 """What decides how a network runs for several tasks, found by running it once."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,13 +10,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from meta_lightning.checks import InputError, require
 from meta_lightning.inner.copies import copied, with_parameters
 from meta_lightning.inner.exact import EXACT, Exact, differentiable_attention
-from meta_lightning.inner.params import Params
+from meta_lightning.inner.params import Params, tree_leaves, tree_map
+from meta_lightning.inner.samples import (
+    Output,
+    Padded,
+    Samples,
+    as_floats,
+    by_keywords,
+    prediction_of,
+    structure_of,
+    valid,
+)
 from meta_lightning.inner.state import (
     Contents,
     adopt,
@@ -29,9 +41,16 @@ from meta_lightning.inner.state import (
     set_values,
     taken_back,
 )
+from meta_lightning.inner.task_loss import TaskLoss, TaskPredictor
+from meta_lightning.networks.batch_statistics import batch_norms
 from meta_lightning.random_states import random_states, set_random_states
 
 MISSING = object()
+# whose derivatives have a wrong rule for vmap
+NORMALISATIONS = {
+    *(F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm, F.rms_norm, torch.batch_norm, torch.instance_norm),
+    *(torch.layer_norm, torch.group_norm),
+}
 RTOL = 1e-3  # differences below this, relative to the greatest value, are rounding, as of the kernels of a GPU
 
 
@@ -61,18 +80,38 @@ class Traits(NamedTuple):
     size: int = 0  # the only number of samples that the network takes; 0 if it takes any
     outputs: int = 0  # per sample, if these are a vector
     last: str = ""  # the layer with parameters that runs last
+    keywords: bool = False  # samples are a dict, whose entries forward takes as keywords
+    floats: bool = False  # integers are features, which the network takes as floating point
+    output: Output | None = None  # makes predictions of what the network returns
+    mixes: bool = False  # samples of a task affect each other, and tasks are padded
 
     @classmethod
-    def of(cls, network: nn.Module, loss: Any, x: Tensor, y: Tensor | None, rows: int = 0) -> "Traits":
+    def of(
+        cls,
+        network: nn.Module,
+        loss: Any,
+        x: Samples,
+        y: Samples | None,
+        rows: int = 0,
+        keywords: bool | None = None,
+        output: Output | None = None,
+        seen: Samples = None,
+    ) -> "Traits":
         """Those of a network and, if targets are given, a loss, from copies that run on one task.  # S ..., S ...
 
-        ``rows`` is the number of outputs that a head start makes, if it does.
+        ``rows`` is the number of outputs that a head start makes, if it does. ``keywords`` says whether the entries of
+        samples are keywords of forward, None if that is not known. ``output`` makes predictions of what the network
+        returns. ``seen`` are the samples that a ``TaskLoss`` sees, of which ``x`` is what the network takes.
 
         Raises:
             InputError: If the network does not take the samples, or does not compute with its own parameters.
         """
-        traits = cls(other_names(network), any(isinstance(module, nn.RNNBase) for module in network.modules()))
-        states = random_states(x.device)
+        padded, x, y = isinstance(x, Padded), valid(x), valid(y)
+        keywords = by_keywords(network, x) if keywords is None else keywords
+        recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
+        traits = cls(other_names(network), recurrent, keywords=keywords, output=output)
+        device = tree_leaves(x)[0].device
+        states = random_states(device)
         try:
             with (
                 torch.inference_mode(False),
@@ -81,39 +120,70 @@ class Traits(NamedTuple):
                 Exact(),
                 warnings.catch_warnings(action="ignore"),
             ):
-                x, y = x.detach().clone(), None if y is None else y.detach().clone()
+                x, y = (tree_map(lambda t: t.detach().clone(), part) for part in (x, () if y is None else y))
                 # other than θ, so that what still computes with θ is seen
                 params = {name: 1.1 * p.detach() for name, p in network.named_parameters() if p.requires_grad}
+                traits = traits.with_floats(network, params, x)
+                set_random_states(states, device)
                 one = copied(network)
                 before = contents(one)
                 with Calls() as calls, layers_started(one) as started:
                     try:
-                        output = traits.forward(one, params, x)
+                        predictions = traits.forward(one, params, x)
                     except (RuntimeError, TypeError, ValueError) as error:
                         require_floating_point(x, error)
+                        require_fitting(network, keywords, x, error)
                         return traits  # an error of the network itself, which training shows as well
-                drawn = random_states(x.device)
-                require(isinstance(output, Tensor), f"network must return a tensor, got {type(output).__name__}")
-                traits = traits._replace(outputs=output.shape[1] if output.ndim == 2 else 0, last=started[-1])
+                drawn = random_states(device)
+                vectors = isinstance(predictions, Tensor) and predictions.ndim == 2
+                traits = traits._replace(outputs=predictions.shape[1] if vectors else 0, last=started[-1])
                 traits = traits._replace(
                     looped=reason_to_loop(network, states, drawn), replaced=bool(calls.seen & EXACT.keys())
                 )
-                traits = traits._replace(size=0 if traits.takes(network, params, torch.cat([x, x])) else len(x))
-                came = (
-                    f"batches must have the shape T S ..., tasks by samples, got tasks of shape {list(x.shape)}, which "
-                )
-                missing = "the network takes as one sample: the dimension of the tasks, or of the features, is missing"
-                require(not traits.size or x.ndim > 1, came + missing)
+                twice = tree_map(lambda t: torch.cat([t, t]), x)
+                size = len(tree_leaves(x)[0])
+                traits = traits._replace(size=0 if traits.takes(network, params, twice) else size)
+                if traits.size and isinstance(x, Tensor):
+                    came = f"batches must have the shape T S ..., tasks by samples, got tasks of shape {list(x.shape)},"
+                    missing = "the dimension of the tasks, or of the features, is missing"
+                    require(x.ndim > 1, f"{came} which the network takes as one sample: {missing}")
+                if padded:
+                    traits = traits.with_padding(network, params, x, drawn)
                 traits = traits.with_state(network, one, before, params, x, drawn)
-                if y is not None and isinstance(loss, nn.Module):
+                if y != () and isinstance(loss, TaskLoss):
+                    traits = traits.with_task_loss(loss, network, calls.seen, params, valid(seen), y)
+                elif y != () and isinstance(loss, nn.Module):
                     # as many outputs as a head start makes
-                    output = output[:, torch.arange(rows, device=x.device) % output.shape[1]] if rows else output
-                    traits = traits.with_loss(loss, output, y)
+                    fit = torch.arange(rows, device=device) % predictions.shape[1] if rows else slice(None)
+                    traits = traits.with_loss(loss, predictions[:, fit] if rows else predictions, y)
                 return traits.compared(network, params, x, drawn)
         finally:
-            set_random_states(states, x.device)
+            set_random_states(states, device)
 
-    def takes(self, network: nn.Module, params: Params, x: Tensor) -> bool:
+    def with_floats(self, network: nn.Module, params: Params, x: Samples) -> "Traits":
+        """Complete them by whether integers have to be floating point for the network."""
+        if all(t.is_floating_point() for t in tree_leaves(x)) or self.takes(network, params, x):
+            return self
+        floats = self._replace(floats=True)
+        return floats if floats.takes(network, params, x) else self
+
+    def with_padding(self, network: nn.Module, params: Params, x: Samples, drawn: Any) -> "Traits":
+        """Complete them by whether a sample's prediction depends on the other samples of its task."""
+        outputs = []
+        device = tree_leaves(x)[0].device
+        rows = torch.arange(len(tree_leaves(x)[0]), device=device)
+        # the last half of the samples replaced, which leaves the number of them
+        for order in (rows, rows % (len(rows) // 2 + 1)):
+            set_random_states(drawn, device)
+            predicted = self.forward(copied(network), params, tree_map(lambda t, order=order: t[order], x))
+            outputs.append(flat(tree_map(lambda t: t[: len(rows) // 2 + 1], predicted)).detach())
+        affects = greatest(outputs[0] - outputs[1]) > RTOL * greatest(outputs[1])
+        if not affects and not batch_norms(network):  # of which a single sample shows nothing
+            return self
+        reason = "tasks are of unequal size, and in the network the samples of a task affect each other"
+        return self._replace(mixes=True, looped=self.looped or reason)
+
+    def takes(self, network: nn.Module, params: Params, x: Samples) -> bool:
         """Whether the network takes these samples."""
         try:
             self.forward(copied(network), params, x)
@@ -124,17 +194,17 @@ class Traits(NamedTuple):
         return True
 
     def with_state(
-        self, network: nn.Module, one: nn.Module, before: Contents, params: Params, x: Tensor, drawn: Any
+        self, network: nn.Module, one: nn.Module, before: Contents, params: Params, x: Samples, drawn: Any
     ) -> "Traits":
         """Complete them by what a first forward has changed in a copy, and whether the next one depends on it."""
         after = contents(one)
         changed = changes(before, after)
-        other = x[torch.arange(len(x)) // 2]  # valid samples, with other statistics
+        other = tree_map(lambda t: t[torch.arange(len(t)) // 2], x)  # valid samples, with other statistics
         outputs = []
         for copy in (one, copied(network)):
-            set_random_states(drawn, x.device)
+            set_random_states(drawn, tree_leaves(x)[0].device)
             try:
-                outputs.append(self.forward(copy, params, other).detach())
+                outputs.append(flat(self.forward(copy, params, other)).detach())
             except (RuntimeError, TypeError, ValueError, IndexError):
                 return self._replace(in_turn=f"the network's forward changes {listed(changed)}" if changed else "")
         depends = greatest(outputs[0] - outputs[1]) > RTOL * greatest(outputs[1])
@@ -147,25 +217,35 @@ class Traits(NamedTuple):
             left=tuple((module, name) for kind, module, name in sorted(changed) if kind == "attribute")
         )
 
-    def with_loss(self, loss: nn.Module, output: Tensor, y: Tensor) -> "Traits":
+    def with_task_loss(
+        self, loss: TaskLoss, network: nn.Module, called: set[Any], params: Params, x: Samples, y: Samples
+    ) -> "Traits":
+        """Complete them by what a loss does that sees the task."""
+        # by torch.func, as losses of physics take it: the gradient of a gradient under vmap
+        reason = "a TaskLoss may differentiate the network, and vmap is wrong for derivatives of its normalisation"
+        traits = self._replace(looped=self.looped or reason) if called & NORMALISATIONS else self
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        return traits.with_loss(loss, TaskPredictor(partial(self.forward, copied(network)), leaves, leaves), x, y)
+
+    def with_loss(self, loss: nn.Module, *inputs: Any) -> "Traits":
         """Complete them by whether the loss changes itself."""
         one = copied(loss)
         before = contents(one)
-        one(output, y)
+        one(*inputs)
         changed = changes(before, contents(one))
         return self._replace(in_turn=self.in_turn or f"the loss changes {listed(changed)}") if changed else self
 
-    def compared(self, network: nn.Module, params: Params, x: Tensor, drawn: Any) -> "Traits":
+    def compared(self, network: nn.Module, params: Params, x: Samples, drawn: Any) -> "Traits":
         """Complete them by comparing gradients with those of a copy that holds the parameters."""
 
-        def run(function: Callable[[Tensor], Tensor]) -> Tensor:
-            set_random_states(drawn, x.device)
+        def run(function: Callable[[Samples], Samples]) -> Tensor:
+            set_random_states(drawn, tree_leaves(x)[0].device)
             with self.kernels():
-                return function(x).abs().square().sum()
+                return flat(function(x)).abs().square().sum()
 
         other = copied(network)
         set_values(other, params)
-        value = run(other)
+        value = run(partial(self.apply, other))
         if not value.requires_grad:
             return self
         theta = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -207,16 +287,20 @@ class Traits(NamedTuple):
             f"gradients of {', '.join(wrong)}: {advice}, and its forward must not depend on what is outside of it"
         )
 
-    def forward(self, network: nn.Module, params: Params, x: Tensor) -> Tensor:
+    def forward(self, network: nn.Module, params: Params, x: Samples) -> Samples:
         """Predictions of a network with given parameters.  # S ... -> S ..."""
         weights = self.named(params)
         with self.kernels(), self.without_leaving(network) if self.left else nullcontext():
             if self.recomputes:
-                predictions: Tensor = with_parameters(network, weights)(x)
-            else:
-                # torch's own tying restores parameters of a module with two names in the wrong order
-                predictions = functional_call(network, weights, (x,), tie_weights=False)
-        return predictions
+                return self.apply(with_parameters(network, weights), x)
+            # torch's own tying restores parameters of a module with two names in the wrong order
+            return self.apply(partial(functional_call, network, weights, tie_weights=False), x, functional=True)
+
+    def apply(self, network: Callable[..., Any], x: Samples, functional: bool = False) -> Samples:
+        """Predictions of a network with its own parameters, or of a ``functional_call``.  # S ... -> S ..."""
+        x = as_floats(x) if self.floats else x
+        args, kwargs = ((), x) if self.keywords else ((x,), {})
+        return prediction_of(network(args, kwargs) if functional else network(*args, **kwargs), self.output)
 
     def kernels(self) -> Any:
         """Disable kernels that have not all derivatives: cuDNN's of recurrent layers, also the first in evaluation."""
@@ -274,10 +358,26 @@ def other_names(network: nn.Module) -> dict[str, str]:
     return others
 
 
-def require_floating_point(x: Tensor, error: Exception) -> None:
+def flat(predictions: Samples) -> Tensor:
+    """All numbers of predictions."""
+    if isinstance(predictions, Tensor):
+        return predictions
+    return torch.cat([t.flatten() for t in tree_leaves(predictions)])
+
+
+def require_floating_point(x: Samples, error: Exception) -> None:
     """Raise InputError for integers that a network does not take."""
     expected = "x must be floating-point unless the network embeds it"
-    require(x.is_floating_point(), f"{expected}, got {x.dtype}, of which it says: {error}")
+    dtypes = [t.dtype for t in tree_leaves(x) if not t.is_floating_point()]
+    require(not dtypes, f"{expected}, got {', '.join(map(str, dtypes))}, of which it says: {error}")
+
+
+def require_fitting(network: nn.Module, keywords: bool, x: Samples, error: Exception) -> None:
+    """Raise InputError for nests that a network does not take."""
+    takes = f"as {'keywords' if keywords else 'one argument'} of forward{inspect.signature(network.forward)}"
+    part = ", or inputs of a TaskLoss must give the part that it takes"
+    expected = f"network must take samples of the structure {structure_of(x)} {takes}{part}"
+    require(isinstance(x, Tensor), f"{expected}, got {type(error).__name__}: {error}")
 
 
 def reason_to_loop(network: nn.Module, before: dict[str, Any], after: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Batch norm with the statistics of the batch or of a support set."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,14 +39,14 @@ def batch_norms(network: nn.Module) -> list[Any]:
 
 
 @torch.no_grad()
-def freeze_statistics(network: nn.Module, x: Tensor) -> None:
-    """Make batch norm normalise with the statistics of these samples, so that queries do not affect each other."""
+def freeze_statistics(network: nn.Module, forward: Callable[[nn.Module], Any]) -> None:
+    """Make batch norm normalise with the statistics of a forward, so that queries do not affect each other."""
 
     def hold(layer: nn.Module, inputs: tuple[Tensor]) -> None:
         variance, mean = torch.var_mean(inputs[0], [0, *range(2, inputs[0].ndim)], correction=0)
         hold_statistics(layer, mean, variance)
 
     hooks = [layer.register_forward_pre_hook(hold) for layer in batch_norms(network)]
-    network(x)
+    forward(network)
     for hook in hooks:
         hook.remove()

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from meta_lightning.checks import require
+from meta_lightning.inner.params import tree_map
+from meta_lightning.inner.samples import Samples
 from meta_lightning.runs.checkpoint_file import load, read_checkpoint
 
 State = Mapping[str, Tensor]  # a state dict
@@ -61,10 +63,12 @@ def in_turn(learner: nn.Module, members: Mapping[str, State]) -> Iterator[None]:
         learner.load_state_dict(own)
 
 
-def mean_prediction(predictions: Sequence[Tensor], real: bool) -> Tensor:
+def mean_prediction(predictions: Sequence[Samples], real: bool) -> Samples:
     """Mean over members of real predictions, or the logarithms of mean class probabilities.  # T R ..., T R N ..."""
     if len(predictions) == 1:
         return predictions[0]
+    if not isinstance(predictions[0], Tensor):
+        return tree_map(lambda *of_members: torch.stack(of_members).mean(0), *predictions)
     stacked = torch.stack([*predictions])
     classes = not real and stacked.ndim > 3
     return stacked.log_softmax(3).logsumexp(0) - math.log(len(stacked)) if classes else stacked.mean(0)

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from meta_lightning.data.loading import class_names_of
-from meta_lightning.data.tasks import TaskBatch
+from meta_lightning.data.tasks import as_task_batch, tasks_of
 from meta_lightning.files import written_whole
+from meta_lightning.inner.params import tree_leaves, tree_map
+from meta_lightning.inner.samples import padded_with, valid
 
 
 class PredictionTable(L.Callback):
@@ -18,16 +21,20 @@ class PredictionTable(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start a new table."""
-        self.tasks: list[tuple[Tensor, Tensor, list[str]]] = []  # outputs R N, targets R D, class names
+        self.tasks: list[tuple[Tensor, Tensor, list[str]]] = []  # outputs R N, targets R D or R 0, class names
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """Keep the outputs, targets and class names of each task."""
-        query_y = TaskBatch(*batch).query_y.cpu()
-        targets = query_y.flatten(2) if query_y.ndim > 2 else query_y.unsqueeze(2)  # T R D
-        names = class_names_of(trainer.predict_dataloaders, batch_idx, len(query_y))
-        self.tasks += zip(outputs.flatten(2).cpu(), targets, names, strict=True)
+        query_y = as_task_batch(batch).query_y
+        names = class_names_of(trainer.predict_dataloaders, batch_idx, tasks_of(batch))
+        for number, of_task in enumerate(names):
+            answers, y = tree_map(lambda t, i=number: t[i].cpu(), (outputs, query_y))
+            answers, y = valid(padded_with(answers, y)), valid(y)
+            values = torch.cat([rows_of(part) for part in tree_leaves(answers)], 1)
+            # targets in nests have no columns of their own
+            self.tasks.append((values, rows_of(y) if isinstance(y, Tensor) else values[:, :0], of_task))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the table atomically; each of several processes writes one of its own tasks."""
@@ -44,3 +51,8 @@ class PredictionTable(L.Callback):
                 for query, (row, y) in enumerate(zip(outputs.tolist(), targets.tolist(), strict=True)):
                     table.writerow([task, query, *y, *([names[y[0]]] if names else []), *row])
         rank_zero_info(f"Wrote the predictions to {path}")
+
+
+def rows_of(values: Tensor) -> Tensor:
+    """The numbers of each query.  # R ... -> R D"""
+    return values.reshape(len(values), -1)
