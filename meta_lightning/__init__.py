@@ -9,6 +9,7 @@ from meta_lightning.data import (
     CIFARFS,
     FC100,
     Characters,
+    DatasetTasks,
     Glyphs,
     ImageFolderTasks,
     ImageTasks,
@@ -40,4 +41,5 @@ __all__ += ["ComputedRows", "HeadStart", "LearntRows", "OneVector", "Prototypes"
 __all__ += ["MLP", "Conv4", "Dashboard", "Predictor", "ResNet12", "TaskBatch", "TaskMean"]
 __all__ += ["TaskLoss", "TaskPredictor", "pad_tasks"]
 __all__ += ["ImageFolderTasks", "ImageTasks", "ImageTransforms", "RegressionTasks", "TaskDataModule", "TensorTasks"]
+__all__ += ["DatasetTasks"]
 __all__ += ["CIFARFS", "FC100", "Characters", "Glyphs", "MiniImagenet", "Omniglot", "Sinusoid", "TieredImagenet"]

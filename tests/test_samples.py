@@ -196,7 +196,10 @@ def unequal_points() -> list[Task]:
 # ------------------------------------------------------------------------------------------------- gradients and loops
 
 KINDS = pytest.mark.parametrize("kind", [MAML, FOMAML, Reptile])
-HOW = pytest.mark.parametrize("how", PASSES)
+# torch.compile takes minutes on two cores
+HOW = pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=[pytest.mark.slow] * (how == "compiled")) for how in PASSES]
+)
 
 
 @KINDS

@@ -367,7 +367,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def form_for(self, x: Samples) -> SampleForm:
         """The form of the samples, completed by how the network takes them.  # S ..."""
         traits = self.task_network.examine(one_task(x))
-        return replace(self.form, keywords=traits.keywords, floats=traits.floats)
+        return replace(self.form, keywords=traits.keywords, floats=self.form.floats or traits.floats)
 
     def adapt(
         self,

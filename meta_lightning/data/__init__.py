@@ -2,6 +2,7 @@
 
 from meta_lightning.data.characters import Characters as Characters
 from meta_lightning.data.cifar_fs import CIFARFS as CIFARFS
+from meta_lightning.data.datasets import DatasetTasks as DatasetTasks
 from meta_lightning.data.fc100 import FC100 as FC100
 from meta_lightning.data.glyphs import Glyphs as Glyphs
 from meta_lightning.data.image_folder import ImageFolderTasks as ImageFolderTasks

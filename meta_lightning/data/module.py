@@ -14,8 +14,9 @@ from torch import Tensor
 from meta_lightning.checks import InputError, NamedOptions, from_command_line, plain, require_at_least, require_choice
 from meta_lightning.data.form import SampleForm, form_of
 from meta_lightning.data.loading import MetaBatches, MetaIterations, TaskLoader
-from meta_lightning.data.tasks import Count, FewShotTasks, LabelSpace, Split, TaskSet, least_and_most
-from meta_lightning.inner.params import tree_leaves
+from meta_lightning.data.tasks import Count, FewShotTasks, LabelSpace, ReadSamples, Split, TaskSet, least_and_most
+from meta_lightning.inner.params import tree_leaves, tree_map
+from meta_lightning.inner.samples import Samples
 
 T = TypeVar("T")
 
@@ -82,17 +83,20 @@ class TaskDataModule(NamedOptions, L.LightningDataModule, ABC):
         """The form of the samples, for adaptation and prediction."""
         return form_of(self.hparams, type(self))
 
-    def place(self, samples: Tensor) -> Tensor:
+    def place(self, samples: Samples | ReadSamples) -> Samples | ReadSamples:
         """Move samples to the training GPU if they fit into a quarter of its free memory and no workers load them."""
-        if samples.device.type != "cpu" and self.num_workers:
-            raise InputError(f"num_workers must be 0 for samples on {samples.device}, got {self.num_workers}")
-        device = self.trainer.strategy.root_device if self.trainer else samples.device
-        if device.type != "cuda" or samples.is_cuda or self.num_workers:
+        if isinstance(samples, ReadSamples):
+            return samples
+        at, size = tree_leaves(samples)[0].device, sum(tensor.nbytes for tensor in tree_leaves(samples))
+        if at.type != "cpu" and self.num_workers:
+            raise InputError(f"num_workers must be 0 for samples on {at}, got {self.num_workers}")
+        device = self.trainer.strategy.root_device if self.trainer else at
+        if device.type != "cuda" or at.type == "cuda" or self.num_workers:
             return samples
         free = torch.cuda.mem_get_info(device)[0]
-        if samples.nbytes < free / 4:
-            return samples.to(device)
-        sizes = f"({samples.nbytes / 1e9:.1f} GB) stay in CPU memory: {device} has {free / 1e9:.1f} GB free"
+        if size < free / 4:
+            return tree_map(lambda t: t.to(device), samples)
+        sizes = f"({size / 1e9:.1f} GB) stay in CPU memory: {device} has {free / 1e9:.1f} GB free"
         rank_zero_info(f"The samples {sizes}. Set num_workers above 0 to gather batches while training runs.")
         return samples
 
@@ -201,7 +205,7 @@ class ClassificationTasks(FewShotDataModule):
         require_at_least(2, ways=self.ways)
         least_and_most(self.ways_of("train"), "train_ways", 2)
         require_choice(get_args(LabelSpace), train_labels=self.train_labels)
-        self.placed: Tensor | None = None
+        self.placed: Samples | ReadSamples | None = None
         self.task_sets: dict[Split, FewShotTasks] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -230,7 +234,7 @@ class ClassificationTasks(FewShotDataModule):
         ways = {"ways": self.ways_of(split), "ways_argument": self.ways_argument(split)}
         return super().draws(split) | ways | {"label_space": self.train_labels if split == "train" else "task"}
 
-    def few_shot_tasks(self, split: Split, samples: Tensor, **described: Any) -> FewShotTasks:
+    def few_shot_tasks(self, split: Split, samples: Samples | ReadSamples, **described: Any) -> FewShotTasks:
         """``FewShotTasks`` of a split, over samples that all splits share; made once."""
         if self.placed is None:
             self.placed = self.place(samples)

@@ -67,29 +67,34 @@ class RandomSplit(TaskDataModule):
 class GivenSplit(RandomSplit):
     """A data module whose classes are split explicitly or at random."""
 
-    splits: Mapping[Split, Sequence[int]] | None = None
-    """Class numbers (for regression: numbers of the sets) of train, val and test. Numbers in no split are not used, and
-    a split that is not used may be missing (``fit`` uses val unless ``limit_val_batches`` is 0). Default: a random
-    split by ``split_fractions``, which the attribute then holds."""
+    splits: Mapping[Split, Sequence[int | str]] | None = None
+    """Classes of train, val and test, by number or by name (for regression: numbers of the sets). Those in no split are
+    not used, and a split that is not used may be missing (``fit`` uses val unless ``limit_val_batches`` is 0). Default:
+    a random split by ``split_fractions``. The attribute then holds the numbers."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.splits or () if name not in SPLITS]
         require(not unknown, f"splits must have the keys 'train', 'val' and 'test', got {unknown}")
         if self.splits is not None:  # before they are saved: weights_only checkpoints cannot hold arrays
-            self.splits = {split: [int(number) for number in part] for split, part in self.splits.items()}
+            self.splits = {
+                split: [str(member) if isinstance(member, str) else int(member) for member in part]
+                for split, part in self.splits.items()
+            }
         super().__post_init__()
 
-    def split(self, numbers: Sequence[int], what: str) -> None:
-        """Split these numbers, as given or at random; messages call them ``what``."""
+    def split(self, numbers: Sequence[int], what: str, names: Mapping[str, int] | None = None) -> None:
+        """Split these numbers, as given or at random; messages call them ``what``, and ``names`` maps to them."""
         self.drawn = self.splits is None
-        if self.splits is None:
-            self.splits = self.drawn_splits(numbers)
-        counts = Counter(number for part in self.splits.values() for number in part)
-        missing = sorted(set(counts) - set(numbers))
+        given = self.drawn_splits(numbers) if self.splits is None else self.splits
+        known: dict[int | str, int] = {number: number for number in numbers} | dict(names or {})
+        counts = Counter(member for part in given.values() for member in part)
+        missing = sorted(counts.keys() - known, key=str)
         require(not missing, f"splits must hold {what}, got {missing}, which do not occur")
+        counts = Counter(known[member] for part in given.values() for member in part)
         repeated = sorted(number for number, count in counts.items() if count > 1)
         require(not repeated, f"splits must hold {what} once each, got {repeated} more than once")
-        self.members = self.splits = {split: list(self.splits.get(split, [])) for split in SPLITS}
+        self.members = {split: [known[member] for member in given.get(split, ())] for split in SPLITS}
+        self.splits = self.members
 
     def require_members(self, split: Split, needs: Mapping[Split, int], refusal: str) -> None:
         """Refuse a random split with too few members, and say what would do."""

@@ -52,6 +52,21 @@ def group_of(class_name: str) -> str:
     return class_name.rpartition("/")[0] or class_name
 
 
+class ReadSamples(ABC):
+    """Samples that are read when tasks need them."""
+
+    @abstractmethod
+    def take(self, rows: list[int]) -> Samples:
+        """The samples with these numbers, on the CPU.  # -> len(rows) ..."""
+
+
+def taken(samples: Samples | ReadSamples, rows: Tensor) -> Samples:
+    """Samples by their numbers, on the device where they are."""
+    if isinstance(samples, ReadSamples):
+        return samples.take(rows.tolist())
+    return tree_map(lambda t: t.index_select(0, rows.to(t.device)), samples)
+
+
 class TaskSet(ABC):
     """The endless, numbered tasks of one split; task ``i`` depends on the seed, the split and ``i`` alone."""
 
@@ -120,7 +135,7 @@ class DrawnTasks(TaskSet):
 class FewShotTasks(DrawnTasks):
     """N-way K-shot classification tasks, described by learn2learn and gathered on the device of the samples."""
 
-    images: Tensor  # M C H W, or any samples; shared by all splits
+    images: Samples | ReadSamples  # M C H W, or any samples; shared by all splits
     labels: InitVar[Tensor]  # M: class number of each sample
     classes: Sequence[int]  # class numbers of this split
     ways: Count  # classes per task (N)
@@ -220,18 +235,23 @@ class FewShotTasks(DrawnTasks):
 
         def part(samples: slice) -> tuple[Tensor, Tensor]:
             index = rows[:, :, samples].flatten(1)  # T N*samples
-            x = self.images.index_select(0, index.flatten().to(self.images.device))
-            return x.unflatten(0, index.shape), labels[:, :, samples].flatten(1)
+            x = taken(self.images, index.flatten())
+            return tree_map(lambda t: t.unflatten(0, index.shape), x), labels[:, :, samples].flatten(1)
 
         support, query = self.parts(tasks)
         return TaskBatch(*part(support), *part(query))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the samples are."""
+        return torch.device("cpu") if isinstance(self.images, ReadSamples) else tree_leaves(self.images)[0].device
+
     def labels_of(self, tasks: Sequence[int], ways: int) -> Tensor:
         """The label of each class of these tasks, on the device of the samples.  # T N"""
         if self.label_space == "task":
-            return torch.arange(ways, device=self.images.device).expand(len(tasks), ways)
+            return torch.arange(ways, device=self.device).expand(len(tasks), ways)
         chosen = [self.choose(rng, ways) for rng in generators(self.entropy, tasks)]
-        return torch.from_numpy(np.stack(chosen)).to(self.images.device)
+        return torch.from_numpy(np.stack(chosen)).to(self.device)
 
 
 def as_task_batch(parts: Sequence[Samples]) -> TaskBatch:

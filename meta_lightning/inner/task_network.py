@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from meta_lightning.checks import require
 from meta_lightning.inner.exact import Exact, differentiable_attention
 from meta_lightning.inner.heads import ways_of
-from meta_lightning.inner.params import Params, of_network, tree_flatten, tree_map, tree_unflatten
+from meta_lightning.inner.params import Params, of_network, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from meta_lightning.inner.samples import (
     Padded,
     Samples,
@@ -77,7 +77,8 @@ class TaskNetwork:
     def examine(self, x: Samples, y: Samples | None = None) -> Traits:
         """Find the traits of network and loss in their present setting from the first task.  # T S ..., T S ..."""
         network, loss = self.owner.network, None if y is None else self.owner.loss
-        present, traits = (isinstance(x, Padded), *form(network, loss)), self.traits
+        kinds = tuple(tensor.is_floating_point() for tensor in tree_leaves(x))
+        present, traits = (isinstance(x, Padded), kinds, *form(network, loss)), self.traits
         # the forward of a network whose tasks go in turn changes its attributes itself
         if traits is not None and (present == self.examined or (traits.in_turn and len(present) == len(self.examined))):
             return traits
