@@ -52,10 +52,13 @@ def columns(names: list[str] | None = NAMES) -> Column:
 
 def huggingface() -> Any:
     datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed")
-    features = datasets.Features(
-        {"x": datasets.List(datasets.Value("float32")), "label": datasets.ClassLabel(names=NAMES)}
-    )
-    return datasets.Dataset.from_dict({"x": X.tolist(), "label": Y.tolist()}, features=features)
+    pyarrow = pytest.importorskip("pyarrow")
+    floats, label = datasets.Sequence(datasets.Value("float32")), datasets.ClassLabel(names=NAMES)
+    features = datasets.Features({"x": floats, "label": label})
+    table = pyarrow.table({"x": X.tolist(), "label": Y.tolist()}, schema=features.arrow_schema)
+    # with a fingerprint: its own hash of a table fails with some versions of pyarrow
+    info = datasets.DatasetInfo(features=features)
+    return datasets.Dataset(datasets.table.InMemoryTable(table), info=info, fingerprint="memory")
 
 
 SETS: dict[str, Callable[[], Any]] = {

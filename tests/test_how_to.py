@@ -66,6 +66,10 @@ def test_an_inner_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(rate.item() != pytest.approx(0.01, abs=1e-6) for rate in rates)  # they were learnt
 
 
+def test_samples_and_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    follow("samples.md", monkeypatch)
+
+
 def test_an_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     follow("algorithm.md", monkeypatch)
     checkpoint = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)

@@ -356,6 +356,7 @@ def test_any_structure_is_fitted_tested_adapted_and_saved(kind: type[MetaLearner
 def test_a_loss_that_sees_the_task_is_fitted_and_tested(kind: type[MetaLearner]) -> None:
     batch, learner = stack(wave_tasks()), learner_of(kind, smooth(), {}, loss=Wave())
     loader: Any = DataLoader([batch] * 2, batch_size=None)  # type: ignore[arg-type]
+    trainer().test(learner_of(kind, smooth(), {}, loss=Wave()), loader, verbose=False)  # without training
     trainer(max_epochs=1).fit(learner, loader)
     (tested,) = trainer().test(learner, loader, verbose=False)
     losses = []

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from meta_lightning.checks import InputError, require
@@ -45,7 +45,7 @@ class DatasetTasks(LabelledTasks):
 
     data_arguments = ("dataset", "labels")
 
-    dataset: Any = field(kw_only=False)
+    dataset: Dataset = field(kw_only=False)  # type: ignore[type-arg]  # of Dataset[Any] jsonargparse makes a Dataset
     """The data set."""
     labels: str | Sequence[int | str] | None = field(default=None, kw_only=False)
     """The class of each sample, as numbers or names, or the name of the column or attribute that holds them. Default:
@@ -65,7 +65,7 @@ class DatasetTasks(LabelledTasks):
         require(indexed, f"dataset must have a length and items by index, got {kind}")
         several = ", ".join(map(str, self.dataset)) if isinstance(self.dataset, Mapping) else ""
         require(not several, f"dataset must be one set, such as dataset['train'], got a {kind} of {several}")
-        count = len(self.dataset)
+        count = len(self.dataset)  # type: ignore[arg-type]
         require(count > 0, f"dataset must have items, got none in {kind}")
         reader = ItemReader(self.dataset, self.labels if isinstance(self.labels, str) else None, self.inputs)
         labels, names = reader.labels(self.labels)

@@ -68,9 +68,11 @@ class TaskDataModule(NamedOptions, L.LightningDataModule, ABC):
     def __post_init__(self) -> None:
         """Save the options for checkpoints and check their ranges."""
         super().__init__()
-        self.save_hyperparameters(ignore=self.data_arguments, logger=False)
+        # configurations describe data by class paths, in plain values
+        left_out = () if from_command_line() else self.data_arguments
+        self.save_hyperparameters(ignore=left_out, logger=False)
         saved = {**self.hparams, **({} if from_command_line() else constructor_arguments(self))}
-        self.hparams.update({name: plain(v) for name, v in saved.items() if name not in self.data_arguments})
+        self.hparams.update({name: plain(v) for name, v in saved.items() if name not in left_out})
         for name in ("meta_batch_size", "epoch_length", "val_tasks", "test_tasks"):
             require_at_least(1, **{name: getattr(self, name)})
         require_at_least(0, seed=self.seed, num_workers=self.num_workers)

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from meta_lightning.checks import require
 from meta_lightning.data.module import FewShotDataModule, options
 from meta_lightning.data.splits import GivenSplit
-from meta_lightning.data.tasks import SPLITS, Array, DrawnTasks, Split, TaskBatch, TaskSet
+from meta_lightning.data.tasks import SPLITS, DrawnTasks, Split, TaskBatch, TaskSet, taken
 from meta_lightning.data.tensors import samples
+from meta_lightning.inner.params import tree_leaves, tree_map
+from meta_lightning.inner.samples import Samples, as_floats, collated, length
 
 
 @options
@@ -27,24 +29,27 @@ class RegressionTasks(GivenSplit, FewShotDataModule):
 
     data_arguments = ("tasks",)
 
-    tasks: Sequence[tuple[Tensor | Array, Tensor | Array]] = field(kw_only=False)
-    """The sets: pairs of inputs and targets, of any number M of points. Floating-point inputs and all targets get the
-    default dtype of torch, uint8 inputs are scaled to [0, 1], and scalars become vectors of length 1.  # M ..., M D"""
+    tasks: Sequence[tuple[Any, Any]] = field(kw_only=False)
+    """The sets: pairs of inputs and targets, of any number M of points: tensors, arrays, DataFrames, or nests of dicts
+    and tuples of these. Floating-point inputs and all targets get the default dtype of torch, uint8 inputs are scaled
+    to [0, 1], and scalars become vectors of length 1.  # M ..., M D"""
     shots: int = 10
     queries: int = 10
 
     def __post_init__(self) -> None:
         """Convert the sets to tensors and split them."""
         super().__post_init__()
-        self.sets: list[tuple[Tensor, Tensor]] = []
+        self.sets: list[tuple[Samples, Samples]] = []
         for number, task in enumerate(self.tasks):
             require(len(task) == 2, f"tasks must hold pairs of inputs and targets, got {len(task)} parts in {number}")
             x, y = (samples(part, f"{name} of task {number}") for part, name in zip(task, "xy", strict=True))
-            require(len(x) == len(y), f"x and y of task {number} must have one length, got {len(x)} and {len(y)}")
-            y = y.to(torch.get_default_dtype())
-            self.sets.append((x.unsqueeze(1) if x.ndim == 1 else x, y.unsqueeze(1) if y.ndim == 1 else y))
+            lengths = [*dict.fromkeys(len(tensor) for tensor in tree_leaves((x, y)))]
+            came = " and ".join(map(str, lengths))
+            require(len(lengths) == 1, f"x and y of task {number} must have one length, got {came}")
+            y = as_floats(y)
+            self.sets.append(tree_map(lambda t: t.unsqueeze(1) if t.ndim == 1 else t, (x, y)))
         self.tasks = self.sets  # releases the original arrays
-        forms = [[(list(part.shape[1:]), part.dtype) for part in pair] for pair in self.sets]
+        forms = [[form_of_each(part) for part in pair] for pair in self.sets]
         for number, form in enumerate(forms):
             require(form == forms[0], f"tasks must have the form {forms[0]} of task 0, got {form} in task {number}")
         self.split(range(len(self.sets)), "numbers of tasks")
@@ -56,8 +61,8 @@ class RegressionTasks(GivenSplit, FewShotDataModule):
         sets = {number: self.sets[number] for number in self.members[split]}
         require(bool(sets), refusal)
         tasks = PointTasks([*sets.values()], **self.draws(split))
-        smallest = min(sets, key=lambda number: len(sets[number][0]))
-        tasks.require_samples(len(sets[smallest][0]), f"points of task {smallest}")
+        smallest = min(sets, key=lambda number: length(sets[number][0]))
+        tasks.require_samples(length(sets[smallest][0]), f"points of task {smallest}")
         return tasks
 
 
@@ -65,7 +70,7 @@ class RegressionTasks(GivenSplit, FewShotDataModule):
 class PointTasks(DrawnTasks):
     """Numbered draws of points from sets."""
 
-    sets: Sequence[tuple[Tensor, Tensor]]  # M ..., M D
+    sets: Sequence[tuple[Samples, Samples]]  # M ..., M D
 
     def batch(self, tasks: Sequence[int]) -> TaskBatch:
         """Points of these tasks' sets.  # T K ..., T K D, T Q ..., T Q D"""
@@ -75,8 +80,16 @@ class PointTasks(DrawnTasks):
         drawn = []
         for task in tasks:
             turn, place = divmod(task, len(self.sets))
-            x, y = self.sets[orders[turn][place]]
-            rows = torch.from_numpy(self.rng(task).choice(len(x), self.drawn, replace=False))
-            drawn.append((x[rows.to(x.device)], y[rows.to(y.device)]))
-        x, y = (torch.stack(part) for part in zip(*drawn, strict=True))
-        return TaskBatch(*(part[:, samples] for samples in self.parts(tasks) for part in (x, y)))
+            pair = self.sets[orders[turn][place]]
+            rows = torch.from_numpy(self.rng(task).choice(length(pair), self.drawn, replace=False))
+            drawn.append(taken(pair, rows))
+        both = collated(drawn)
+        support, query = (tree_map(lambda t, part=part: t[:, part], both) for part in self.parts(tasks))
+        return TaskBatch(*support, *query)
+
+
+def form_of_each(part: Samples) -> Any:
+    """Shape and dtype of each tensor, for messages.  # M ..."""
+    if isinstance(part, dict):
+        return {name: form_of_each(value) for name, value in part.items()}
+    return tuple(map(form_of_each, part)) if isinstance(part, tuple) else (list(part.shape[1:]), part.dtype)

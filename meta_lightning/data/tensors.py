@@ -126,7 +126,7 @@ def as_tensor(values: Any, name: str) -> Tensor:
                 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
                 values = torch.from_numpy(np.ascontiguousarray(values))
         except (TypeError, ValueError) as error:
-            kinds = getattr(values, "dtypes", None)  # of the columns of a DataFrame
+            kinds: Any = getattr(values, "dtypes", None)  # of the columns of a DataFrame
             columns = (
                 [str(column) for column, kind in kinds.items() if kind.kind not in "biufc"]
                 if hasattr(kinds, "items")

@@ -120,7 +120,8 @@ class Traits(NamedTuple):
                 Exact(),
                 warnings.catch_warnings(action="ignore"),
             ):
-                x, y = (tree_map(lambda t: t.detach().clone(), part) for part in (x, () if y is None else y))
+                parts = x, () if y is None else y, () if seen is None else valid(seen)
+                x, y, seen = (tree_map(lambda t: t.detach().clone(), part) for part in parts)
                 # other than θ, so that what still computes with θ is seen
                 params = {name: 1.1 * p.detach() for name, p in network.named_parameters() if p.requires_grad}
                 traits = traits.with_floats(network, params, x)
@@ -151,7 +152,7 @@ class Traits(NamedTuple):
                     traits = traits.with_padding(network, params, x, drawn)
                 traits = traits.with_state(network, one, before, params, x, drawn)
                 if y != () and isinstance(loss, TaskLoss):
-                    traits = traits.with_task_loss(loss, network, calls.seen, params, valid(seen), y)
+                    traits = traits.with_task_loss(loss, network, calls.seen, params, seen, y)
                 elif y != () and isinstance(loss, nn.Module):
                     # as many outputs as a head start makes
                     fit = torch.arange(rows, device=device) % predictions.shape[1] if rows else slice(None)
