@@ -42,7 +42,6 @@ from meta_lightning.inner.state import (
     taken_back,
 )
 from meta_lightning.inner.task_loss import TaskLoss, TaskPredictor
-from meta_lightning.networks.batch_statistics import batch_norms
 from meta_lightning.random_states import random_states, set_random_states
 
 MISSING = object()
@@ -149,7 +148,7 @@ class Traits(NamedTuple):
                     missing = "the dimension of the tasks, or of the features, is missing"
                     require(x.ndim > 1, f"{came} which the network takes as one sample: {missing}")
                 if padded:
-                    traits = traits.with_padding(network, params, x, drawn)
+                    traits = traits.with_padding(network, calls.seen, params, x, drawn)
                 traits = traits.with_state(network, one, before, params, x, drawn)
                 if y != () and isinstance(loss, TaskLoss):
                     traits = traits.with_task_loss(loss, network, calls.seen, params, seen, y)
@@ -168,7 +167,7 @@ class Traits(NamedTuple):
         floats = self._replace(floats=True)
         return floats if floats.takes(network, params, x) else self
 
-    def with_padding(self, network: nn.Module, params: Params, x: Samples, drawn: Any) -> "Traits":
+    def with_padding(self, network: nn.Module, called: set[Any], params: Params, x: Samples, drawn: Any) -> "Traits":
         """Complete them by whether a sample's prediction depends on the other samples of its task."""
         outputs = []
         device = tree_leaves(x)[0].device
@@ -179,7 +178,7 @@ class Traits(NamedTuple):
             predicted = self.forward(copied(network), params, tree_map(lambda t, order=order: t[order], x))
             outputs.append(flat(tree_map(lambda t: t[: len(rows) // 2 + 1], predicted)).detach())
         affects = greatest(outputs[0] - outputs[1]) > RTOL * greatest(outputs[1])
-        if not affects and not batch_norms(network):  # of which a single sample shows nothing
+        if not affects and F.batch_norm not in called:  # of which a single sample shows nothing
             return self
         reason = "tasks are of unequal size, and in the network the samples of a task affect each other"
         return self._replace(mixes=True, looped=self.looped or reason)
