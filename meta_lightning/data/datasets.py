@@ -178,9 +178,14 @@ class ItemReader(ReadSamples):
             raise InputError(f"labels must be numbers or names, got {type(label).__name__} in item {number}")
         return label
 
-    def sample_of(self, number: int) -> Samples:
+    def items(self, numbers: Sequence[int]) -> Sequence[Any]:
+        """Items of the data set, at once if it can."""
+        at_once = getattr(self.dataset, "__getitems__", None)  # torch's convention
+        read: Sequence[Any] = [self.dataset[number] for number in numbers] if at_once is None else at_once(numbers)
+        return read
+
+    def sample_of(self, item: Any, number: int) -> Samples:
         """The sample in an item, as tensors."""
-        item = self.dataset[number]
         if isinstance(item, Mapping):
             names = [name for name in item if name != self.column and name not in COLUMNS]
             if self.inputs is not None:
@@ -195,7 +200,8 @@ class ItemReader(ReadSamples):
 
     def take(self, rows: Sequence[int]) -> Samples:
         """The samples with these numbers.  # len(rows) ..."""
-        read = [self.sample_of(self.rows[row]) for row in rows]
+        numbers = [self.rows[row] for row in rows]
+        read = [self.sample_of(item, number) for item, number in zip(self.items(numbers), numbers, strict=True)]
         for row, sample in zip(rows, read, strict=True):
             shapes = shapes_of(sample)
             self.shapes = self.shapes or shapes
