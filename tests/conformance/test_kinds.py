@@ -198,7 +198,7 @@ def test_samples_stay_in_their_range() -> None:
 def test_values_that_callbacks_change_do_not_examine_anew(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     learner = FOMAML(made(Net), inner_lr=RATE, inner_steps=STEPS)
     examined, of = [], Traits.of
-    monkeypatch.setattr(Traits, "of", lambda *args: (examined.append(1), of(*args))[1])
+    monkeypatch.setattr(Traits, "of", lambda *args, **options: (examined.append(1), of(*args, **options))[1])
     for step in range(3):
         new = {"t": value["t"] + step} if isinstance(value, dict) else value + step
         learner.network.temperature = new  # type: ignore[union-attr,assignment]
@@ -206,12 +206,12 @@ def test_values_that_callbacks_change_do_not_examine_anew(value: Any, monkeypatc
     assert len(examined) == 1
 
 
-def test_a_network_must_return_a_tensor() -> None:
+def test_a_network_must_return_tensors() -> None:
     class Two(Net):
         def forward(self, x: Tensor) -> Any:
             return super().forward(x), 1
 
-    with pytest.raises(InputError, match="network must return a tensor, got tuple"):
+    with pytest.raises(InputError, match=r"network must return tensors, or something with logits; .*output .*got tuple"):
         ours("FOMAML", made(Two), batch())
 
 
@@ -794,9 +794,22 @@ def test_mixed_precision_of_parameters(algorithm: str) -> None:
             torch.testing.assert_close(after[key], theta + 0.1 * (expected[key] - theta))
 
 
-def test_integer_samples_are_refused_by_a_network_of_floating_point() -> None:
-    with pytest.raises(InputError, match=r"x must be floating-point unless the network embeds it, got torch.int64"):
-        ours("FOMAML", made(Net), batch(tokens=True))
+def test_integer_samples_are_features_of_a_network_of_floating_point() -> None:
+    tokens, network = batch(tokens=True), made(Net)
+    floats = tokens._replace(support_x=tokens.support_x.double(), query_x=tokens.query_x.double())
+    got, expected = (ours("FOMAML", network, each) for each in (tokens, floats))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_integer_samples_are_refused_by_a_network_that_takes_no_numbers_of_theirs() -> None:
+    class Picky(Net):
+        def forward(self, x: Tensor) -> Any:
+            if x.dtype != torch.float16:
+                raise TypeError("half precision")
+            return super().forward(x)
+
+    with pytest.raises(InputError, match=r"x must be floating-point unless the network embeds it, got torch.int64.*half"):
+        ours("FOMAML", made(Picky), batch(tokens=True))
 
 
 def test_a_submodule_may_be_called_inner_rates() -> None:
