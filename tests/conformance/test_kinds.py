@@ -211,7 +211,9 @@ def test_a_network_must_return_tensors() -> None:
         def forward(self, x: Tensor) -> Any:
             return super().forward(x), 1
 
-    with pytest.raises(InputError, match=r"network must return tensors, or something with logits; .*output .*got tuple"):
+    with pytest.raises(
+        InputError, match=r"network must return tensors, or something with logits; .*output .*got tuple"
+    ):
         ours("FOMAML", made(Two), batch())
 
 
@@ -808,7 +810,9 @@ def test_integer_samples_are_refused_by_a_network_that_takes_no_numbers_of_their
                 raise TypeError("half precision")
             return super().forward(x)
 
-    with pytest.raises(InputError, match=r"x must be floating-point unless the network embeds it, got torch.int64.*half"):
+    with pytest.raises(
+        InputError, match=r"x must be floating-point unless the network embeds it, got torch.int64.*half"
+    ):
         ours("FOMAML", made(Picky), batch(tokens=True))
 
 
