@@ -1,4 +1,7 @@
-"""The command line, killed so many seconds into a meta-iteration: killed_fit.py STEP SECONDS fit …; -1 for never."""
+"""The command line, killed so many seconds into a meta-iteration: killed_fit.py STEP SECONDS fit …; -1 for never.
+
+RECORD_FROM and COMPILE_FROM, where they are set, are the numbers of meta-iterations from which "auto" does so.
+"""
 
 import os
 import signal
@@ -10,6 +13,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from meta_lightning.cli import main
+from meta_lightning.inner import passes
 
 
 class DropoutMLP(nn.Module):
@@ -44,5 +48,7 @@ class Terminate(L.Callback):
 
 if __name__ == "__main__":
     step, seconds, *arguments = sys.argv[1:]
+    for name in ("RECORD_FROM", "COMPILE_FROM"):
+        setattr(passes, name, int(os.environ.get(name, getattr(passes, name))))
     callbacks = ["--trainer.callbacks+=killed_fit.Kill", f"--trainer.callbacks.step={step}"]
     main([*arguments, *callbacks, f"--trainer.callbacks.seconds={seconds}"])
