@@ -7,6 +7,7 @@ from torch import nn
 
 from meta_lightning.adaptation.predictor import Predictor
 from meta_lightning.data.tasks import Array
+from meta_lightning.inner.samples import Output
 from meta_lightning.train import load_learner
 
 try:
@@ -27,6 +28,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         checkpoint: Path of the checkpoint, or ``hub:NAME`` for one that comes with the package.
         steps: Inner steps. Default: the checkpoint's ``test_inner_steps``.
         network: A network with the architecture of the trained one; required if that was built in Python.
+        output: The function ``output`` of the learner, if it was passed in Python.
 
     Attributes:
         classes_: The classes, sorted.
@@ -36,14 +38,21 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         InputError: In ``fit``, as ``load_learner`` and ``MetaLearner.adapt``.
     """
 
-    def __init__(self, checkpoint: str, steps: int | None = None, network: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: str,
+        steps: int | None = None,
+        network: nn.Module | None = None,
+        output: Output | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.steps = steps
         self.network = network
+        self.output = output
 
     def fit(self, X: Array, y: Array) -> "FewShotClassifier":
         """Adapt to samples and their classes, numbers or names.  # S ..., S"""
-        learner = load_learner(self.checkpoint, self.network)
+        learner = load_learner(self.checkpoint, self.network, output=self.output)
         size, channels = learner.form.image_size, learner.form.channels
         self.shape_ = None if size is None or channels is None else (channels, size, size)
         check_classification_targets(y)

@@ -14,6 +14,7 @@ from meta_lightning.checks import require_choice
 from meta_lightning.data.tasks import TaskBatch
 from meta_lightning.inner.heads import HeadStart
 from meta_lightning.inner.rules import InnerRule
+from meta_lightning.inner.samples import Output
 from meta_lightning.inner.task_network import Loss
 from meta_lightning.outer.update import OuterOptimizer
 from meta_lightning.runs.checkpoint_file import restore
@@ -67,6 +68,7 @@ def load_learner(
     loss: Loss | None = None,
     inner_rule: InnerRule | None = None,
     head_start: HeadStart | None = None,
+    output: Output | None = None,
 ) -> MetaLearner:
     """Load the learner of a checkpoint, of any algorithm, on the CPU and in evaluation mode.
 
@@ -77,9 +79,17 @@ def load_learner(
         loss: The loss, if it was passed in Python: checkpoints do not store it.
         inner_rule: The inner rule, if its class cannot be imported.
         head_start: The head start, if its class cannot be imported.
+        output: The function ``output``, if it was passed in Python.
 
     Raises:
         InputError: If the file is not a checkpoint of a learner, or ``network`` is missing or does not match.
     """
-    learner: MetaLearner = restore(path, network=network, loss=loss, inner_rule=inner_rule, head_start=head_start)
+    objects: dict[str, Any] = {
+        "network": network,
+        "loss": loss,
+        "inner_rule": inner_rule,
+        "head_start": head_start,
+        "output": output,
+    }
+    learner: MetaLearner = restore(path, **objects)
     return learner

@@ -182,7 +182,7 @@ def test_small_classes_are_left_out_by_name() -> None:
         (Targets(), {"labels": [1, 2]}, r"labels must hold one per item of dataset, 120, got 2"),
         (TensorDataset(X, X), {}, r"labels must be numbers or names, got Tensor in item 0"),
         ([{"x": [1.0], "kind": 1}], {}, r"labels must name a key of the items, which have x, kind, got None"),
-        ([(torch.rand(3 + i % 2), i % 2) for i in range(20)], {}, r"samples of one shape.*\[4\] in item 1 after \[3\]"),
+        ([(torch.rand(3 + i % 2), i % 2) for i in range(20)], {}, r"samples of one shape.*\[4\], .* in item 1 after \[3\]"),
         (Targets(), {"queries": 9}, r"shots \+ queries must be at most 6, .*largest class, got 10"),
         (Targets(), {"splits": {"train": ["class 1"]}}, r"splits must hold classes, got \['class 1'\]"),
     ],

@@ -52,7 +52,7 @@ def test_labels_come_back_in_their_own_type(checkpoint: str, drawings: tuple[Arr
 def test_cross_validation_clone_and_grid_search(checkpoint: str, drawings: tuple[Array, Array]) -> None:
     x, y = drawings
     classifier = FewShotClassifier(checkpoint, steps=2)
-    assert clone(classifier).get_params() == {"checkpoint": checkpoint, "steps": 2, "network": None}
+    assert clone(classifier).get_params() == {"checkpoint": checkpoint, "steps": 2, "network": None, "output": None}
     scores = cross_val_score(classifier, x, y, cv=3, error_score="raise")
     assert scores.shape == (3,)
     assert all(0 <= score <= 1 for score in scores)

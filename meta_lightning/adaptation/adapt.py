@@ -18,7 +18,7 @@ from meta_lightning.data.tasks import Array
 from meta_lightning.data.tensors import samples
 from meta_lightning.inner.copies import copied
 from meta_lightning.inner.params import Params, tree_leaves, tree_map
-from meta_lightning.inner.samples import Output, Samples, call, length, shapes_of
+from meta_lightning.inner.samples import Output, Samples, call, length, shapes_of, structure_of
 from meta_lightning.networks.batch_statistics import freeze_statistics
 
 
@@ -101,9 +101,14 @@ def outputs_of(forward: Callable[[], Samples], inputs: Samples, classes: int) ->
     """Number of outputs of a classifier."""
     try:
         with torch.no_grad():
-            shape = tree_leaves(forward())[0].shape
-    except (RuntimeError, ValueError) as error:
+            made = forward()
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise InputError(f"x must hold samples that fit the network, got {shapes_of(inputs)}: {error}") from None
+    came = f"got {structure_of(made)}"
+    require(
+        isinstance(made, Tensor), f"output must make one tensor of class scores of what the network returns, {came}"
+    )
+    shape = made.shape
     expected = f"y must be floating-point regression targets, since the network's outputs have shape {list(shape)}"
     require(len(shape) == 2 and shape[1] >= 2, f"{expected}; got {classes} classes")
     return int(shape[1])

@@ -40,13 +40,13 @@ class Predictor(nn.Module):
     Args:
         network: The adapted network, including its statistics.
         class_names: Class names, one per output; None for regression.
-        example: A sample, in the structure of those that it was adapted to.  # 1 ...
+        example: One sample, in the structure that the network takes.  # 1 ...
         form: Preprocessing of the training samples.
         description: Class path and arguments of the network; None if it was built in Python.
         output: Function that makes predictions of what the network returns, see ``MetaLearner``.
 
     Shapes:
-        Input ``S …``, samples as in the data set: uint8 pixels, floating-point, or nests as in training. Output
+        Input ``S …``, samples as in the data set: uint8 pixels, floating-point, or nests that the network takes. Output
         ``S N``, the logits of the classes; for regression ``S …``.
     """
 
@@ -98,7 +98,7 @@ class Predictor(nn.Module):
             require(ours == came, f"x must have the structure of the support set, {ours}, got {came}")
         x = self.form.check(x)
         device = next(self.parameters()).device
-        starts = range(0, length(x), AT_ONCE)
+        starts = range(0, max(length(x), 1), AT_ONCE)  # also of no samples
         parts = [tree_map(lambda t, i=i: t[i : i + AT_ONCE].to(device), x) for i in starts]
         return torch.cat([self(part).softmax(1) for part in parts])
 
@@ -126,6 +126,7 @@ class Predictor(nn.Module):
             "class_names": self.class_names,
             "sample_shape": described(self.example),
             "network": self.description,
+            "output": (self.network if isinstance(self.network, Combined) else self).output is not None,
         }
         if isinstance(self.network, Combined):
             values |= {"groups": len(self.network.networks), "keywords": self.network.keywords}
@@ -151,7 +152,9 @@ class Predictor(nn.Module):
         metadata, shapes = read_description(Path(path))
         names = ("class_names", "sample_shape", "form", "network")
         class_names, sample_shape, form, description = (json.loads(metadata[name]) for name in names)
-        keywords = json.loads(metadata.get("keywords", "false"))  # of the networks of groups
+        # of the networks of groups; neither is in files of former versions
+        keywords, lost = (json.loads(metadata.get(name, "false")) for name in ("keywords", "output"))
+        require(output is not None or not lost, f"output must be given, as to the learner: {path} has no functions")
         if network is None:
             missing = f"network must be given: it was built in Python, and {path} does not describe it"
             require(description is not None, missing)

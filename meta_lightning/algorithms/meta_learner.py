@@ -64,8 +64,9 @@ from meta_lightning.inner.samples import (
     is_real,
     length,
     one_task,
+    padded_with,
 )
-from meta_lightning.inner.state import release, setting, unchanged
+from meta_lightning.inner.state import identity, release, setting, unchanged
 from meta_lightning.inner.task_loss import TaskLoss
 from meta_lightning.inner.task_network import Loss, TaskNetwork, default_loss, ignored_class
 from meta_lightning.networks.batch_statistics import with_batch_statistics
@@ -189,8 +190,11 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         most = self.greatest_outer_lr
         require(outer_lr <= most, f"outer_lr of {type(self).__name__} must be in (0, {most:g}], got {outer_lr}")
         require_at_least(1, inner_steps=inner_steps, test_inner_steps=test_inner_steps)
-        learnt = [name for name, p in loss.named_parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
-        require(not learnt, f"loss must have no trainable parameters, which belong into the network, got {learnt}")
+        for argument, part in (("loss", loss), ("output", output)):
+            own = part.named_parameters() if isinstance(part, nn.Module) else ()
+            learnt = [name for name, p in own if p.requires_grad]
+            expected = f"{argument} must have no trainable parameters, which belong into the network"
+            require(not learnt, f"{expected}, got {learnt}")
         require_not_compiled(network=network, loss=loss)
         self.automatic_optimization = False
         self.inner_lr, self.inner_steps, self.test_inner_steps = inner_lr, inner_steps, test_inner_steps
@@ -310,10 +314,15 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             numbers = [v for n, v in vars(self).items() if isinstance(v, int | float) and not n.startswith("_")]
             frozen = frozenset(self.inner_frozen), frozenset(self.outer_frozen)
             parts = *setting(self.inner_rule, None), *setting(self.head_start, None)
-            return function.__name__, *numbers, *frozen, *parts, *setting(self.network, self.loss), *theta
+            calls = identity(self.output), self.keywords
+            return function.__name__, *numbers, *frozen, *parts, *calls, *setting(self.network, self.loss), *theta
 
         support: Support = stacked[0]
-        in_turn = self.task_network.examine(support.x, support.y).in_turn
+        traits = self.task_network.examine(support.x, support.y)
+        in_turn = traits.in_turn
+        # where padding is taken away, its number is read: no graph can be recorded
+        sizes = isinstance(support.x, Padded) and (traits.mixes or self.loss is not default_loss)
+        compiled = compiled and not sizes and self.passes.how != "never"
         repeats = getattr(self, "recompute_inner_steps", False) and self.second_order
         require(not (in_turn and repeats), f"recompute_inner_steps must be off, since {in_turn}, got on")
         with self.task_network.around():
@@ -323,7 +332,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
                 parameters=sum(p.numel() for p in theta.values()),
                 most=1 if in_turn else None,
                 # anomaly mode reads values
-                key=read if compiled and self.passes.how != "never" and not torch.is_anomaly_enabled() else None,
+                key=read if compiled and not torch.is_anomaly_enabled() else None,
                 buffers=self.network.buffers,
             )
         if in_turn:
@@ -435,7 +444,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         self.outer_update.take_options(self.trainer.optimizers)
         data = self.data_module()
         if isinstance(data, TaskDataModule):
-            self.form = data.sample_form()
+            self.form = replace(data.sample_form(), keywords=self.form.keywords, floats=self.form.floats)
         labels = data.train_labels if isinstance(data, ClassificationTasks) else self.train_labels
         expected = f"data.train_labels must be {self.train_labels!r} to train {type(self).__name__}"
         require(labels == self.train_labels, f"{expected}, got {labels!r}")
@@ -455,7 +464,13 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         self.passes.choose(to_come, shapes, self.device, self.trainer.strategy)
 
     def on_train_batch_start(self, batch: TaskBatch, batch_idx: int) -> None:
-        """Warn once about parameters without gradient."""
+        """Complete the form of the samples, and warn once about parameters without gradient."""
+        if batch_idx == 0:
+            pixels = any(tensor.dtype == torch.uint8 for tensor in tree_leaves(nest_of(batch[0], "support_x")))
+            with self.trainer.precision_plugin.forward_context():
+                traits = self.task_network.examine(*as_task_batch(batch)[:2])
+            self.form = replace(self.form, keywords=traits.keywords, floats=traits.floats)
+            self.form = replace(self.form, pixels=True) if pixels else self.form
         if not self.gradients_checked:
             with self.trainer.precision_plugin.forward_context():
                 unused = self.without_gradient(as_task_batch(batch))
@@ -464,10 +479,6 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
                 ways, outputs = data.most_ways("train"), self.task_network.examine(*as_task_batch(batch)[:2]).outputs
                 enough = self.train_labels != "task" or ways <= outputs
                 require(enough, f"network must give an output for each class: expected at least {ways}, got {outputs}")
-            if any(tensor.dtype == torch.uint8 for tensor in tree_leaves(nest_of(batch[0], "support_x"))):
-                self.form = replace(self.form, pixels=True)
-            traits = self.task_network.examine(*as_task_batch(batch)[:2])
-            self.form = replace(self.form, keywords=traits.keywords, floats=traits.floats)
             if unused:
                 rank_zero_warn(f"The loss does not depend on these parameters: {', '.join(unused)}")
             self.gradients_checked = True
@@ -651,10 +662,11 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: TaskBatch, batch_idx: int) -> Samples:
-        """Class probabilities (for regression: predictions) of the queries.  # T R N, T R D"""
+        """Class probabilities (for regression: predictions) of the queries, ``Padded`` as these.  # T R N, T R D"""
         batch = as_task_batch(batch)
-        *_, answers = self.answers(batch, first=self.evaluation.begin(batch))
-        return answers.predictions if is_real(batch.query_y) else answers.predictions.softmax(2)
+        *_, (predictions, _) = self.answers(batch, first=self.evaluation.begin(batch))
+        classes = isinstance(predictions, Tensor) and not is_real(batch.query_y)
+        return padded_with(predictions.softmax(2) if classes else predictions, batch.query_y)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the algorithm's name, the form of the samples, how passes run, the tasks that fit and the counters."""
@@ -662,6 +674,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         checkpoint["algorithm"] = type(self).__name__
         checkpoint["tasks_that_fit"] = self.passes.tasks_that_fit
         checkpoint["passes"] = self.passes.how
+        checkpoint["output"] = self.output is not None
         checkpoint["skipped"] = torch.stack(self.outer_update.counters())
 
     def accept(self, checkpoint: dict[str, Any]) -> None:
@@ -675,6 +688,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         form = checkpoint.get("form")  # not in those of version 0.1
         self.form = SampleForm(**form) if form else form_of(checkpoint.get("datamodule_hyper_parameters", {}))
         self.description = network_description(checkpoint.get("hyper_parameters", {}))
+        lost = checkpoint.get("output", False) and self.output is None
+        require(not lost, "output must be given, as in training: a function is not in the checkpoint, got None")
         if self.fitting:  # other machines may have more memory
             self.passes.tasks_that_fit = checkpoint.get("tasks_that_fit")
             self.passes.kept = checkpoint.get("passes")

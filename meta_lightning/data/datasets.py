@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
@@ -20,12 +21,13 @@ from meta_lightning.data.module import options
 from meta_lightning.data.tasks import SPLITS, ReadSamples, least_and_most
 from meta_lightning.data.tensors import LabelledTasks, numbered_classes, samples
 from meta_lightning.inner.params import tree_leaves, tree_map
-from meta_lightning.inner.samples import Samples, collated, shapes_of
+from meta_lightning.inner.samples import Samples, collated, form_of_sample, structure_of
 
 # of data sets: attributes with the labels of torchvision's, and columns of Hugging Face's
 ATTRIBUTES = ("targets", "labels", "_labels", "y")
 COLUMNS = ("label", "labels", "target", "y")
 SHOWN = 5  # classes in a warning
+READ = 8  # items that are read several times, to see whether they are the same each time
 
 
 @options
@@ -74,8 +76,8 @@ class DatasetTasks(LabelledTasks):
         rows = self.rows_of_large_classes(numbers, by_number)
         reader.rows = rows
         kept = numbers[torch.tensor(rows)]
-        named = [by_number[number] for number in kept.tolist()] if by_number else kept
-        self.describe_samples(reader.all() if self.fits(reader) else reader, named)
+        names = [by_number[number] for number in range(len(by_number))]
+        self.describe_samples(reader.all() if self.fits(reader) else reader, kept, names)
 
     def rows_of_large_classes(self, numbers: Tensor, names: Mapping[int, str]) -> list[int]:
         """The items whose class has enough samples for the tasks of every split; warn about the others."""
@@ -94,17 +96,19 @@ class DatasetTasks(LabelledTasks):
         if self.splits is not None:
             left_out = {*small} | {names[number] for number in small if number in names}
             self.splits = {split: [m for m in part if m not in left_out] for split, part in self.splits.items()}
-        return [row for row, number in enumerate(numbers.tolist()) if number not in {*small}]
+        large = counts.keys() - {*small}
+        return [row for row, number in enumerate(numbers.tolist()) if number in large]
 
     def fits(self, reader: "ItemReader") -> bool:
         """Whether to keep all samples in memory."""
         if self.in_memory is not None:
             return self.in_memory
-        first, again = reader.take([0]), reader.take([0])
-        same = all(map(torch.equal, tree_leaves(first), tree_leaves(again)))
-        size = len(reader.rows) * sum(tensor.nbytes for tensor in tree_leaves(first))
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if same and size < free / 4:
+        rows = range(min(READ, len(reader.rows)))
+        with isolate_rng():
+            first, *again = (tree_leaves(reader.take(rows)) for _ in range(3))
+        same = all(torch.equal(*pair) for other in again for pair in zip(first, other, strict=True))
+        size = len(reader.rows) * sum(tensor.nbytes for tensor in first) // len(rows)
+        if same and size < (free := free_memory()) / 4:
             return True
         why = "differ from time to time" if not same else f"take {size / 1e9:.1f} GB, with {free / 1e9:.1f} GB free"
         rank_zero_info(f"Samples are read when a task needs them, since they {why}: num_workers reads ahead")
@@ -118,6 +122,14 @@ class DatasetTasks(LabelledTasks):
         if not pictures or x.shape[2] != x.shape[3]:
             return form
         return replace(form, pixels=True, image_size=x.shape[2], channels=x.shape[1])
+
+
+def free_memory() -> int:
+    """Bytes; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 class ItemReader(ReadSamples):
@@ -159,6 +171,9 @@ class ItemReader(ReadSamples):
                 values = values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
                 numbers = values.dtype.kind in "iu"
                 return values, classes if numbers and len(classes) > values.max() else None
+        pairs = not isinstance(dataset[0], Mapping)
+        expected = f"labels must name a column or an attribute of dataset with a label per item, got {given!r}"
+        require(given is None or not pairs, expected)
         items = range(len(dataset))
         read = [self.label_of(dataset[i], i) for i in tqdm(items, "Reading labels", disable=None, leave=False)]
         return read, None
@@ -193,7 +208,8 @@ class ItemReader(ReadSamples):
                 missing = [name for name in names if name not in item]
                 require(not missing, f"inputs must be keys of the items, {', '.join(item)}, got {', '.join(missing)}")
             parts = {name: as_tensors(item[name], f"{name} of item {number}") for name in names}
-            return parts[names[0]] if len(names) == 1 and not isinstance(self.inputs, list) else parts
+            single = len(names) == 1 and (self.inputs is None or isinstance(self.inputs, str))
+            return parts[names[0]] if single else parts
         if isinstance(item, tuple | list) and len(item) > 1:
             item = item[0] if len(item) == 2 else tuple(item[:-1])
         return as_tensors(item, f"item {number}")
@@ -203,9 +219,9 @@ class ItemReader(ReadSamples):
         numbers = [self.rows[row] for row in rows]
         read = [self.sample_of(item, number) for item, number in zip(self.items(numbers), numbers, strict=True)]
         for row, sample in zip(rows, read, strict=True):
-            shapes = shapes_of(sample)
+            shapes = structure_of(tree_map(lambda t: t[None], sample), form_of_sample)
             self.shapes = self.shapes or shapes
-            expected = "dataset must give samples of one shape, to which a transform may pad or resize them"
+            expected = "dataset must give samples of one shape and type, to which a transform may pad or resize them"
             came = f"got {shapes} in item {self.rows[row]} after {self.shapes}"
             require(shapes == self.shapes, f"{expected}, {came}")
         return samples(collated(read), "samples of dataset")
@@ -227,7 +243,7 @@ def as_tensors(value: Any, what: str) -> Samples:
     if isinstance(value, tuple):
         return tuple(as_tensors(part, what) for part in value)
     if isinstance(value, Image):
-        pixels = np.asarray(value)
+        pixels = np.asarray(value.convert({"P": "RGB", "1": "L"}.get(value.mode, value.mode)))
         return torch.from_numpy(np.array(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)))
     try:
         return torch.as_tensor(np.asarray(value))

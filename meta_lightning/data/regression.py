@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from meta_lightning.checks import require
 from meta_lightning.data.module import FewShotDataModule, options
@@ -12,7 +13,7 @@ from meta_lightning.data.splits import GivenSplit
 from meta_lightning.data.tasks import SPLITS, DrawnTasks, Split, TaskBatch, TaskSet, taken
 from meta_lightning.data.tensors import samples
 from meta_lightning.inner.params import tree_leaves, tree_map
-from meta_lightning.inner.samples import Samples, as_floats, collated, length
+from meta_lightning.inner.samples import Samples, as_floats, collated, form_of_sample, length, structure_of
 
 
 @options
@@ -32,7 +33,7 @@ class RegressionTasks(GivenSplit, FewShotDataModule):
     tasks: Sequence[tuple[Any, Any]] = field(kw_only=False)
     """The sets: pairs of inputs and targets, of any number M of points: tensors, arrays, DataFrames, or nests of dicts
     and tuples of these. Floating-point inputs and all targets get the default dtype of torch, uint8 inputs are scaled
-    to [0, 1], and scalars become vectors of length 1.  # M ..., M D"""
+    to [0, 1], and scalars become vectors of length 1; targets in nests keep type and shape.  # M ..., M D"""
     shots: int = 10
     queries: int = 10
 
@@ -46,10 +47,9 @@ class RegressionTasks(GivenSplit, FewShotDataModule):
             lengths = [*dict.fromkeys(len(tensor) for tensor in tree_leaves((x, y)))]
             came = " and ".join(map(str, lengths))
             require(len(lengths) == 1, f"x and y of task {number} must have one length, got {came}")
-            y = as_floats(y)
-            self.sets.append(tree_map(lambda t: t.unsqueeze(1) if t.ndim == 1 else t, (x, y)))
+            self.sets.append((vectors(x), vectors(as_floats(y) if isinstance(y, Tensor) else y)))
         self.tasks = self.sets  # releases the original arrays
-        forms = [[form_of_each(part) for part in pair] for pair in self.sets]
+        forms = [structure_of(pair, form_of_sample) for pair in self.sets]
         for number, form in enumerate(forms):
             require(form == forms[0], f"tasks must have the form {forms[0]} of task 0, got {form} in task {number}")
         self.split(range(len(self.sets)), "numbers of tasks")
@@ -88,8 +88,6 @@ class PointTasks(DrawnTasks):
         return TaskBatch(*support, *query)
 
 
-def form_of_each(part: Samples) -> Any:
-    """Shape and dtype of each tensor, for messages.  # M ..."""
-    if isinstance(part, dict):
-        return {name: form_of_each(value) for name, value in part.items()}
-    return tuple(map(form_of_each, part)) if isinstance(part, tuple) else (list(part.shape[1:]), part.dtype)
+def vectors(part: Samples) -> Samples:
+    """Scalars as vectors of length 1; nests stay as they are.  # M -> M 1"""
+    return part.unsqueeze(1) if isinstance(part, Tensor) and part.ndim == 1 else part

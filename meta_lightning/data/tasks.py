@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from meta_lightning.checks import InputError, require
 from meta_lightning.data.streams import generators
 from meta_lightning.inner.params import tree_leaves, tree_map
-from meta_lightning.inner.samples import Padded, Samples, collated, length, structure_of, values_of
+from meta_lightning.inner.samples import Padded, Samples, collated, form_of_sample, length, structure_of, values_of
 
 Array = npt.NDArray[Any]
 Split = Literal["train", "val", "test"]
@@ -267,6 +267,10 @@ def as_task_batch(parts: Sequence[Samples]) -> TaskBatch:
     if fields != TaskBatch._fields and {*fields} == {*TaskBatch._fields}:
         raise InputError(f"batches must be a tuple ({', '.join(TaskBatch._fields)}), got ({', '.join(fields)})")
     batch = TaskBatch(*(nest_of(part, name) for name, part in zip(TaskBatch._fields, parts, strict=True)))
+    padded = [isinstance(part, Padded) for part in batch]
+    require(
+        all(padded) or not any(padded), f"batches must have all four parts Padded or none, got {padded}; see pad_tasks"
+    )
     shape = list(tree_leaves(batch.support_x)[0].shape)
     for name, part in batch._asdict().items():
         sizes = {tensor.shape[:2] for tensor in tree_leaves(part)}
@@ -286,9 +290,11 @@ def as_task_batch(parts: Sequence[Samples]) -> TaskBatch:
 
 def nest_of(part: Any, name: str) -> Samples:
     """A tensor, or a nest of dicts and tuples of tensors, from any mappings and sequences."""
+    if isinstance(part, Mapping | tuple | list) and not part:
+        raise InputError(f"{name} must hold tensors, got an empty {type(part).__name__}")
     if isinstance(part, Mapping):
         return {key: nest_of(value, f"{name}[{key!r}]") for key, value in part.items()}
-    if isinstance(part, tuple | list) and part:
+    if isinstance(part, tuple | list):
         values = [nest_of(value, f"{name}[{i}]") for i, value in enumerate(part)]
         return Padded(*values) if isinstance(part, Padded) else tuple(values)
     if not isinstance(part, Tensor):
@@ -311,40 +317,47 @@ def pad_tasks(tasks: Sequence[Sequence[Samples]]) -> TaskBatch:
         tasks: Support samples, support targets, query samples and query targets of each task.  # of S ..., R ...
 
     Returns:
-        The batch, whose samples and targets are ``Padded`` unless all tasks are of one size.
+        The batch, whose parts are ``Padded`` unless all tasks are of one size.
 
     Raises:
         InputError: If a task has other parts, samples and targets of it differ in number, or it has no samples.
     """
-    parts: list[Samples] = []
+    require(len(tasks) > 0, "tasks must hold at least 1, got 0")
     for number, task in enumerate(tasks):
         require(len(task) == 4, f"tasks must hold ({', '.join(TaskBatch._fields)}), got {len(task)} parts in {number}")
     names = TaskBatch._fields
     of_tasks = [
-        [nest_of(part, f"{n} of task {i}") for n, part in zip(names, task, strict=True)] for i, task in enumerate(tasks)
+        [nest_of(part, f"{name} of task {number}") for name, part in zip(names, task, strict=True)]
+        for number, task in enumerate(tasks)
     ]
+    parts: list[tuple[Samples, Tensor]] = []  # values and mask
     for x in (0, 2):
         sizes: list[int] = []
         for number, task in enumerate(of_tasks):
-            lengths = {len(tensor) for tensor in tree_leaves(task[x : x + 2])}
-            came = f"{sorted(lengths)} in task {number}"
-            require(len(lengths) == 1, f"{names[x]} and {names[x + 1]} must have one length, got {came}")
-            require(min(lengths) > 0, f"{names[x]} must have samples in every task, got none in task {number}")
-            sizes += lengths
+            shapes = [tensor.shape for tensor in tree_leaves(task[x : x + 2])]
+            lengths = {shape[0] if shape else None for shape in shapes}
+            came = f"{sorted(map(str, lengths))} in task {number}"
+            require(
+                len(lengths) == 1 and None not in lengths,
+                f"{names[x]} and {names[x + 1]} must have one length, got {came}",
+            )
+            require(0 not in lengths, f"{names[x]} must have samples in every task, got none in task {number}")
+            sizes.append(shapes[0][0])
         most = max(sizes)
         rows = [torch.where(torch.arange(most) < size, torch.arange(most), 0) for size in sizes]
         mask = torch.stack([torch.arange(most) < size for size in sizes])
         for part in (x, x + 1):
-            filled = [
-                tree_map(lambda t, r=r: t[r.to(t.device)], task[part]) for task, r in zip(of_tasks, rows, strict=True)
-            ]
-            forms = [structure_of(task, lambda t: f"{list(t.shape[1:])} {t.dtype}") for task in filled]
+            own = [task[part] for task in of_tasks]
+            filled = [tree_map(lambda t, r=r: t[r.to(t.device)], task) for task, r in zip(own, rows, strict=True)]
+            forms = [structure_of(task, form_of_sample) for task in filled]
             for number, form in enumerate(forms):
                 expected = f"{names[part]} must have one form in all tasks but for the number of samples"
                 require(form == forms[0], f"{expected}, got {forms[0]} in task 0 and {form} in task {number}")
             values = collated(filled)
-            parts.append(values if len({*sizes}) == 1 else Padded(values, mask.to(tree_leaves(values)[0].device)))
-    return TaskBatch(*parts)
+            parts.append((values, mask.to(tree_leaves(values)[0].device)))
+    if all(bool(mask.all()) for _, mask in parts):
+        return TaskBatch(*(values for values, _ in parts))
+    return TaskBatch(*(Padded(*part) for part in parts))
 
 
 def scale_pixels(x: Samples) -> Samples:

@@ -1,6 +1,7 @@
 """Classification tasks over arrays."""
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any
@@ -62,9 +63,16 @@ def numbered_classes(labels: Any, names: Sequence[str] | None = None) -> tuple[T
         return torch.from_numpy(numbers), dict(enumerate(distinct.tolist()))
     integers = values.dtype.kind in "iub"
     hint = "; RegressionTasks takes real targets" if values.dtype.kind in "fc" else ""
-    came = f"torch.{values.dtype}" if hint else values.dtype
+    came = f"torch.{values.dtype}" if hint else str(values.dtype)
     require(integers, f"y must hold integer class numbers or names, got {came}{hint}")
-    return torch.from_numpy(values.astype(np.int64)), dict(enumerate(map(str, names or ())))
+    names = [*map(str, names or ())]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    require(
+        not repeated, f"names of classes must differ, got {', '.join(repeated)} more than once: pass labels as numbers"
+    )
+    outside = sorted({*values.tolist()} - {*range(len(names))}) if names else []
+    require(not outside, f"labels must be numbers of the {len(names)} named classes, got {outside}")
+    return torch.from_numpy(values.astype(np.int64)), dict(enumerate(names))
 
 
 @options

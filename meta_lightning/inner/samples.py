@@ -57,7 +57,7 @@ def values_of(samples: Samples) -> Samples:
 
 
 def padded_like(predictions: Samples, mask: Tensor) -> Samples:
-    """Predictions of the valid samples of one task, in their places; padding repeats others.  # s ..., S -> S ..."""
+    """Predictions of the valid samples of one task, put back in their places.  # s ..., S -> S ..."""
     places = (mask.cumsum(0) - 1).clamp(min=0)
     return tree_map(lambda t: t[places], predictions)
 
@@ -84,9 +84,11 @@ def by_keywords(network: nn.Module, x: Samples) -> bool:
     """Whether the network's forward takes every key of these samples as a keyword."""
     if not isinstance(x, Mapping):
         return False
-    parameters = inspect.signature(network.forward).parameters.values()
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return {*x} <= named or any(p.kind is p.VAR_KEYWORD for p in parameters)
+    try:
+        inspect.signature(network.forward).bind(**x)
+    except TypeError:
+        return False
+    return True
 
 
 def prediction_of(returned: Any, output: Output | None) -> Samples:
@@ -117,6 +119,11 @@ def structure_of(samples: Samples, leaf: Callable[[Tensor], str] = lambda _: "*"
     if isinstance(samples, tuple):
         return f"({', '.join(structure_of(part, leaf) for part in samples)})"
     return leaf(samples)
+
+
+def form_of_sample(tensor: Tensor) -> str:
+    """Shape of one sample and dtype, for messages and comparisons.  # S ..."""
+    return f"{list(tensor.shape[1:])}, {tensor.dtype}"
 
 
 def shapes_of(samples: Samples) -> str:

@@ -41,7 +41,10 @@ class TaskLoss(nn.Module, ABC):
     """
 
     def inputs(self, x: Samples) -> Samples:
-        """The part of the samples that the network takes, of which it makes predictions. Default: all of them."""
+        """The part of a task's samples that the network takes. Default: all of them.  # S ... -> S ...
+
+        ``adapt`` takes all; the predictor takes this part only.
+        """
         return x
 
     @abstractmethod

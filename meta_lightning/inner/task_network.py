@@ -18,13 +18,13 @@ from meta_lightning.inner.samples import (
     Padded,
     Samples,
     collated,
-    first_task,
     length,
     padded_like,
+    structure_of,
     valid,
     values_of,
 )
-from meta_lightning.inner.state import form, hooked_parameters
+from meta_lightning.inner.state import form, hooked_parameters, identity
 from meta_lightning.inner.task_loss import TaskLoss, TaskPredictor
 from meta_lightning.inner.traits import Traits
 
@@ -49,7 +49,7 @@ def ignored_class(loss: Any) -> int:
 
 
 def default_loss(predictions: Tensor, targets: Tensor | Padded) -> Tensor:
-    """Mean squared error for floating-point targets, cross-entropy for class numbers; of what is no padding."""
+    """Mean squared error for floating-point targets, cross-entropy for class numbers; both ignore padding."""
     if not isinstance(targets, Padded):
         return (
             F.mse_loss(predictions, targets) if targets.is_floating_point() else F.cross_entropy(predictions, targets)
@@ -69,7 +69,7 @@ class TaskNetwork:
         self.traits: Traits | None = None
         self.examined: tuple[Any, ...] = ()  # the form of network and loss that has these traits
         self.known: dict[tuple[Any, ...], Traits] = {}  # of training and evaluation
-        self.modules: list[nn.Module] = []  # of the network; kept, since forms hold their ids
+        self.modules: list[Any] = []  # of the network, and the loss; kept, since forms hold their ids
         self.loops_over_tasks = False
         self.said: set[str] = set()
         self.shapes_checked: set[tuple[torch.Size, torch.Size]] = set()
@@ -78,18 +78,21 @@ class TaskNetwork:
         """Find the traits of network and loss in their present setting from the first task.  # T S ..., T S ..."""
         network, loss = self.owner.network, None if y is None else self.owner.loss
         kinds = tuple(tensor.is_floating_point() for tensor in tree_leaves(x))
-        present, traits = (isinstance(x, Padded), kinds, *form(network, loss)), self.traits
+        of_samples = structure_of(x), kinds, isinstance(x, Padded), identity(getattr(self.owner, "output", None))
+        present, traits = (of_samples, *form(network, loss)), self.traits
         # the forward of a network whose tasks go in turn changes its attributes itself
         if traits is not None and (present == self.examined or (traits.in_turn and len(present) == len(self.examined))):
             return traits
-        if self.modules != (modules := [*network.modules()]):
+        if self.modules != (modules := [*network.modules(), self.owner.loss]):
             self.modules, self.known = modules, {}
         if present not in self.known:
             head = getattr(self.owner, "head_start", None)
             rows = 0 if y is None or head is None or not head.computed else ways_of(y, ignored_class(loss))
             called: dict[str, Any] = {name: getattr(self.owner, name, None) for name in ("keywords", "output")}
-            task = first_task(self.inputs(x)), None if y is None else first_task(y)
-            self.known[present] = Traits.of(network, loss, *task, rows, seen=first_task(x), **called)
+            largest = int(x.mask.sum(1).argmax()) if isinstance(x, Padded) else 0  # shows most
+            seen, targets = tree_map(lambda t: t[largest], (x, () if y is None else y))
+            targets = None if y is None else targets
+            self.known[present] = Traits.of(network, loss, self.inputs(seen), targets, rows, seen=seen, **called)
         self.examined, self.traits = present, self.known[present]
         self.loops_over_tasks = bool(self.traits.looped or self.traits.in_turn)
         self.say("Tasks run in a loop, since ", self.traits.looped)
@@ -101,7 +104,7 @@ class TaskNetwork:
         return self.traits
 
     def inputs(self, x: Samples) -> Samples:
-        """What the network takes of samples: of those of a TaskLoss, a part.  # T S ..."""
+        """What the network takes of the samples of a task: of those of a TaskLoss, a part.  # S ..."""
         if not isinstance(self.owner.loss, TaskLoss):
             return x
         return Padded(self.owner.loss.inputs(x.values), x.mask) if isinstance(x, Padded) else self.owner.loss.inputs(x)
@@ -116,11 +119,12 @@ class TaskNetwork:
         """Predictions of every task with its own parameters.  # T S ... -> T S ..."""
         if self.traits is None:
             self.examine(x)
-        return self.over_tasks(self.predict_task, params, self.inputs(x))
+        return self.over_tasks(self.predict_task, params, x)
 
     def predict_task(self, params: Params, x: Samples) -> Samples:
         """Predictions of one task, those of padding included.  # S ... -> S ..."""
         assert self.traits is not None
+        x = self.inputs(x)
         if isinstance(x, Padded) and self.traits.mixes:
             return padded_like(self.predict_valid(params, valid(x)), x.mask)
         return self.predict_valid(params, values_of(x))
@@ -157,7 +161,7 @@ class TaskNetwork:
 
         hook = module.register_forward_pre_hook(note, with_kwargs=True)
         try:
-            of_tasks: Tensor = self.over_tasks(features_of_task, params, self.inputs(x))
+            of_tasks: Tensor = self.over_tasks(features_of_task, params, x)
             return of_tasks
         finally:
             hook.remove()
@@ -185,8 +189,7 @@ class TaskNetwork:
         at_once = max(1, length(query_x, 1) // (length(support_x, 1) + 1))
         starts = range(0, length(query_x, 1), at_once)
         parts = [tree_map(lambda t, i=i: t[:, i : i + at_once], query_x) for i in starts]
-        support = self.inputs(support_x)
-        answers = [self.over_tasks(predict_alone, params, support, self.inputs(part)) for part in parts]
+        answers = [self.over_tasks(predict_alone, params, support_x, part) for part in parts]
         return tree_map(lambda *of_parts: torch.cat(of_parts, dim=1), *answers)
 
     def losses(self, predictions: Samples, targets: Samples) -> Tensor:

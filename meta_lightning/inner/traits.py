@@ -119,7 +119,8 @@ class Traits(NamedTuple):
                 Exact(),
                 warnings.catch_warnings(action="ignore"),
             ):
-                parts = x, () if y is None else y, () if seen is None else valid(seen)
+                given = y is not None  # and the loss with them
+                parts = x, y if given else (), () if seen is None else valid(seen)
                 x, y, seen = (tree_map(lambda t: t.detach().clone(), part) for part in parts)
                 # other than θ, so that what still computes with θ is seen
                 params = {name: 1.1 * p.detach() for name, p in network.named_parameters() if p.requires_grad}
@@ -130,9 +131,10 @@ class Traits(NamedTuple):
                 with Calls() as calls, layers_started(one) as started:
                     try:
                         predictions = traits.forward(one, params, x)
-                    except (RuntimeError, TypeError, ValueError) as error:
+                    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
                         require_floating_point(x, error)
-                        require_fitting(network, keywords, x, error)
+                        if not isinstance(x, Tensor) or isinstance(loss, TaskLoss):
+                            raise unfitting(network, keywords, x, error) from None
                         return traits  # an error of the network itself, which training shows as well
                 drawn = random_states(device)
                 vectors = isinstance(predictions, Tensor) and predictions.ndim == 2
@@ -150,35 +152,42 @@ class Traits(NamedTuple):
                 if padded:
                     traits = traits.with_padding(network, calls.seen, params, x, drawn)
                 traits = traits.with_state(network, one, before, params, x, drawn)
-                if y != () and isinstance(loss, TaskLoss):
+                if given and isinstance(loss, TaskLoss):
                     traits = traits.with_task_loss(loss, network, calls.seen, params, seen, y)
-                elif y != () and isinstance(loss, nn.Module):
+                elif given and isinstance(loss, nn.Module):
                     # as many outputs as a head start makes
-                    fit = torch.arange(rows, device=device) % predictions.shape[1] if rows else slice(None)
-                    traits = traits.with_loss(loss, predictions[:, fit] if rows else predictions, y)
+                    if rows and isinstance(predictions, Tensor):
+                        predictions = predictions[:, torch.arange(rows, device=device) % predictions.shape[1]]
+                    traits = traits.with_loss(loss, predictions, y)
                 return traits.compared(network, params, x, drawn)
         finally:
             set_random_states(states, device)
 
     def with_floats(self, network: nn.Module, params: Params, x: Samples) -> "Traits":
-        """Complete them by whether integers have to be floating point for the network."""
+        """Add whether integers have to be floating point for the network."""
         if all(t.is_floating_point() for t in tree_leaves(x)) or self.takes(network, params, x):
             return self
         floats = self._replace(floats=True)
         return floats if floats.takes(network, params, x) else self
 
     def with_padding(self, network: nn.Module, called: set[Any], params: Params, x: Samples, drawn: Any) -> "Traits":
-        """Complete them by whether a sample's prediction depends on the other samples of its task."""
+        """Add whether a sample's prediction depends on the other samples of its task."""
         outputs = []
         device = tree_leaves(x)[0].device
         rows = torch.arange(len(tree_leaves(x)[0]), device=device)
-        # the last half of the samples replaced, which leaves the number of them
-        for order in (rows, rows % (len(rows) // 2 + 1)):
+        kept = len(rows) // 2 + 1
+
+        def others(t: Tensor) -> Tensor:  # the last samples replaced, which leaves the number of them
+            replaced = t[rows % kept]
+            return torch.cat([replaced[:kept], 0.9 * replaced[kept:] if t.is_floating_point() else replaced[kept:]])
+
+        for seen in (x, tree_map(others, x)):
             set_random_states(drawn, device)
-            predicted = self.forward(copied(network), params, tree_map(lambda t, order=order: t[order], x))
-            outputs.append(flat(tree_map(lambda t: t[: len(rows) // 2 + 1], predicted)).detach())
+            predicted = self.forward(copied(network), params, seen)
+            outputs.append(flat(tree_map(lambda t: t[:kept], predicted)).detach())
         affects = greatest(outputs[0] - outputs[1]) > RTOL * greatest(outputs[1])
-        if not affects and F.batch_norm not in called:  # of which a single sample shows nothing
+        # one or two samples show nothing
+        if not affects and F.batch_norm not in called and len(rows) > kept:
             return self
         reason = "tasks are of unequal size, and in the network the samples of a task affect each other"
         return self._replace(mixes=True, looped=self.looped or reason)
@@ -220,7 +229,7 @@ class Traits(NamedTuple):
     def with_task_loss(
         self, loss: TaskLoss, network: nn.Module, called: set[Any], params: Params, x: Samples, y: Samples
     ) -> "Traits":
-        """Complete them by what a loss does that sees the task."""
+        """Add what a loss does that sees the task."""
         # by torch.func, as losses of physics take it: the gradient of a gradient under vmap
         reason = "a TaskLoss may differentiate the network, and vmap is wrong for derivatives of its normalisation"
         traits = self._replace(looped=self.looped or reason) if called & NORMALISATIONS else self
@@ -372,12 +381,12 @@ def require_floating_point(x: Samples, error: Exception) -> None:
     require(not dtypes, f"{expected}, got {', '.join(map(str, dtypes))}, of which it says: {error}")
 
 
-def require_fitting(network: nn.Module, keywords: bool, x: Samples, error: Exception) -> None:
-    """Raise InputError for nests that a network does not take."""
+def unfitting(network: nn.Module, keywords: bool, x: Samples, error: Exception) -> InputError:
+    """The error of samples that a network does not take."""
     takes = f"as {'keywords' if keywords else 'one argument'} of forward{inspect.signature(network.forward)}"
     part = ", or inputs of a TaskLoss must give the part that it takes"
     expected = f"network must take samples of the structure {structure_of(x)} {takes}{part}"
-    require(isinstance(x, Tensor), f"{expected}, got {type(error).__name__}: {error}")
+    return InputError(f"{expected}, got {type(error).__name__}: {error}")
 
 
 def reason_to_loop(network: nn.Module, before: dict[str, Any], after: dict[str, Any]) -> str:

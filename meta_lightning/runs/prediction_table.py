@@ -13,7 +13,7 @@ from meta_lightning.data.loading import class_names_of
 from meta_lightning.data.tasks import as_task_batch, tasks_of
 from meta_lightning.files import written_whole
 from meta_lightning.inner.params import tree_leaves, tree_map
-from meta_lightning.inner.samples import padded_with, valid
+from meta_lightning.inner.samples import valid
 
 
 class PredictionTable(L.Callback):
@@ -30,8 +30,7 @@ class PredictionTable(L.Callback):
         query_y = as_task_batch(batch).query_y
         names = class_names_of(trainer.predict_dataloaders, batch_idx, tasks_of(batch))
         for number, of_task in enumerate(names):
-            answers, y = tree_map(lambda t, i=number: t[i].cpu(), (outputs, query_y))
-            answers, y = valid(padded_with(answers, y)), valid(y)
+            answers, y = map(valid, tree_map(lambda t, i=number: t[i].cpu(), (outputs, query_y)))
             values = torch.cat([rows_of(part) for part in tree_leaves(answers)], 1)
             # targets in nests have no columns of their own
             self.tasks.append((values, rows_of(y) if isinstance(y, Tensor) else values[:, :0], of_task))
