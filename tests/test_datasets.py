@@ -182,7 +182,11 @@ def test_small_classes_are_left_out_by_name() -> None:
         (Targets(), {"labels": [1, 2]}, r"labels must hold one per item of dataset, 120, got 2"),
         (TensorDataset(X, X), {}, r"labels must be numbers or names, got Tensor in item 0"),
         ([{"x": [1.0], "kind": 1}], {}, r"labels must name a key of the items, which have x, kind, got None"),
-        ([(torch.rand(3 + i % 2), i % 2) for i in range(20)], {}, r"samples of one shape.*\[4\], .* in item 1 after \[3\]"),
+        (
+            [(torch.rand(3 + i % 2), i % 2) for i in range(20)],
+            {},
+            r"one shape.*\[4\], .* in item 1 after \[3\]",
+        ),
         (Targets(), {"queries": 9}, r"shots \+ queries must be at most 6, .*largest class, got 10"),
         (Targets(), {"splits": {"train": ["class 1"]}}, r"splits must hold classes, got \['class 1'\]"),
     ],
@@ -252,3 +256,53 @@ def test_integers_stay_integers_for_a_network_that_embeds_them() -> None:
     learner = MAML(Embedded(), inner_steps=1)
     trainer(max_steps=2).fit(learner, DatasetTasks(TensorDataset(x, Y), **QUICK))
     assert not learner.form.floats
+
+
+def test_numbers_of_classes_stay_those_of_the_set() -> None:
+    class Animals(Targets):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classes = ["zebra", "dog", "ant", *NAMES[3:]]
+
+    splits = {"train": [0, 1], "val": ["ant", 3], "test": [4, 5]}
+    data = DatasetTasks(Animals(), splits=splits, **QUICK)
+    assert data.task_set("train").names == ["zebra", "dog"]
+    assert data.task_set("val").names == ["ant", NAMES[3]]
+    twice = Animals()
+    twice.classes[1] = "zebra"
+    with pytest.raises(ValueError, match=r"names of classes must differ, got zebra more than once"):
+        DatasetTasks(twice, **QUICK)
+    with pytest.raises(ValueError, match=r"labels must be numbers of the 20 named classes, got \[-1\]"):
+        DatasetTasks(Column({"x": X.tolist(), "label": [-1, *Y.tolist()[1:]]}, NAMES), **QUICK)
+
+
+def test_samples_of_another_type_are_refused() -> None:
+    items = [([1, 2] if i == 0 else [0.5, 0.25], i % 2) for i in range(20)]
+    for in_memory in (True, False):
+        with pytest.raises(ValueError, match=r"one shape and type.*float64 in item \d+ after \[2\], torch.int64"):
+            DatasetTasks(items, in_memory=in_memory, **QUICK).task_set("train").batch([*range(9)])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_augmentation_that_is_rare_is_not_frozen(seed: int) -> None:
+    class Flipped(Targets):
+        def __getitem__(self, index: int) -> Any:
+            x, y = super().__getitem__(index)
+            return (x.flip(0) if torch.rand(()) < 0.5 else x), y
+
+    torch.manual_seed(seed)
+    before = torch.get_rng_state()
+    assert isinstance(DatasetTasks(Flipped(), **QUICK).samples, ReadSamples)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_labels_that_nothing_has_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"labels must name a column or an attribute .*got 'fime'"):
+        DatasetTasks(Targets(), "fime", **QUICK)
+
+
+def test_pictures_of_a_palette_are_colours() -> None:
+    image = Image.fromarray(np.full((4, 4, 3), (200, 10, 30), np.uint8)).convert("P")
+    data = DatasetTasks([(image, n % 20) for n in range(120)], **QUICK)
+    assert data.samples.shape == (120, 3, 4, 4)
+    assert abs(int(data.samples[0, 0, 0, 0]) - 200) < 30

@@ -480,3 +480,128 @@ def test_padding_repeats_samples_of_the_task() -> None:
     assert torch.equal(batch.support_x.values[0, 5], batch.support_x.values[0, 0])
     equal = pad_tasks([unequal_tasks()[0]] * 2)
     assert all(isinstance(part, Tensor) for part in equal)
+
+
+# ------------------------------------------------------------------------------------------------- what a review found
+
+
+class Centred(nn.Module):
+    """A network whose samples affect each other, without any layer that says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.body(x)
+        logits: Tensor = self.head((z - z.mean(0)).tanh())
+        return logits
+
+
+def points(*sizes: tuple[int, int]) -> list[Task]:
+    return [(torch.randn(n, 6), torch.randn(n, 3), torch.randn(m, 6), torch.randn(m, 3)) for n, m in sizes]
+
+
+@KINDS
+@pytest.mark.parametrize("sizes", [((5, 7), (5, 6)), ((5, 6), (7, 6)), ((1, 5), (4, 2)), ((2, 5), (4, 2))])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.filterwarnings("ignore:Tasks run in a loop")
+def test_padding_affects_no_sample_whichever_part_is_padded(
+    kind: type[MetaLearner], sizes: tuple[tuple[int, int], ...], norm: bool
+) -> None:
+    layers = nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Tanh(), nn.Linear(8, 3)
+    network = nn.Sequential(*layers) if norm else Centred()
+    if norm and sizes[0][0] == 1:
+        sizes = ((2, 5), *sizes[1:])  # one sample has no variance
+    tasks = points(*sizes)
+    expected = literal(dict(network.named_parameters()), tasks, of_predictions(network, F.mse_loss), kind.__name__)
+    assert error(ours(learner_of(kind, network, {}), pad_tasks(tasks)), expected) < EXACT
+
+
+def test_a_part_that_is_padded_alone_is_refused() -> None:
+    batch = pad_tasks(points((5, 7), (5, 6)))
+    assert all(isinstance(part, Padded) for part in batch)
+    with pytest.raises(ValueError, match=r"all four parts Padded.*or none, got \[False, True, True, True\]"):
+        as_task_batch(batch._replace(support_x=batch.support_x.values))
+
+
+class Coefficients(TaskLoss):
+    """Samples whose last column is a coefficient of the task."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        return x[:, :1]
+
+    def forward(self, network: TaskPredictor, x: Tensor, y: Tensor) -> Tensor:
+        return ((network(x[:, :1]) - y) * x[:, 1:]).square().mean()
+
+
+@KINDS
+def test_the_part_that_a_network_takes_is_of_one_task(kind: type[MetaLearner]) -> None:
+    x, y = torch.rand(TASKS, 2, 2), torch.rand(TASKS, 2, 1)
+    batch, learner = TaskBatch(x, y, x, y), learner_of(kind, smooth(), {}, loss=Coefficients())
+    loader: Any = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+    trainer(max_epochs=1).fit(learner, loader)
+    trainer().test(learner, loader, verbose=False)
+    predictor = learner.adapt(x[0], y[0])
+    torch.testing.assert_close(
+        predictor(x[1, :, :1]), learner.forward_with_weights(x[1], learner.eval().inner_update(x[0], y[0]))
+    )
+
+
+def test_a_loss_that_names_no_part_is_refused_before_training() -> None:
+    class Whole(Coefficients):
+        def inputs(self, x: Tensor) -> Tensor:
+            return x
+
+    x = torch.rand(TASKS, 3, 2)
+    with pytest.raises(ValueError, match=r"network must take samples .*inputs of a TaskLoss must give the part"):
+        ours(learner_of(MAML, smooth(), {}, loss=Whole()), TaskBatch(x, x[..., :1], x, x[..., :1]))
+
+
+def test_a_function_of_the_output_is_not_lost(tmp_path: Any) -> None:
+    def second(returned: Tensor) -> Tensor:
+        return returned[:, 2:]
+
+    learner, y = MAML(nn.Linear(4, 4), output=second, inner_steps=1), torch.arange(2)
+    x = torch.rand(1, 2, 4)
+    fitting = trainer(max_epochs=1)
+    fitting.fit(learner, DataLoader([TaskBatch(x, y[None], x, y[None])], batch_size=None))  # type: ignore[arg-type]
+    fitting.save_checkpoint(tmp_path / "output.ckpt")
+    with pytest.raises(ValueError, match="output must be given"):
+        load_learner(tmp_path / "output.ckpt", nn.Linear(4, 4))
+    predictor = load_learner(tmp_path / "output.ckpt", nn.Linear(4, 4), output=second).adapt(x[0], y)
+    predictor.save(tmp_path / "output.safetensors")
+    with pytest.raises(ValueError, match="output must be given"):
+        Predictor.load(tmp_path / "output.safetensors", nn.Linear(4, 4))
+    learner.output = None  # is seen at once
+    assert learner.forward_with_weights(x[0], learner.inner_update(x[0], y)).shape == (2, 4)
+    with pytest.raises(ValueError, match=r"output must have no trainable parameters.*weight"):
+        MAML(nn.Linear(4, 4), output=nn.Linear(4, 2))
+
+
+def test_a_second_fit_keeps_how_samples_are_taken() -> None:
+    x, y = torch.randint(9, (TASKS, 3, 6)), torch.arange(3).expand(TASKS, 3)
+    learner = MAML(MLP(6, [8], 3), inner_steps=1)
+    loader: Any = DataLoader([TaskBatch(x, y, x, y)], batch_size=None)  # type: ignore[arg-type]
+    for _ in range(2):
+        trainer(max_epochs=1).fit(learner, loader)
+        assert (learner.form.floats, learner.form.keywords) == (True, False)
+        assert learner(x[0]).shape == (3, 3)
+
+
+def test_keywords_are_those_that_forward_needs() -> None:
+    class Open(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, batch: dict[str, Tensor], **options: Any) -> Tensor:
+            logits: Tensor = self.head(batch["x"])
+            return logits
+
+    x, y = torch.rand(TASKS, 3, 4), torch.arange(3).expand(TASKS, 3)
+    tasks: list[Task] = [({"x": each}, y[0], {"x": each}, y[0]) for each in x]
+    network = Open()
+    losses = lambda p, t, x, y: F.cross_entropy(functional_call(network, p, (x,)), y)  # noqa: E731
+    expected = literal(dict(network.named_parameters()), tasks, losses, "MAML")
+    assert error(ours(learner_of(MAML, network, {}), stack(tasks)), expected) < EXACT
