@@ -279,7 +279,7 @@ def test_numbers_of_classes_stay_those_of_the_set() -> None:
 def test_samples_of_another_type_are_refused() -> None:
     items = [([1, 2] if i == 0 else [0.5, 0.25], i % 2) for i in range(20)]
     for in_memory in (True, False):
-        with pytest.raises(ValueError, match=r"one shape and type.*float64 in item \d+ after \[2\], torch.int64"):
+        with pytest.raises(ValueError, match=r"one shape and type.*\[2\], torch.\w+ in item \d+ after \[2\], torch"):
             DatasetTasks(items, in_memory=in_memory, **QUICK).task_set("train").batch([*range(9)])
 
 

@@ -466,9 +466,10 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def on_train_batch_start(self, batch: TaskBatch, batch_idx: int) -> None:
         """Complete the form of the samples, and warn once about parameters without gradient."""
         if batch_idx == 0:
+            support_x, support_y, *_ = as_task_batch(batch)
             pixels = any(tensor.dtype == torch.uint8 for tensor in tree_leaves(nest_of(batch[0], "support_x")))
             with self.trainer.precision_plugin.forward_context():
-                traits = self.task_network.examine(*as_task_batch(batch)[:2])
+                traits = self.task_network.examine(support_x, support_y)
             self.form = replace(self.form, keywords=traits.keywords, floats=traits.floats)
             self.form = replace(self.form, pixels=True) if pixels else self.form
         if not self.gradients_checked:

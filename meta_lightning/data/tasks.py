@@ -336,7 +336,7 @@ def pad_tasks(tasks: Sequence[Sequence[Samples]]) -> TaskBatch:
         for number, task in enumerate(of_tasks):
             shapes = [tensor.shape for tensor in tree_leaves(task[x : x + 2])]
             lengths = {shape[0] if shape else None for shape in shapes}
-            came = f"{sorted(map(str, lengths))} in task {number}"
+            came = f"{sorted(lengths, key=str)} in task {number}"
             require(
                 len(lengths) == 1 and None not in lengths,
                 f"{names[x]} and {names[x + 1]} must have one length, got {came}",
