@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,19 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 FORMER = pytest.mark.filterwarnings("ignore:.* is now --model.inner_rule:FutureWarning")
 
 
-def assert_as_recorded(found: Mapping[str, Any], recorded: Mapping[str, Any], tolerance: float) -> None:
-    """The same bits on the machine that recorded them; close on another, whose kernels round differently."""
+def assert_as_recorded(
+    found: Mapping[str, Any], recorded: Mapping[str, Any], tolerance: float, noise: Collection[str] = ()
+) -> None:
+    """The same bits on the machine that recorded them; close on another, whose kernels round differently.
+
+    ``noise`` are parameters whose gradient is rounding and nothing else.
+    """
     if SAME_MACHINE:
         assert found == recorded
     assert found["squares"].keys() == recorded["squares"].keys()
     for name, square in recorded["squares"].items():
+        if name in noise:
+            continue
         assert math.isclose(found["squares"][name], square, rel_tol=tolerance, abs_tol=tolerance), name
     for loss, expected in zip(found.get("losses", ()), recorded.get("losses", ()), strict=True):
         assert math.isclose(loss, expected, rel_tol=tolerance)
@@ -35,7 +42,9 @@ def assert_as_recorded(found: Mapping[str, Any], recorded: Mapping[str, Any], to
 @pytest.mark.parametrize("case", CASES)
 def test_twenty_steps(case: str, dtype: str) -> None:
     found = twenty_steps(CASES[case], DTYPES[dtype])
-    assert_as_recorded(found, RECORD["steps"][f"{case}-{dtype}"], 1e-2 if dtype == "float32" else 1e-8)
+    # the bias before batch norm: Adam makes full steps of its rounding, in float64 its ε is far above that
+    noise = {"0.bias"} if (case, dtype) == ("reptile-adam", "float32") else ()
+    assert_as_recorded(found, RECORD["steps"][f"{case}-{dtype}"], 1e-2 if dtype == "float32" else 1e-8, noise)
 
 
 @FORMER
