@@ -21,7 +21,11 @@ def kinds(notebook: nbformat.NotebookNode) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    # the longest takes 100 s on two cores; the others together less than four minutes
+    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem == "02_your_own_images")) for p in NOTEBOOKS],
+)
 def test_a_notebook_runs_and_gives_what_it_holds(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, glyphs: object
 ) -> None:
