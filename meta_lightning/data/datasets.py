@@ -57,8 +57,8 @@ class DatasetTasks(LabelledTasks):
     """The key of an item that is the sample, or the keys of a dict of inputs. Default: all but the label; a single one
     is the sample itself."""
     in_memory: bool | None = None
-    """Whether to keep all samples in memory, as they are read first. Default: if they fit and reading the first one
-    again gives the same."""
+    """Whether to keep all samples in memory, as they are read first. Default: if they fit into a quarter of the free
+    memory, and reading the first ones again gives the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
