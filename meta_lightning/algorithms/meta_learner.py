@@ -465,19 +465,20 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
     def on_train_batch_start(self, batch: TaskBatch, batch_idx: int) -> None:
         """Complete the form of the samples, and warn once about parameters without gradient."""
+        if batch_idx and self.gradients_checked:
+            return
+        with self.trainer.precision_plugin.forward_context():
+            tasks = as_task_batch(batch)
+            traits = self.task_network.examine(tasks.support_x, tasks.support_y)
+            unused = [] if self.gradients_checked else self.without_gradient(tasks)
         if batch_idx == 0:
-            support_x, support_y, *_ = as_task_batch(batch)
             pixels = any(tensor.dtype == torch.uint8 for tensor in tree_leaves(nest_of(batch[0], "support_x")))
-            with self.trainer.precision_plugin.forward_context():
-                traits = self.task_network.examine(support_x, support_y)
             self.form = replace(self.form, keywords=traits.keywords, floats=traits.floats)
             self.form = replace(self.form, pixels=True) if pixels else self.form
         if not self.gradients_checked:
-            with self.trainer.precision_plugin.forward_context():
-                unused = self.without_gradient(as_task_batch(batch))
             data = self.data_module()
             if isinstance(data, ClassificationTasks) and self.loss is default_loss and not self.head_start.computed:
-                ways, outputs = data.most_ways("train"), self.task_network.examine(*as_task_batch(batch)[:2]).outputs
+                ways, outputs = data.most_ways("train"), traits.outputs
                 enough = self.train_labels != "task" or ways <= outputs
                 require(enough, f"network must give an output for each class: expected at least {ways}, got {outputs}")
             if unused:
