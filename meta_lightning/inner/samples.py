@@ -102,9 +102,12 @@ def prediction_of(returned: Any, output: Output | None) -> Samples:
     return made
 
 
-def call(network: nn.Module, x: Samples, keywords: bool, output: Output | None) -> Samples:
-    """Predictions of a network.  # S ... -> S ..."""
-    return prediction_of(network(**x) if keywords else network(x), output)
+def call(
+    network: Callable[..., Any], x: Samples, keywords: bool, output: Output | None, functional: bool = False
+) -> Samples:
+    """Predictions of a network, or of a ``functional_call`` of one.  # S ... -> S ..."""
+    args, kwargs = ((), x) if keywords else ((x,), {})
+    return prediction_of(network(args, kwargs) if functional else network(*args, **kwargs), output)
 
 
 def collated(tasks: Sequence[Samples]) -> Samples:

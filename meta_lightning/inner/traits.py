@@ -24,7 +24,7 @@ from meta_lightning.inner.samples import (
     Samples,
     as_floats,
     by_keywords,
-    prediction_of,
+    call,
     structure_of,
     valid,
 )
@@ -307,9 +307,7 @@ class Traits(NamedTuple):
 
     def apply(self, network: Callable[..., Any], x: Samples, functional: bool = False) -> Samples:
         """Predictions of a network with its own parameters, or of a ``functional_call``.  # S ... -> S ..."""
-        x = as_floats(x) if self.floats else x
-        args, kwargs = ((), x) if self.keywords else ((x,), {})
-        return prediction_of(network(args, kwargs) if functional else network(*args, **kwargs), self.output)
+        return call(network, as_floats(x) if self.floats else x, self.keywords, self.output, functional)
 
     def kernels(self) -> Any:
         """Disable kernels that have not all derivatives: cuDNN's of recurrent layers, also the first in evaluation."""
