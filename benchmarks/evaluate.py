@@ -15,8 +15,8 @@ import argparse
 from itertools import product
 from pathlib import Path
 
-from meta_lightning.cli import find_config
 from meta_lightning.compare.runs import Run, complete
+from meta_lightning.parser import find_config
 
 KINDS = {"transductive": "true", "alone": "false"}
 CLASSIFICATION = {

@@ -28,7 +28,8 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 from torch.utils.tensorboard import SummaryWriter
 
 from meta_lightning.checks import require
-from meta_lightning.cli import IGNORED_WARNINGS, command_line, find_config, ignore
+from meta_lightning.cli import IGNORED_WARNINGS, command_line, ignore
+from meta_lightning.parser import find_config
 
 aten = torch.ops.aten
 OUTER_LR = {"Reptile": "0.03..1.0"}  # its ε

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin
 
 import lightning as L
 from docstring_parser import parse
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
+from jsonargparse import set_parsing_settings
 from lightning import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
@@ -25,6 +25,7 @@ from meta_lightning.compare.command import compare
 from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import TaskDataModule
 from meta_lightning.hub import PREFIX, hub, located
+from meta_lightning.parser import PACKAGE, PROGRAM, Parser, find_config
 from meta_lightning.runs.checkpoint_callback import Checkpoints
 from meta_lightning.runs.checkpoint_file import LAST, PREVIOUS, read_checkpoint
 from meta_lightning.runs.ensemble import best_members
@@ -35,8 +36,6 @@ from meta_lightning.runs.prediction_table import PredictionTable
 from meta_lightning.runs.record import RunRecord
 from meta_lightning.runs.resume import claim_log_folders, continue_logs
 from meta_lightning.show import show_data
-
-PACKAGE = Path(__file__).parent
 
 # Warnings of Lightning that do not apply here
 IGNORED_WARNINGS = (
@@ -50,24 +49,6 @@ IGNORED_WHEN_RESUMED = (r"Checkpoint directory .* exists and is not empty",)  # 
 
 # Subcommands that are no methods of the Trainer: typed functions, which return the text to print
 FUNCTIONS: dict[str, Callable[..., str]] = {"adapt": adapt, "compare": compare, "hub": hub}
-
-
-class ConfigFile(ActionConfigFile):
-    """``--config``, a path or the name of one of the project's configurations."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Find the file before it is read."""
-        super().__call__(parser, cfg, find_config(str(values)), option_string)  # type: ignore[no-untyped-call]
-
-
-class Parser(LightningArgumentParser):
-    """Lightning's parser with ``ConfigFile`` as its ``--config``."""
-
-    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Add an argument."""
-        if kwargs.get("action") is ActionConfigFile:
-            kwargs["action"] = ConfigFile
-        return super().add_argument(*args, **kwargs)
 
 
 class MetaLightningCLI(LightningCLI):
@@ -170,27 +151,10 @@ class MetaLightningCLI(LightningCLI):
         """Do nothing: Lightning would let the checkpoint's hyperparameters override the command line (its #21455)."""
 
 
-def configs_dir() -> Path:
-    """The project's configurations: inside an installed package, beside it in a checkout."""
-    installed = PACKAGE / "configs"
-    return installed if installed.is_dir() else PACKAGE.parent / "configs"
-
-
-def find_config(path: str) -> str:
-    """The path itself if it is a file, else the project's configuration of this name."""
-    if Path(path).is_file():
-        return path
-    own = configs_dir()
-    if (own / path).is_file():
-        return str(own / path)
-    names = ", ".join(sorted(p.relative_to(own).as_posix() for p in own.rglob("*.yaml")))
-    raise InputError(f"--config must be a file or one of the project's configurations, {names}; got {path}")
-
-
 def run(name: str, args: list[str]) -> None:
     """Run a function of FUNCTIONS with these arguments, and print what it returns."""
     function = FUNCTIONS[name]
-    parser = ArgumentParser(prog=f"python -m meta_lightning {name}")
+    parser = Parser(prog=f"{PROGRAM} {name}", description=parse(function.__doc__ or "").short_description)
     parameters = signature(function).parameters
     if "config" not in parameters:
         parser.add_argument("--config", action="config", help="Path to a configuration file.")
@@ -224,7 +188,7 @@ def command_line(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> M
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"max_epochs": -1, "callbacks": [PredictionTable(), *callbacks]},
         parser_class=Parser,
-        parser_kwargs={"epilog": f"Further subcommands, each with a --help of its own: {', '.join(FUNCTIONS)}"},
+        parser_kwargs={"prog": PROGRAM, "epilog": f"Further subcommands, each with a --help: {', '.join(FUNCTIONS)}"},
         args=args,
     )
 
@@ -238,6 +202,8 @@ def main(args: ArgsType = None) -> None:
     ignore(IGNORED_WARNINGS)
     arguments = sys.argv[1:] if args is None else args
     given = [str(argument) for argument in arguments] if isinstance(arguments, Sequence) else []
+    if isinstance(arguments, Sequence) and not given:
+        args = given = ["--help"]
     # finding the docstrings of the data modules' fields takes a second, so only for help
     help_asked = any(argument == "-h" or "help" in argument for argument in given)
     set_parsing_settings(docstring_parse_attribute_docstrings=help_asked)

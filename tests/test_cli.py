@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from meta_lightning import Glyphs
 from meta_lightning.algorithms import ALGORITHMS
-from meta_lightning.cli import configs_dir, main
+from meta_lightning.cli import main
+from meta_lightning.parser import configs_dir
 
 
 def stem_of(name: str) -> str:
@@ -193,23 +194,61 @@ def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     shown = capsys.readouterr().out
     assert "{fit,validate,test,predict}" in shown
-    assert "Further subcommands, each with a --help of its own: adapt, compare, hub" in " ".join(shown.split())
+    assert "Further subcommands, each with a --help: adapt, compare, hub" in " ".join(shown.split())
+
+
+def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert not stopped.value.code
+    assert "{fit,validate,test,predict}" in capsys.readouterr().out
+
+
+def test_the_help_of_an_algorithm_lists_own_classes_where_there_are_many(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", "MAML"])
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 300
+    assert "meta_lightning.Conv4" in shown
+    assert "torch.nn.Bilinear" not in shown
+    assert "torch.optim.AdamW" in shown  # few
+
+
+FROM_FILE = ["--config", "maml.yaml"]
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--config", "maml.yaml", "--model", "NoSuch"], "NoSuch"),
-        (["--config", "maml.yaml", "--model.inner_step", "3"], "inner_step"),
-        (["--config", "maml.yaml", "--model.optimizer", "torch.optim.Adm"], "torch.optim.Adm"),
-        (["--config", "maml.yaml", "--data", "Omniglt"], "Omniglt"),
+        (["fitt"], "there is no subcommand fitt; did you mean fit?"),
+        (["fit"], "--model and --data are required; --config maml.yaml gives both, and in a test --ckpt_path"),
+        (["fit", *FROM_FILE, "--modell", "MAML"], "there is no option --modell; did you mean --model?"),
+        (["fit", *FROM_FILE, "--model", "NoSuch"], "--model must name a class, got NoSuch"),
+        (["fit", *FROM_FILE, "--model", "MAMML"], "--model must name a class, got MAMML; did you mean MAML?"),
+        (
+            ["fit", *FROM_FILE, "--model.inner_step", "3"],
+            "MAML has no option --model.inner_step; did you mean --model.inner_steps?",
+        ),
+        (
+            ["fit", *FROM_FILE, "--model.network.filterz", "3"],
+            "Conv4 has no option --model.network.filterz; did you mean --model.network.filters?",
+        ),
+        (["fit", *FROM_FILE, "--model.inner_lr", "abc"], "--model.inner_lr: Expected a .* Got value: abc"),
+        (["fit", *FROM_FILE, "--model.optimizer", "torch.optim.Adm"], "--model.optimizer: .* has no attribute 'Adm'"),
+        (["fit", *FROM_FILE, "--data", "Omniglt"], "--data must name a class, got Omniglt; did you mean Omniglot?"),
+        # no option is completed from its beginning
+        (["fit", *FROM_FILE, "--trainer.max_step", "5"], "no option --trainer.max_step; did you mean .*max_steps?"),
+        (["adapt", "--suport", "x"], "there is no option --suport; did you mean --support?"),
     ],
 )
 def test_misspelt_options_are_refused(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
-        main(["fit", *args])
+        main(args)
     assert error.value.code == 2
-    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+    shown = capsys.readouterr().err
+    assert re.search(message, shown)
+    assert len(shown.splitlines()) <= 5
+    assert re.search(r"For all options: python -m meta_lightning .*--help", shown)
 
 
 @pytest.mark.parametrize(
