@@ -105,8 +105,11 @@ class MetaLightningCLI(LightningCLI):
             sys.exit()
 
     def before_instantiate_classes(self) -> None:
-        """Ignore an ``init_from`` that is gone: the checkpoint has the weights."""
+        """Refuse a Trainer without checkpoints, and ignore an ``init_from`` that is gone and not needed."""
         config = self.config[self.subcommand]
+        for name, refused in (("barebones", True), ("enable_checkpointing", False)):
+            must = f"trainer.{name} must be {str(not refused).lower()} on the command line, whose runs keep checkpoints"
+            require(config.trainer[name] is not refused, f"{must}, got {str(refused).lower()}")
         weights = config.get("model.init_args.init_from") or ""
         there = weights.startswith(PREFIX) or Path(weights).is_file()
         if located(config.ckpt_path or "", "--ckpt_path").is_file() and not there:

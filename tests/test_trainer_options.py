@@ -24,6 +24,16 @@ def test_fast_dev_run_leaves_nothing(algorithm: str) -> None:
     assert not list(Path().iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "must"), [("barebones", "true", "false"), ("enable_checkpointing", "false", "true")]
+)
+def test_runs_of_the_command_line_keep_checkpoints(name: str, given: str, must: str) -> None:
+    message = f"error: trainer.{name} must be {must} on the command line, whose runs keep checkpoints, got {given}"
+    with pytest.raises(SystemExit, match=message):
+        main([*SINUSOID, f"--trainer.{name}", given, "--trainer.max_steps", "1"])
+    assert not list(Path().iterdir())
+
+
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML, Reptile])
 @pytest.mark.parametrize(
     ("options", "batches"),
