@@ -140,7 +140,8 @@ class TaskMean(Metric):
 
     ``update`` takes one value per task.  # T
     ``compute`` returns ``Statistics`` over the tasks of all processes. Its ``ci95`` is ``1.96 · std / √tasks`` with the
-    sample standard deviation (Finn et al., 2017, section 5.2), and NaN for a single task.
+    sample standard deviation (Finn et al., 2017, section 5.2), and NaN for a single task. ``of_tasks`` holds the value
+    of each of these tasks then.  # T
 
     Args:
         sync_on_compute: Whether ``compute`` gathers the tasks of all processes; then every process must call it.
@@ -152,6 +153,7 @@ class TaskMean(Metric):
         super().__init__(sync_on_compute=sync_on_compute)
         self.values: list[Tensor]
         self.add_state("values", default=[], dist_reduce_fx="cat")
+        self.of_tasks: Tensor | None = None
 
     def update(self, values: Tensor) -> None:
         """Add one value per task.  # T"""
@@ -159,7 +161,7 @@ class TaskMean(Metric):
 
     def compute(self) -> Statistics:
         """The statistics of all tasks so far."""
-        values = dim_zero_cat(self.values)
+        values = self.of_tasks = dim_zero_cat(self.values)
         spread = values.std() if len(values) > 1 else values.new_tensor(float("nan"))
         return Statistics(values.mean(), 1.96 * spread / len(values) ** 0.5, values.new_tensor(len(values)))
 

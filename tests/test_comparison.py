@@ -5,8 +5,10 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import TINY
 from PIL import Image
@@ -69,6 +71,14 @@ def test_the_table_has_what_the_runs_recorded(launched: list[list[str]], capsys:
     assert float(maml["seconds"]) == pytest.approx(seconds)
     assert float(reptile["seconds_relative"]) == pytest.approx(float(reptile["seconds"]) / seconds)
     assert float(reptile["after_relative"]) == pytest.approx(float(reptile["after"]) - float(maml["after"]))
+    of_tasks = [
+        np.mean([result(f"{name}-seed{seed}")["tests"]["test"]["of_tasks"]["test/accuracy"] for seed in (0, 1)], axis=0)
+        for name in ("MAML", "Reptile")
+    ]
+    assert 100 * of_tasks[0].mean() == pytest.approx(float(maml["after"]))
+    gained = 100 * (of_tasks[1] - of_tasks[0])
+    assert float(reptile["after_relative_ci95"]) == pytest.approx(1.96 * gained.std(ddof=1) / len(gained) ** 0.5)
+    assert maml["after_relative_ci95"] == ""
 
     settings = {r["name"]: r["fit"]["config"] for r in [*of_maml, result("Reptile-seed1")]}
     assert settings["Reptile-seed1"]["model"]["init_args"]["outer_lr"] == 0.5
@@ -221,6 +231,24 @@ def test_skipped_steps_of_all_seeds_are_added() -> None:
     assert row.peak_memory is None
     heads, cells = cells_of([row])
     assert dict(zip(heads, cells, strict=True))["seeds"] == "2 of 3"
+
+
+def test_differences_are_paired_over_tasks() -> None:
+    def run(algorithm: str, seed: int, *accuracies: float) -> dict[str, Any]:
+        figures = {"test/accuracy": fmean(accuracies), "test/accuracy_ci95": 0.2, "test/accuracy_before": 0.2}
+        test = {"figures": figures, "of_tasks": {"test/accuracy": [*accuracies]}}
+        return {"name": f"{algorithm}-seed{seed}", "fit": None, "tests": {"test": test}}
+
+    # hard and easy tasks, on each of which the second is a point better, and on one two
+    of_maml = [run("MAML", 0, 0.2, 0.6, 0.9), run("MAML", 1, 0.4, 0.6, 0.9)]
+    of_fomaml = [run("FOMAML", 0, 0.31, 0.61, 0.92), run("FOMAML", 1, 0.31, 0.61, 0.92)]
+    maml, fomaml = summarise([*of_maml, *of_fomaml], ["MAML", "FOMAML"], 2)
+    assert maml.after_relative_ci95 is None
+    assert fomaml.after_relative_ci95 == pytest.approx(1.96 * stdev([1, 1, 2]) / 3**0.5)
+    assert cells_of([maml, fomaml])[2][2].endswith("(+1.3 ± 0.7)")
+    # a record of a former version
+    del of_fomaml[0]["tests"]["test"]["of_tasks"]
+    assert summarise([*of_maml, *of_fomaml], ["MAML", "FOMAML"], 2)[1].after_relative_ci95 is None
 
 
 def test_an_error_that_is_no_number_is_not_left_out() -> None:

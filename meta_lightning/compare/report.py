@@ -46,7 +46,8 @@ def cells_of(rows: Sequence[Row]) -> list[list[str]]:
 
     def cells(row: Row) -> dict[str, str]:
         gained = row.after_relative if row.after_relative and math.isfinite(row.after_relative) else None
-        difference = "" if gained is None else f" ({gained:+.{digits}f})".replace("-", "−")
+        paired = "" if row.after_relative_ci95 is None else f" ± {row.after_relative_ci95:.{digits}f}"
+        difference = "" if gained is None else f" ({gained:+.{digits}f}{paired})".replace("-", "−")
         seeds = f"{row.seeds} of {row.seeds_asked}" if row.seeds < row.seeds_asked else f"{row.seeds}"
         return {
             "": row.algorithm,
@@ -89,9 +90,9 @@ def page(rows: Sequence[Row], results: Sequence[Result], failures: Sequence[str]
         f"<h1>{html.escape(', '.join(row.algorithm for row in rows))}</h1>"
         f"<table>{table}</table>"
         f"<p>± is the 95 % confidence interval over {record['figures'].get('test/tasks', 0):.0f} test tasks, averaged "
-        "over seeds. In parentheses: the ratio to the first algorithm, for scores the difference from it. Training "
-        "excludes validation. Peak memory excludes what was in use before the first step. Each run has its own "
-        "process.</p>"
+        "over seeds. In parentheses: the ratio to the first algorithm, for scores the difference from it, whose "
+        "confidence interval is that of the differences on single tasks, the mean over seeds. Training excludes "
+        "validation. Peak memory excludes what was in use before the first step. Each run has its own process.</p>"
         f'<img alt="Curves and bars" src="data:image/png;base64,{base64.b64encode(figure).decode()}">{failed}'
         f"<h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>"
         f"<p>Commit {html.escape(str(record['commit']))}, {html.escape(where)}.</p></html>\n"

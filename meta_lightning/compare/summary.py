@@ -16,7 +16,7 @@ class Row(NamedTuple):
     """Figures of an algorithm, means over its seeds; None if not available.
 
     Accuracies and their half-widths (``…_ci95``, over tasks) are in per cent. ``…_relative`` is the ratio to the first
-    algorithm, for ``after`` the difference from it.
+    algorithm, for ``after`` the difference from it, whose half-width is that of the differences of the single tasks.
     """
 
     algorithm: str
@@ -26,6 +26,7 @@ class Row(NamedTuple):
     after: float
     after_ci95: float
     after_relative: float | None = None
+    after_relative_ci95: float | None = None
     seconds: float | None = None  # of training, without validation
     seconds_relative: float | None = None
     tasks_per_second: float | None = None
@@ -57,14 +58,35 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 def summarise(results: Sequence[Result], algorithms: Sequence[str], seeds: int) -> list[Row]:
     """Rows of the untrained network and of the algorithms that have results."""
-    rows = {}
+    rows, tasks = {}, {}
     for algorithm in (UNTRAINED, *algorithms):
         mine = [result for result in results if algorithm_of(result) == algorithm]
         if runs := [result for result in mine if result["tests"]]:
             grid = [result["fit"] for result in mine if "-grid" in result["name"]]
-            rows[algorithm] = row_of(algorithm, runs, seeds, grid)
-    reference = rows.get(algorithms[0])
-    return [row if reference is None else relative(row, reference) for row in rows.values()]
+            rows[algorithm], tasks[algorithm] = row_of(algorithm, runs, seeds, grid), means_of_tasks(runs)
+    if (reference := rows.get(algorithms[0])) is None:
+        return [*rows.values()]
+    paired = {algorithm: paired_ci95(values, tasks[algorithms[0]]) for algorithm, values in tasks.items()}
+    return [relative(row, reference)._replace(after_relative_ci95=paired[algorithm]) for algorithm, row in rows.items()]
+
+
+def means_of_tasks(runs: Sequence[Result]) -> list[float]:
+    """The score of each test task, the mean over the seeds; empty if a record lacks it."""
+    tests = [next(iter(run["tests"].values())) for run in runs]
+    metric, unit = score_of(tests[0], "test")
+    of_seeds = [test.get("of_tasks", {}).get(f"test/{metric}", []) for test in tests]
+    if len({*map(len, of_seeds)}) > 1:
+        return []
+    return [
+        unit * fmean(math.nan if value is None else value for value in task) for task in zip(*of_seeds, strict=True)
+    ]
+
+
+def paired_ci95(values: Sequence[float], reference: Sequence[float]) -> float | None:
+    """Half-width of the 95 % confidence interval of the mean difference over the same tasks; None if they are not."""
+    if len(values) != len(reference) or len(values) < 2 or values is reference:
+        return None
+    return 1.96 * stdev(a - b for a, b in zip(values, reference, strict=True)) / math.sqrt(len(values))
 
 
 def row_of(algorithm: str, runs: Sequence[Result], seeds: int, grid: Sequence[Mapping[str, Any]]) -> Row:

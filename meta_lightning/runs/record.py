@@ -27,7 +27,7 @@ class RunRecord(SaveConfigCallback):
     hardware (``commit``, ``versions``, ``machine``), its cost (``steps``, ``train_seconds`` without validation,
     ``validation_seconds``, ``test_seconds``, and of training ``tasks_per_second`` and ``peak_memory``, see
     ``PeakMemory``), and its results: ``figures``, the last value of everything logged, and ``curves``, the scalars of
-    TensorBoard as ``[step, value]``.
+    TensorBoard as ``[step, value]``; of a test ``of_tasks``, the values of each task, in the order of the tasks.
 
     Counts are of the first process. Checkpoints keep them, so that they include the time before a resume.
     """
@@ -111,6 +111,7 @@ class RunRecord(SaveConfigCallback):
             **self.counts,
             "tasks_per_second": tasks / seconds if seconds else None,
             "figures": {name: finite(float(value)) for name, value in sorted(trainer.callback_metrics.items())},
+            **({} if self.fitting else {"of_tasks": of_tasks(pl_module)}),
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit(),
             "versions": versions(),
@@ -118,6 +119,12 @@ class RunRecord(SaveConfigCallback):
             "config": config,
             "curves": curves(trainer),
         }
+
+
+def of_tasks(learner: L.LightningModule) -> dict[str, list[float | None]]:
+    """The values of each test task, by the name of their mean."""
+    means = {f"test/{name}": metric.of_tasks for name, metric in getattr(learner, "evaluation").means.items()}  # noqa: B009
+    return {name: [finite(value) for value in values.tolist()] for name, values in means.items() if values is not None}
 
 
 def curves(trainer: L.Trainer) -> dict[str, list[tuple[int, float | None]]]:
