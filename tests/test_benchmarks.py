@@ -71,6 +71,8 @@ def test_tables_of_results(benchmark: Any, tmp_path: Path) -> None:
         values = [{"test/accuracy": first - i / 100, "test/accuracy_ci95": 0.005} for i in range(4)]
         return dict(zip(kinds, values, strict=True))
 
+    regression = result("sinusoid-maml_5shot-seed0", {"steps-1": {"test/mse": 0.7, "test/mse_ci95": 0.02}})
+    regression["tests"]["steps-1"] |= {"of_tasks": {"test/mse": [0.1, 0.2, None]}}  # one diverged
     write(
         tmp_path / "results",
         [
@@ -78,7 +80,7 @@ def test_tables_of_results(benchmark: Any, tmp_path: Path) -> None:
             result("omniglot-maml_5way_1shot-seed1", accuracies(0.99), minutes=4),
             result("omniglot-maml_5way_1shot-FOMAML-seed0", accuracies(0.97)),
             result("mine", accuracies(0.5)) | {"fit": None},
-            result("sinusoid-maml_5shot-seed0", {"steps-1": {"test/mse": 0.7, "test/mse_ci95": 0.02}}),
+            regression,
         ],
     )
     of_start = {"trained": 0.5, "random": 0.25}
@@ -106,7 +108,7 @@ def test_tables_of_results(benchmark: Any, tmp_path: Path) -> None:
     assert rows[3].startswith("| `omniglot-maml_5way_1shot-FOMAML` | 98.3 ± 0.5 | 97.00 ± 0.50 |")
     assert rows[4].startswith("| `mine` | | 50.00 ± 0.50 |")
     assert len(rows) == 5
-    assert "| `sinusoid-maml_5shot` | 0.67, 0.38, 0.35 | 0.700 ± 0.020 | 60,000 |" in made["sinusoid"]
+    assert "| `sinusoid-maml_5shot` | 0.67, 0.38, 0.35 | 0.700 ± 0.020, 0.200 | 60,000 |" in made["sinusoid"]
     assert made["cosine"].splitlines()[2:] == [
         "| trained | 0.1 | 2 | 0.50 ± 0.12 |",
         "| trained | 0.1 | 5 | noise |",
