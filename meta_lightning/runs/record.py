@@ -124,7 +124,12 @@ class RunRecord(SaveConfigCallback):
 def of_tasks(learner: L.LightningModule) -> dict[str, list[float | None]]:
     """The values of each test task, by the name of their mean."""
     means = {f"test/{name}": metric.of_tasks for name, metric in getattr(learner, "evaluation").means.items()}  # noqa: B009
-    return {name: [finite(value) for value in values.tolist()] for name, values in means.items() if values is not None}
+    return {name: [*map(rounded, values.tolist())] for name, values in means.items() if values is not None}
+
+
+def rounded(value: float) -> float | None:
+    """A value to the digits of float32, None if it is not finite."""
+    return finite(float(f"{value:.7g}"))
 
 
 def curves(trainer: L.Trainer) -> dict[str, list[tuple[int, float | None]]]:
