@@ -121,6 +121,11 @@ def from_command_line() -> bool:
     return _given_hyperparameters.get() is not None
 
 
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The one of these names that this one may have been meant to be, if any is near."""
+    return next(iter(get_close_matches(name, sorted({*names}), n=1)), None)
+
+
 class NamedOptions:
     """Mixin whose constructor rejects unknown options and suggests the nearest name."""
 
@@ -132,9 +137,9 @@ class NamedOptions:
         # a user-defined subclass may take any keyword
         open_to_any = {base.__module__.partition(".")[0] for base, p in parameters if p.kind is Parameter.VAR_KEYWORD}
         for name in options.keys() - named if open_to_any <= {__name__.partition(".")[0]} else ():
-            near = [f"the nearest is {nearest!r}" for nearest in get_close_matches(name, named - {"self"}, n=1)]
-            known = ", ".join(sorted(named - {"self"}))
-            raise TypeError(f"{cls.__name__} has no option {name!r}; {near[0] if near else f'it has {known}'}")
+            known, near = sorted(named - {"self"}), nearest(name, named - {"self"})
+            hint = f"it has {', '.join(known)}" if near is None else f"the nearest is {near!r}"
+            raise TypeError(f"{cls.__name__} has no option {name!r}; {hint}")
         return super().__new__(cls)
 
 

@@ -157,11 +157,12 @@ class MetaLightningCLI(LightningCLI):
 def run(name: str, args: list[str]) -> None:
     """Run a function of FUNCTIONS with these arguments, and print what it returns."""
     function = FUNCTIONS[name]
-    parser = Parser(prog=f"{PROGRAM} {name}", description=parse(function.__doc__ or "").short_description)
+    docs = parse(function.__doc__ or "")
+    parser = Parser(prog=f"{PROGRAM} {name}", description=docs.short_description)
     parameters = signature(function).parameters
     if "config" not in parameters:
         parser.add_argument("--config", action="config", help="Path to a configuration file.")
-    help_texts = {p.arg_name: p.description for p in parse(function.__doc__ or "").params}
+    help_texts = {p.arg_name: p.description for p in docs.params}
     lists = {p.name: p for p in parameters.values() if get_origin(p.annotation) is tuple}
     parser.add_function_arguments(function, skip={"overwrite", *lists})
     for p in lists.values():  # as --seeds 0 1 2, for which jsonargparse wants [0,1,2]

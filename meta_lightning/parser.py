@@ -3,7 +3,6 @@
 import re
 import sys
 from collections.abc import Iterable
-from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from pkgutil import resolve_name
@@ -12,7 +11,8 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser
 
-from meta_lightning.checks import InputError
+import meta_lightning
+from meta_lightning.checks import InputError, nearest
 
 PACKAGE = Path(__file__).parent
 PROGRAM = "python -m meta_lightning"
@@ -78,9 +78,9 @@ def own_subclasses(known: re.Match[str]) -> str:
 def reason(message: str, arguments: Iterable[str]) -> str:
     """A sentence that says what an error of jsonargparse is about, with the nearest name."""
     if found := NO_ARGUMENT.search(message):
-        return f"there is no option {found[1]}{nearest(found[1], arguments)}"
+        return f"there is no option {found[1]}{hint(found[1], arguments)}"
     if found := NO_COMMAND.search(message):
-        return f"there is no subcommand {found[1]}{nearest(found[1], re.findall(r'[a-z]+', found[2]))}"
+        return f"there is no subcommand {found[1]}{hint(found[1], re.findall(r'[a-z]+', found[2]))}"
     if REQUIRED.search(message):
         return "--model and --data are required; --config maml.yaml gives both, and in a test --ckpt_path"
     keys, owner, causes = [], "", []
@@ -92,20 +92,20 @@ def reason(message: str, arguments: Iterable[str]) -> str:
         elif not FRAME.match(line):
             causes.append(line)
     cause, prefix = " ".join(causes), f"--{'.'.join(keys)}"
-    if found := NO_OPTION.search(cause):
+    if owner and (found := NO_OPTION.search(cause)):
         parameters = signature(resolve_name(owner)).parameters.values()
         options = [f"{prefix}.{p.name}" for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         name = f"{prefix}.{found[1]}"
-        return f"{owner.rpartition('.')[2]} has no option {name}{nearest(name, options)}"
+        return f"{owner.rpartition('.')[2]} has no option {name}{hint(name, options)}"
     if found := NO_CLASS.search(cause):
-        classes = sys.modules[__package__ or ""].__all__
-        return f"{prefix} must name a class, got {found[1]}{nearest(found[1], classes)}"
-    return f"{prefix}: {cause}" if keys else cause or message
+        return f"{prefix} must name a class, got {found[1]}{hint(found[1], meta_lightning.__all__)}"
+    return f"{prefix}: {cause}" if keys and cause else cause or message
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def hint(name: str, names: Iterable[str]) -> str:
     """A question about the name that may have been meant, if one is near."""
-    return "".join(f"; did you mean {near}?" for near in get_close_matches(name, sorted({*names}), n=1))
+    near = nearest(name, names)
+    return "" if near is None else f"; did you mean {near}?"
 
 
 def configs_dir() -> Path:

@@ -5,6 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+import torch
+
+from meta_lightning.scores import TaskMean
+
 UNTRAINED = "untrained"
 CELLS = 9  # of a grid
 NEAR = 2.0  # largest distance from the best of a grid: points of accuracy, or per cent of the mse
@@ -70,9 +74,14 @@ def summarise(results: Sequence[Result], algorithms: Sequence[str], seeds: int) 
     return [relative(row, reference)._replace(after_relative_ci95=paired[algorithm]) for algorithm, row in rows.items()]
 
 
+def tests_of(runs: Sequence[Result]) -> list[Mapping[str, Any]]:
+    """The record of the test of each run."""
+    return [next(iter(run["tests"].values())) for run in runs]
+
+
 def means_of_tasks(runs: Sequence[Result]) -> list[float]:
     """The score of each test task, the mean over the seeds; empty if a record lacks it."""
-    tests = [next(iter(run["tests"].values())) for run in runs]
+    tests = tests_of(runs)
     metric, unit = score_of(tests[0], "test")
     of_seeds = [test.get("of_tasks", {}).get(f"test/{metric}", []) for test in tests]
     if len({*map(len, of_seeds)}) > 1:
@@ -86,12 +95,14 @@ def paired_ci95(values: Sequence[float], reference: Sequence[float]) -> float | 
     """Half-width of the 95 % confidence interval of the mean difference over the same tasks; None if they are not."""
     if len(values) != len(reference) or len(values) < 2 or values is reference:
         return None
-    return 1.96 * stdev(a - b for a, b in zip(values, reference, strict=True)) / math.sqrt(len(values))
+    differences = TaskMean(sync_on_compute=False)
+    differences.update(torch.tensor(values, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64))
+    return float(differences.compute().ci95)
 
 
 def row_of(algorithm: str, runs: Sequence[Result], seeds: int, grid: Sequence[Mapping[str, Any]]) -> Row:
     """The row of an algorithm, without the comparison."""
-    tests = [next(iter(run["tests"].values())) for run in runs]
+    tests = tests_of(runs)
     fits = [run["fit"] for run in runs if run["fit"] is not None]
     metric, unit = score_of(tests[0], "test")
 

@@ -27,7 +27,7 @@ class RunRecord(SaveConfigCallback):
     hardware (``commit``, ``versions``, ``machine``), its cost (``steps``, ``train_seconds`` without validation,
     ``validation_seconds``, ``test_seconds``, and of training ``tasks_per_second`` and ``peak_memory``, see
     ``PeakMemory``), and its results: ``figures``, the last value of everything logged, and ``curves``, the scalars of
-    TensorBoard as ``[step, value]``; of a test ``of_tasks``, the values of each task, in the order of the tasks.
+    TensorBoard as ``[step, value]``; of a test ``of_tasks``, the values of each task, process by process.
 
     Counts are of the first process. Checkpoints keep them, so that they include the time before a resume.
     """
