@@ -30,10 +30,11 @@ from meta_lightning.moved import FormerModules
 from meta_lightning.networks import MLP, Conv4, ResNet12
 from meta_lightning.scores import TaskMean
 from meta_lightning.train import load_learner, train_maml
+from meta_lightning.version import VERSION
 
 sys.meta_path.append(FormerModules())  # finds what no other finder does
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = ["FOMAML", "IMAML", "MAML", "Baseline", "MetaLearner", "ProtoNet", "Reptile", "load_learner", "train_maml"]
 __all__ += ["LSLR", "SGD", "Adam", "InnerRule", "MetaSGD"]

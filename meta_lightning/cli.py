@@ -36,6 +36,7 @@ from meta_lightning.runs.prediction_table import PredictionTable
 from meta_lightning.runs.record import RunRecord
 from meta_lightning.runs.resume import claim_log_folders, continue_logs
 from meta_lightning.show import show_data
+from meta_lightning.version import VERSION
 
 # Warnings of Lightning that do not apply here
 IGNORED_WARNINGS = (
@@ -192,7 +193,11 @@ def command_line(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> M
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"max_epochs": -1, "callbacks": [PredictionTable(), *callbacks]},
         parser_class=Parser,
-        parser_kwargs={"prog": PROGRAM, "epilog": f"Further subcommands, each with a --help: {', '.join(FUNCTIONS)}"},
+        parser_kwargs={
+            "prog": PROGRAM,
+            "version": VERSION,
+            "epilog": f"Further subcommands, each with a --help: {', '.join(FUNCTIONS)}",
+        },
         args=args,
     )
 

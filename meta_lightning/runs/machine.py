@@ -6,22 +6,27 @@ import platform
 import subprocess
 import sys
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from meta_lightning.version import VERSION
+
 CHECKOUT = Path(__file__).parents[2]
 MEGABYTE = 1e6
-RECORDED = ("meta-lightning", "lightning", "torchmetrics", "learn2learn", "numpy")  # torch.__version__ names CUDA too
+RECORDED = ("lightning", "torchmetrics", "learn2learn", "numpy")  # torch.__version__ names CUDA too
 PROCESS = Path("/proc/self")  # Linux only
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that affect results."""
-    installed = {name: version(name) for name in RECORDED}
-    return {"python": platform.python_version(), "torch": str(torch.__version__), **installed}
+    """Versions of Python and of the packages that affect results, learn2learn's if it is installed."""
+    own = {"python": platform.python_version(), "torch": str(torch.__version__), "meta-lightning": VERSION}
+    for name in RECORDED:
+        with suppress(PackageNotFoundError):
+            own[name] = version(name)
+    return own
 
 
 def commit() -> str | None:
