@@ -104,6 +104,7 @@ def test_a_download_that_fails_says_how_else_to_get_it(tmp_path: Path, monkeypat
     def no_network(*args: object, **options: object) -> None:
         raise OSError("no network")
 
+    pytest.importorskip("learn2learn")
     monkeypatch.setattr("torchvision.datasets.omniglot.download_and_extract_archive", no_network)
     with pytest.raises(OSError, match=r"Omniglot .*: no network\b.*omniglot-py"):
         Omniglot(str(tmp_path), download=True, cache_dir=str(tmp_path)).prepare_data()
@@ -111,6 +112,7 @@ def test_a_download_that_fails_says_how_else_to_get_it(tmp_path: Path, monkeypat
 
 
 def test_an_archive_of_a_wrong_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("learn2learn")
     tried = []
 
     def wrong(url: str, path: Path, *args: object) -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "meta_lightning"
 
@@ -22,6 +24,7 @@ def test_import_does_not_import_learn2learn() -> None:
 
 
 def test_gyms_notice_does_not_reach_the_screen() -> None:
+    pytest.importorskip("gym_notices")
     tasks = "TensorTasks(torch.rand(60, 2), torch.arange(60) // 2, queries=1).task_set('train')"
     code = f"import torch, meta_lightning, sys; meta_lightning.{tasks}; assert 'gym' in sys.modules"
     result = python(code)

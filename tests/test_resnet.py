@@ -51,9 +51,8 @@ def test_images_of_any_size_from_16_pixels() -> None:
 
 
 def test_it_computes_what_the_authors_network_does() -> None:
-    from learn2learn.vision.models import ResNet12 as Reference  # takes seconds to import
-
-    reference = Reference(output_size=5, hidden_size=512, wider=False, dropblock_dropout=0.0).train()
+    models = pytest.importorskip("learn2learn.vision.models")  # takes seconds to import
+    reference = models.ResNet12(output_size=5, hidden_size=512, wider=False, dropblock_dropout=0.0).train()
     network = ResNet12()
     modules = {"head": "classifier"}
     for block in range(4):

@@ -3,6 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +24,8 @@ Split = Literal["train", "val", "test"]
 Count = int | tuple[int, int]  # a number, or its minimum and maximum
 LabelSpace = Literal["task", "split"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+# learn2learn's sdist does not compile without the option
+INSTALL = "on Python 3.11 or 3.12, pip install learn2learn==0.2.0 --config-settings='--build-option=build_ext'"
 
 
 class TaskBatch(NamedTuple):
@@ -133,7 +137,10 @@ class DrawnTasks(TaskSet):
 
 @dataclass(eq=False)
 class FewShotTasks(DrawnTasks):
-    """N-way K-shot classification tasks, described by learn2learn and gathered on the device of the samples."""
+    """N-way K-shot classification tasks, gathered on the device of the samples.
+
+    learn2learn's ``Taskset`` describes them. Where it is not installed they are the same, number for number.
+    """
 
     images: Samples | ReadSamples  # M C H W, or any samples; shared by all splits
     labels: InitVar[Tensor]  # M: class number of each sample
@@ -164,8 +171,10 @@ class FewShotTasks(DrawnTasks):
 
     def describe(self) -> None:
         """Make learn2learn's data set, which holds no samples since ``batch`` gathers them by their numbers."""
-        members = {label: rows.tolist() for label, rows in enumerate(self.rows_by_class)}
-        self.dataset = import_learn2learn().data.MetaDataset(Dataset[int](), labels_to_indices=members)
+        self.dataset = None
+        if has_learn2learn():
+            members = {label: rows.tolist() for label, rows in enumerate(self.rows_by_class)}
+            self.dataset = import_learn2learn().data.MetaDataset(Dataset[int](), labels_to_indices=members)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without learn2learn's objects, which do not pickle, and without images that can be mapped from a file."""
@@ -198,20 +207,23 @@ class FewShotTasks(DrawnTasks):
 
         ``ways`` is N. Default: the maximum.
         """
-        # learn2learn's NWays and KShots use Python's global random state, which is the same on each rank
+        draw = partial(self.draw, rng, ways or self.most_ways)
+        if self.dataset is None:
+            return draw()
         data = import_learn2learn().data
-
-        def draw(description: Any) -> list[Any]:
-            """Task transform that draws N ways and, of each, its samples without replacement."""
-            classes, members = self.choose(rng, ways or self.most_ways), self.rows_by_class
-            if isinstance(members, list):
-                drawn = np.stack([rng.permuted(members[c])[: self.drawn] for c in classes])
-            else:
-                drawn = rng.permuted(members[classes], axis=1)[:, : self.drawn]  # N K+Q, the same numbers but faster
-            return [*map(data.DataDescription, drawn.flatten().tolist())]
-
+        # learn2learn's NWays and KShots use Python's global random state, which is the same on each rank
+        taskset = data.Taskset(self.dataset, lambda description: [*map(data.DataDescription, draw())])
         # never index a Taskset: it ignores the index and draws in order of access
-        return [description.index for description in data.Taskset(self.dataset, draw).sample_task_description()]
+        return [description.index for description in taskset.sample_task_description()]
+
+    def draw(self, rng: np.random.Generator, ways: int) -> list[int]:
+        """Draw N ways and, of each, its samples without replacement."""
+        classes, members = self.choose(rng, ways), self.rows_by_class
+        if isinstance(members, list):
+            drawn = np.stack([rng.permuted(members[c])[: self.drawn] for c in classes])
+        else:
+            drawn = rng.permuted(members[classes], axis=1)[:, : self.drawn]  # N K+Q, the same numbers but faster
+        return [*drawn.flatten().tolist()]
 
     def class_names(self, task: int) -> list[str]:
         """The names of a task's labels: of its N classes, or of all classes of the split."""
@@ -367,8 +379,18 @@ def scale_pixels(x: Samples) -> Samples:
     return x.to(torch.get_default_dtype()).div_(255) if x.dtype == torch.uint8 else x
 
 
+def has_learn2learn() -> bool:
+    """Whether learn2learn is installed."""
+    return find_spec("learn2learn") is not None
+
+
 def import_learn2learn() -> Any:
-    """learn2learn, without the notice that gym prints; importing it takes seconds."""
+    """learn2learn, without the notice that gym prints; importing it takes seconds.
+
+    Raises:
+        InputError: If it is not installed.
+    """
+    require(has_learn2learn(), f"learn2learn must be installed to download and read this data set, got none: {INSTALL}")
     from gym_notices import notices
 
     notices.notices.clear()
