@@ -1,4 +1,4 @@
-"""Run the long trainings behind README's table, one after another, in the background.
+"""Run the long trainings behind the table of docs/benchmarks.md, one after another, in the background.
 
     OMP_NUM_THREADS=1 nice python benchmarks/run_queue.py --data.root data
     python benchmarks/run_queue.py --status

@@ -1,4 +1,4 @@
-"""Turn benchmarks/results into the tables of README.md and docs/guide.md, between their markers.
+"""Turn benchmarks/results into the tables of docs/benchmarks.md and docs/guide.md, between their markers.
 
     python benchmarks/tables.py [--check]
 
@@ -24,7 +24,7 @@ from meta_lightning.compare.summary import summarise
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "guide.md")
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "guide.md")
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EVALUATE = "python benchmarks/evaluate.py --config"
 
