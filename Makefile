@@ -14,12 +14,13 @@ DEMO_TEST = test --ckpt_path $(DEMO_ROOT)/checkpoints/best.ckpt --trainer.defaul
 PYTEST_ARGS =
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean same-python
+.PHONY: help demo test lint docs format clean same-python
 
 help:
 	@echo 'make demo    install, meta-train on the default data, test the best checkpoint'
 	@echo 'make test    install, run the tests (PYTEST_ARGS="-m slow" for the slow ones)'
 	@echo 'make lint    install, check with ruff and mypy'
+	@echo 'make docs    install, build the documentation site in build/site'
 	@echo 'make format  install, let ruff mend what it can'
 	@echo 'make clean   remove .venv and what builds and tools leave; runs/ stays'
 
@@ -37,6 +38,9 @@ lint: $(INSTALLED)
 	$(call step,ruff check,$(PY) -m ruff check)
 	$(call step,ruff format --check,$(PY) -m ruff format --check)
 	$(call step,mypy,$(PY) -m mypy)
+
+docs: $(INSTALLED)
+	$(call step,build the site,$(PY) -m mkdocs build --strict --quiet -f docs/site/mkdocs.yml)
 
 format: $(INSTALLED)
 	$(call step,ruff check --fix,$(PY) -m ruff check --fix)
