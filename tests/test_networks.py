@@ -59,7 +59,7 @@ def test_images_of_any_size_serve_where_the_map_is_averaged() -> None:
 
 def test_the_copy_for_batch_statistics_shares_the_parameters() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
-    copy = with_batch_statistics(network)
+    copy = with_batch_statistics(network, network.parameters())
     assert all(a is b for a, b in zip(network.parameters(), copy.parameters(), strict=True))
     assert network[1].running_mean is not None
     assert not list(copy.buffers())

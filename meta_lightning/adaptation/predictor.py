@@ -159,7 +159,8 @@ class Predictor(nn.Module):
             missing = f"network must be given: it was built in Python, and {path} does not describe it"
             require(description is not None, missing)
             network = build_network(description)
-        network = with_batch_statistics(copied(network))
+        network = copied(network)
+        network = with_batch_statistics(network, network.parameters())
         for norm in batch_norms(network):
             hold_statistics(norm, torch.zeros(norm.num_features), torch.ones(norm.num_features))
         if groups := json.loads(metadata.get("groups", "0")):  # of classes; not in files of former versions

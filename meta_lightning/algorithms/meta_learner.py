@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import lightning as L
 import numpy as np
@@ -52,6 +52,7 @@ from meta_lightning.inner.params import (
     tree_map,
     unstack,
     with_prefix,
+    without_prefix,
 )
 from meta_lightning.inner.passes import Compile, Passes
 from meta_lightning.inner.rules import FORMER_KEYS, SGD, InnerRule, require_prepared
@@ -69,7 +70,7 @@ from meta_lightning.inner.samples import (
 from meta_lightning.inner.state import identity, release, setting, unchanged
 from meta_lightning.inner.task_loss import TaskLoss
 from meta_lightning.inner.task_network import Loss, TaskNetwork, default_loss, ignored_class
-from meta_lightning.networks.batch_statistics import with_batch_statistics
+from meta_lightning.networks.batch_statistics import forget_statistics, frozen_modules, with_batch_statistics
 from meta_lightning.outer.update import (
     Decay,
     OuterOptimizer,
@@ -200,7 +201,6 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         self.inner_lr, self.inner_steps, self.test_inner_steps = inner_lr, inner_steps, test_inner_steps
         self.outer_lr, self.optimizer = outer_lr, optimizer
         self.transductive = transductive
-        self.network, self.original = with_batch_statistics(network), Original(network)
         self.loss, self.output = loss or default_loss, output
         # also those without gradient, which a callback may unfreeze
         names = {name: p.requires_grad for name, p in network.named_parameters()}
@@ -209,6 +209,10 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         self.outer_frozen = require_matches(names, outer_freeze=outer_freeze)
         for argument, frozen in (("inner_freeze", self.inner_frozen), ("outer_freeze", self.outer_frozen)):
             require(not trained or bool(trained - frozen), f"{argument} must leave a parameter, got patterns of all")
+        of_loops = [p for name, p in network.named_parameters() if name in trained - self.fixed]
+        self.network, self.original = with_batch_statistics(network, of_loops), Original(network)
+        # also of those that a callback unfreezes: running statistics raise under vmap in training mode
+        self.untrained = frozen_modules(self.network, of_loops)
         self.task_network = TaskNetwork(self)
         self.inner_rule, self.head_start = rule, head
         self.head_start.find(self.network)
@@ -239,7 +243,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def network_parameters(self) -> Params:
         """The network's parameters that the inner or the outer loop updates."""
         params = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        fixed = (self.inner_frozen & self.outer_frozen) | self.head_start.replaced(params.items()).keys()
+        fixed = self.fixed | self.head_start.replaced(params.items()).keys()
         return {name: p for name, p in params.items() if name not in fixed}
 
     def meta_parameters(self) -> Params:
@@ -255,6 +259,18 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def learned(self, params: Params) -> Params:
         """The subset that the outer loop updates."""
         return {name: p for name, p in params.items() if name not in self.outer_frozen}
+
+    @property
+    def fixed(self) -> set[str]:
+        """Names of the network's parameters that neither loop updates."""
+        return self.inner_frozen & self.outer_frozen
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all modules but the frozen ones, which stay in evaluation mode."""
+        super().train(mode)
+        for module in self.untrained:
+            module.eval()
+        return self
 
     @property
     def keywords(self) -> bool | None:
@@ -680,8 +696,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         checkpoint["skipped"] = torch.stack(self.outer_update.counters())
 
     def accept(self, checkpoint: dict[str, Any]) -> None:
-        """Rename the state of former versions; raise InputError for another algorithm or network."""
+        """Take the state of former versions; raise InputError for another algorithm or network."""
         checkpoint["state_dict"] = renamed(checkpoint["state_dict"], FORMER_KEYS)
+        forget_statistics(self.network, without_prefix(checkpoint["state_dict"], "network."))
         verify_checkpoint(checkpoint, type(self).__name__, self.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ def of_network(params: Params) -> Params:
 
 
 def without_prefix(params: Params, part: str) -> Params:
-    """The parameters in θ of a part, ``RULE`` or ``HEAD``, under the part's names."""
+    """The parameters of a part, such as ``RULE`` or ``HEAD`` in θ, under the part's names."""
     return {name.removeprefix(part): p for name, p in params.items() if name.startswith(part)}
 
 

@@ -1,6 +1,6 @@
-"""Batch norm with the statistics of the batch or of a support set."""
+"""Batch norm with the statistics of the batch, of a support set, or, where it is frozen, its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,16 +14,45 @@ from meta_lightning.inner.copies import copied
 BATCH_NORM: Any = nn.BatchNorm1d.__base__  # base class of all batch norm layers, which custom layers may extend as well
 
 
-def with_batch_statistics(network: nn.Module) -> nn.Module:
-    """A copy of a network that normalises with batch statistics and shares the parameters with the original."""
+def frozen_modules(network: nn.Module, trained: Iterable[Tensor]) -> list[nn.Module]:
+    """The modules that have parameters, none of which is trained, and all modules in them."""
+    ids = {*map(id, trained)}
+
+    def of(module: nn.Module) -> list[nn.Module]:
+        own = [*module.parameters()]
+        if own and ids.isdisjoint(map(id, own)):
+            return [*module.modules()]
+        return [part for child in module.children() for part in of(child)]
+
+    return of(network)
+
+
+def with_batch_statistics(network: nn.Module, trained: Iterable[Tensor]) -> nn.Module:
+    """A copy of a network that normalises with batch statistics and shares the parameters with the original.
+
+    Modules none of whose parameters are ``trained`` keep the statistics that they have, and are in evaluation mode.
+    """
     lazy = [name for name, p in network.named_parameters() if is_lazy(p)]
     require(not lazy, f"network must have been called once to initialise its lazy parameters, got {lazy}")
     unreal = [name for name, p in network.named_parameters() if p.is_complex()]
     require(not unreal, f"network must have real parameters, got complex {unreal}")
     several = [name for name, part in network.named_modules() if isinstance(part, nn.SyncBatchNorm)]
     require(not several, f"network must have no SyncBatchNorm, which mixes the tasks of processes, got {several}")
-    # running statistics raise under vmap in training, and mix the tasks' statistics in evaluation
-    return replace_all_batch_norm_modules_(copied(network, shared=network.parameters()))
+    copy = copied(network, shared=network.parameters())
+    frozen = frozen_modules(copy, trained)
+    for module in frozen:
+        module.eval()
+    for layer in {*batch_norms(copy)} - {*frozen}:
+        # running statistics raise under vmap in training, and mix the tasks' statistics in evaluation
+        replace_all_batch_norm_modules_(layer)
+    return copy
+
+
+def forget_statistics(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Normalise with batch statistics where a state lacks those of frozen batch norm, as former versions did."""
+    for name, layer in network.named_modules():
+        if isinstance(layer, BATCH_NORM) and f"{name}.running_mean".lstrip(".") not in state:
+            replace_all_batch_norm_modules_(layer)
 
 
 def hold_statistics(layer: Any, mean: Tensor, variance: Tensor) -> None:
@@ -40,13 +69,14 @@ def batch_norms(network: nn.Module) -> list[Any]:
 
 @torch.no_grad()
 def freeze_statistics(network: nn.Module, forward: Callable[[nn.Module], Any]) -> None:
-    """Make batch norm normalise with the statistics of a forward, so that queries do not affect each other."""
+    """Make batch norm without statistics normalise with those of a forward: queries do not affect each other."""
 
     def hold(layer: nn.Module, inputs: tuple[Tensor]) -> None:
         variance, mean = torch.var_mean(inputs[0], [0, *range(2, inputs[0].ndim)], correction=0)
         hold_statistics(layer, mean, variance)
 
-    hooks = [layer.register_forward_pre_hook(hold) for layer in batch_norms(network)]
+    layers = [layer for layer in batch_norms(network) if layer.running_mean is None]
+    hooks = [layer.register_forward_pre_hook(hold) for layer in layers]
     forward(network)
     for hook in hooks:
         hook.remove()
