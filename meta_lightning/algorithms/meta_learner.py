@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
@@ -21,6 +22,7 @@ from torchmetrics import Metric
 from meta_lightning.adaptation.adapt import adapt_to
 from meta_lightning.adaptation.partitions import combined, partitions, samples_of, shares
 from meta_lightning.adaptation.predictor import Predictor
+from meta_lightning.adaptation.program import save_adaptation
 from meta_lightning.adaptation.surgery import in_evaluation
 from meta_lightning.checks import (
     UNSUPPORTED,
@@ -70,7 +72,12 @@ from meta_lightning.inner.samples import (
 from meta_lightning.inner.state import identity, release, setting, unchanged
 from meta_lightning.inner.task_loss import TaskLoss
 from meta_lightning.inner.task_network import Loss, TaskNetwork, default_loss, ignored_class
-from meta_lightning.networks.batch_statistics import forget_statistics, frozen_modules, with_batch_statistics
+from meta_lightning.networks.batch_statistics import (
+    forget_statistics,
+    freeze_statistics,
+    frozen_modules,
+    with_batch_statistics,
+)
 from meta_lightning.outer.update import (
     Decay,
     OuterOptimizer,
@@ -437,6 +444,68 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         with in_evaluation(self), unchanged(self.network):
             forms, described = (self.form, self.form_for, self.task_network.inputs), (self.output, self.description)
             return adapt_to(self.network, inner_loop, x, y, class_names, any_ways, *forms, *described)
+
+    def export_adaptation(
+        self,
+        path: str | Path,
+        x: Samples | Array,
+        y: Samples | Array | Sequence[str],
+        steps: int | None = None,
+        overwrite: bool = False,
+    ) -> dict[str, Any]:
+        """Save ``adapt`` as a program of ``torch.export`` that runs without this package.
+
+        The program takes support samples, targets and queries, and returns the predictions of ``adapt(support_x,
+        support_y)(query_x)``: logits, for regression values. Samples are as in ``x``, but pixels floating point in
+        [0, 1]; classes are int64 numbers 0 … N−1, of which the support set must hold each. The number of classes, the
+        inner steps, the dtype and the shape of a sample are fixed. The number of samples is free, unless the network
+        takes one number only, torch can export one number only, or inner steps take minibatches (then that of the
+        support set is fixed). Each program is compared with ``adapt`` at three sizes before it is saved.
+
+        Args:
+            path: The file, with the suffix .pt2.
+            x: Support samples of an example task, as for ``adapt``.  # S ...
+            y: Its classes or regression targets, as for ``adapt``.  # S, S D
+            steps: Inner steps. Default: ``test_inner_steps``.
+            overwrite: Whether to replace an existing file.
+
+        Returns:
+            The description that the file holds as JSON in its extra file ``description``: among others ``classes``,
+            ``outputs``, ``support_samples`` and ``query_samples``, a number or ``"any"``.
+
+        Raises:
+            InputError: If ``adapt`` refuses the example, or the adaptation cannot be exported.
+        """
+        steps = self.test_inner_steps if steps is None else steps
+        return save_adaptation(copied(self).cpu().eval(), Path(path), x, y, steps, overwrite)
+
+    def adapted_predictions(
+        self,
+        form: SampleForm,
+        steps: Sequence[Tensor | None],
+        ways: int,
+        support_x: Samples,
+        support_y: Samples,
+        query_x: Samples,
+    ) -> Samples:
+        """What ``adapt`` and its predictor compute, as a function of tensors alone.  # S ..., S ..., R ... -> R ...
+
+        ``steps`` are the numbers of the samples that each inner step takes, None for all.
+        """
+        network, traits = self.task_network, self.task_network.traits
+        assert traits is not None
+        dtype = next(self.network.parameters()).dtype
+        inputs, queries = (form.network_input(x, dtype) for x in (support_x, query_x))
+        x, y = one_task(inputs), one_task(support_y)
+        batches = [(x, y) if rows is None else tree_map(lambda t, rows=rows: t.index_select(1, rows), (x, y)) for rows in steps]
+        support = Support(x, y, batches, self.head_start.classes(y, ignored_class(self.loss), ways))
+        with network.being_traced(), network.around(), torch.enable_grad():
+            params = unstack(of_network(self.inner_loop(self.start_alone(support), support).params), 0)
+            tensors = [*self.network.parameters(), *self.network.buffers()]
+            held = copied(self.network, shared=tensors)
+            freeze_statistics(held, lambda held: traits.forward(held, params, network.inputs(inputs)))
+            predictions = traits.forward(held, params, queries)
+        return predictions[:, :ways] if ways else predictions
 
     @abstractmethod
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:

@@ -37,6 +37,11 @@ class SampleForm:
     keywords: bool | None = None  # whether samples are dicts, passed as keywords of forward; None before it is known
     floats: bool = False  # whether integers are features, which the network takes as floating point
 
+    @property
+    def holds_pixels(self) -> bool:
+        """Whether samples are pixels."""
+        return self.channels is not None if self.pixels is None else self.pixels
+
     def prepare(self, path: Path) -> Array:
         """Read an image file in this form; InputError if the samples were no images.  # C H W"""
         if self.image_size is None or self.channels is None:
@@ -65,7 +70,7 @@ class SampleForm:
         C, size, shape = self.channels, self.image_size, list(x.shape)
         if C is not None and size is not None and shape[1:] != [C, size, size]:
             raise InputError(f"x must hold images of shape [S, {C}, {size}, {size}], as in training, got {shape}")
-        if x.numel() and (C is not None if self.pixels is None else self.pixels) and x.dtype != torch.uint8:
+        if x.numel() and self.holds_pixels and x.dtype != torch.uint8:
             least, most = x.min().item(), x.max().item()
             # a resized picture may leave [0, 1] a little
             valid = x.is_floating_point() and least >= -0.5 and most <= 1.5

@@ -146,7 +146,9 @@ class ReadingNoValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function unless its result, or its result's shape, depends on values."""
-        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags}:
+        # by numbers, an index has a shape that does not depend on them
+        by_numbers = func is aten.index.Tensor and all(i is None or i.dtype == torch.int64 for i in args[1])
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags} and not by_numbers:
             raise RuntimeError(f"the network or loss reads values of a tensor ({func})")
         return func(*args, **(kwargs or {}))
 

@@ -43,8 +43,8 @@ class HeadStart(Described):
         """Those of the network's parameters in whose place rows are computed."""
         return {}
 
-    def classes(self, y: Samples, ignored: int) -> Tensor:
-        """Samples per class, if the start wants to know: reading the targets waits for the device.  # T S ... -> T N"""
+    def classes(self, y: Samples, ignored: int, ways: int | None = None) -> Tensor:
+        """Samples per class, if the start wants to know; for ``ways`` see ``ComputedRows``.  # T S ... -> T N"""
         return torch.zeros(length(y), 0, device=tree_leaves(y)[0].device)
 
 
@@ -85,13 +85,17 @@ class ComputedRows(HeadStart, ABC):
         """Those of the network's parameters in whose place rows are computed."""
         return {name: p for name, p in params if name in self.names}
 
-    def classes(self, y: Samples, ignored: int) -> Tensor:
-        """Samples per class; where targets are not one class number per sample, zeros per output.  # T S ... -> T N"""
-        ways, y = ways_of(y, ignored), class_numbers(y, ignored)
+    def classes(self, y: Samples, ignored: int, ways: int | None = None) -> Tensor:
+        """Samples per class; where targets are not one class number per sample, zeros per output.  # T S ... -> T N
+
+        ``ways`` is the number of classes where the targets may not be read, which waits for the device.
+        """
+        may_read = ways is None
+        ways, y = ways_of(y, ignored) if ways is None else ways, class_numbers(y, ignored)
         if not ways:
             return torch.zeros(length(y), self.outputs, dtype=torch.int64, device=tree_leaves(y)[0].device)
         counts: Tensor = (y[..., None] == torch.arange(ways, device=y.device)).sum(1)
-        absent = (counts == 0).sum(1).max().item()
+        absent = (counts == 0).sum(1).max().item() if may_read else 0
         require(
             not absent, f"support_y must hold each of the {ways} classes in every task, got a task without {absent}"
         )

@@ -1,7 +1,7 @@
 """Predictions and losses of all tasks at once, each with its own parameters."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ class TaskNetwork:
         self.known: dict[tuple[Any, ...], Traits] = {}  # of training and evaluation
         self.modules: list[Any] = []  # of the network, and the loss; kept, since forms hold their ids
         self.loops_over_tasks = False
+        self.traced = False
         self.said: set[str] = set()
         self.shapes_checked: set[tuple[torch.Size, torch.Size]] = set()
 
@@ -200,7 +201,7 @@ class TaskNetwork:
             came = f"got {type(predictions).__name__} and {type(y).__name__}"
             require(tensors, f"loss must be given unless predictions and targets are tensors, {came}")
             shapes = predictions.shape, y.shape
-            if shapes not in self.shapes_checked:
+            if not self.traced and shapes not in self.shapes_checked:
                 # once per number of classes and samples: reading the targets synchronises with the device
                 check_outputs(predictions, y)
                 self.shapes_checked.add(shapes)
@@ -235,7 +236,7 @@ class TaskNetwork:
 
     def over_tasks(self, function: Callable[..., Any], *stacked: Samples) -> Any:
         """Apply a function of one task to all tasks.  # -> T ..."""
-        if not self.loops_over_tasks and (length(stacked[-1]) > 1 or faster_stacked(*stacked)):
+        if not self.loops_over_tasks and not self.traced and (length(stacked[-1]) > 1 or faster_stacked(*stacked)):
             try:
                 return together(function, *stacked)
             except torch.OutOfMemoryError:
@@ -255,6 +256,15 @@ class TaskNetwork:
         """What must be open around a pass and its backward: if that runs the forward again, the same attention."""
         recomputes = self.traits is not None and self.traits.recomputes
         return differentiable_attention() if recomputes else nullcontext()
+
+    @contextmanager
+    def being_traced(self) -> Iterator[None]:
+        """Loop over tasks and read no targets: a trace has symbols in place of sizes and values."""
+        self.traced = True
+        try:
+            yield
+        finally:
+            self.traced = False
 
     def functions(self) -> Any:
         """What replaces functions of torch in a loop; nothing where none is called, since it costs time."""
