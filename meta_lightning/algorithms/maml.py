@@ -96,7 +96,7 @@ class MAML(MetaLearner):
         """``∇_θ mean_i L_query,i(θ'_i(θ))``, with the query losses and predictions of the tasks.  # ..., T, T R ..."""
         support = self.support(batch.support_x, batch.support_y, self.inner_steps)
         self.first_order = not self.second_order or self.global_step < self.first_order_steps
-        queries = [batch.query_x, batch.query_y]
+        queries = [self.task_network.ahead(batch.query_x), batch.query_y]
         if self.global_step < self.multi_step_loss:
             steps = max(1, len(support.steps))  # of an algorithm without inner steps, θ'_0 counts
             weights = torch.tensor(step_weights(steps, self.global_step / self.multi_step_loss))

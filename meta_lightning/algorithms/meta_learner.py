@@ -287,6 +287,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def support(self, x: Samples, y: Samples, steps: int, first: int | None = None) -> Support:
         """Support sets, and what inner steps take of them; for ``first`` see ``inner_batches``.  # T S ..., T S ..."""
         classes = self.head_start.classes(y, ignored_class(self.loss))
+        x = self.task_network.ahead(x)
         return Support(x, y, self.inner_batches(x, y, steps, first), classes)
 
     def inner_batches(
@@ -576,13 +577,16 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         (x, y), loss = tree_map(lambda t: t[:1], batch[:2]), self.loss
         # copies and a fork, which leave the state of network and loss and the random numbers to training
         copies = SimpleNamespace(
-            network=copied(self.network), loss=copied(loss) if isinstance(loss, nn.Module) else loss
+            network=copied(self.network),
+            loss=copied(loss) if isinstance(loss, nn.Module) else loss,
+            fixed=self.fixed,
         )
         probe = TaskNetwork(copies)
         probe.traits = self.task_network.examine(x, y)
         with torch.random.fork_rng(devices):
-            start = self.start(theta, self.support(x, y, 0), probe)
-            losses = probe.losses_of(start, start, x, y)
+            support = self.support(x, y, 0)
+            start = self.start(theta, support, probe)
+            losses = probe.losses_of(start, start, support.x, y)
         of_parameters = of_network(theta)
         if not of_parameters:
             return []
@@ -682,9 +686,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         # Lightning evaluates in inference mode, whose tensors autograd rejects even in enable_grad: hence the clones
         with torch.inference_mode(False), torch.enable_grad():
             batch = tree_map(Tensor.clone, batch)
-            support_x, support_y, *queries = batch
-            support = self.support(support_x, support_y, self.test_inner_steps, first)
-            _, *answers = self.in_passes(predict, support, support_x, *queries, compiled=False)
+            support_x, query_x = map(self.task_network.ahead, (batch.support_x, batch.query_x))
+            support = self.support(support_x, batch.support_y, self.test_inner_steps, first)
+            _, *answers = self.in_passes(predict, support, support_x, query_x, batch.query_y, compiled=False)
         return answers
 
     def answers_of_groups(

@@ -24,6 +24,19 @@ class Padded(NamedTuple):
     mask: Tensor  # T S, bool: False for padding
 
 
+class FrozenFeatures(NamedTuple):
+    """What the frozen modules that run first make of samples, in their place."""
+
+    values: Tensor  # T S ...
+
+
+def bare(samples: Samples) -> Samples:
+    """The samples or, in their place, features as tensors."""
+    if isinstance(samples, Padded):
+        return samples._replace(values=bare(samples.values))
+    return samples.values if isinstance(samples, FrozenFeatures) else samples
+
+
 def length(samples: Samples, dim: int = 0) -> int:
     """The size of a dimension that all tensors of a nest share."""
     return int(tree_leaves(samples)[0].shape[dim])

@@ -12,13 +12,18 @@ from torch.nn import functional as F
 
 from meta_lightning.checks import require
 from meta_lightning.inner.exact import Exact, differentiable_attention
+from meta_lightning.inner.frozen import Split, features_of, reason_against, split
 from meta_lightning.inner.heads import ways_of
 from meta_lightning.inner.params import Params, of_network, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from meta_lightning.inner.samples import (
+    FrozenFeatures,
     Padded,
     Samples,
+    bare,
     collated,
+    first_task,
     length,
+    one_task,
     padded_like,
     structure_of,
     valid,
@@ -73,19 +78,43 @@ class TaskNetwork:
         self.loops_over_tasks = False
         self.traced = False
         self.said: set[str] = set()
+        self.parts: Split | None = None  # of the network, where frozen modules run first
+        self.once: dict[tuple[Any, ...], str | None] = {}  # why these do not run once per sample, by their form
         self.shapes_checked: set[tuple[torch.Size, torch.Size]] = set()
+
+    def split(self) -> Split | None:
+        """The frozen modules that run first, and the rest of the network."""
+        fixed = getattr(self.owner, "fixed", ())
+        named = self.owner.network.named_parameters()
+        self.parts = split(self.owner.network, {id(p) for name, p in named if p.requires_grad and name not in fixed})
+        return self.parts
+
+    def ahead(self, x: Samples) -> Samples:
+        """Run the frozen modules that come first, if any, once per sample.  # T S ... -> T S ...
+
+        What they return takes the place of the samples in all methods, which else call this themselves.
+        """
+        if isinstance(x, Padded):
+            return x._replace(values=self.ahead(x.values))
+        if not isinstance(x, Tensor) or isinstance(self.owner.loss, TaskLoss) or not (parts := self.split()):
+            return x
+        self.forget_others()
+        present = x.dtype, *form(self.owner.network, None)
+        if present not in self.once:
+            self.once[present] = reason_against(parts.frozen, x[0].detach())
+            self.say("Frozen modules run at every inner step, since they ", self.once[present] or "")
+        return FrozenFeatures(features_of(parts.frozen, x)) if self.once[present] == "" else x
 
     def examine(self, x: Samples, y: Samples | None = None) -> Traits:
         """Find the traits of network and loss in their present setting from the first task.  # T S ..., T S ..."""
         network, loss = self.owner.network, None if y is None else self.owner.loss
         kinds = tuple(tensor.is_floating_point() for tensor in tree_leaves(x))
-        of_samples = structure_of(x), kinds, isinstance(x, Padded), identity(getattr(self.owner, "output", None))
+        of_samples = structure_of(bare(x)), kinds, isinstance(x, Padded), identity(getattr(self.owner, "output", None))
         present, traits = (of_samples, *form(network, loss)), self.traits
         # the forward of a network whose tasks go in turn changes its attributes itself
         if traits is not None and (present == self.examined or (traits.in_turn and len(present) == len(self.examined))):
             return traits
-        if self.modules != (modules := [*network.modules(), self.owner.loss]):
-            self.modules, self.known = modules, {}
+        self.forget_others()
         if present not in self.known:
             head = getattr(self.owner, "head_start", None)
             rows = 0 if y is None or head is None or not head.computed else ways_of(y, ignored_class(loss))
@@ -93,6 +122,10 @@ class TaskNetwork:
             largest = int(x.mask.sum(1).argmax()) if isinstance(x, Padded) else 0  # shows most
             seen, targets = tree_map(lambda t: t[largest], (x, () if y is None else y))
             targets = None if y is None else targets
+            seen = first_task(self.ahead(one_task(seen)))
+            if isinstance(values_of(seen), FrozenFeatures):
+                assert self.parts is not None
+                network, seen = self.parts.rest, bare(seen)
             self.known[present] = Traits.of(network, loss, self.inputs(seen), targets, rows, seen=seen, **called)
         self.examined, self.traits = present, self.known[present]
         self.loops_over_tasks = bool(self.traits.looped or self.traits.in_turn)
@@ -103,6 +136,11 @@ class TaskNetwork:
             self.say("The network takes no other number of samples per task than ", f"{size}; {unless}")
         self.say("Hooks on parameters see the meta-gradient only: ", ", ".join(hooked_parameters(network)))
         return self.traits
+
+    def forget_others(self) -> None:
+        """Forget forms of other modules, whose ids may be given to new ones."""
+        if self.modules != (modules := [*self.owner.network.modules(), self.owner.loss]):
+            self.modules, self.known, self.once = modules, {}, {}
 
     def inputs(self, x: Samples) -> Samples:
         """What the network takes of the samples of a task: of those of a TaskLoss, a part.  # S ..."""
@@ -118,6 +156,7 @@ class TaskNetwork:
 
     def predict(self, params: Params, x: Samples) -> Samples:
         """Predictions of every task with its own parameters.  # T S ... -> T S ..."""
+        x = self.ahead(x)
         if self.traits is None:
             self.examine(x)
         return self.over_tasks(self.predict_task, params, x)
@@ -133,7 +172,12 @@ class TaskNetwork:
     def predict_valid(self, params: Params, x: Samples) -> Samples:
         """Predictions of one task without padding, or with padding that does not matter.  # S ... -> S ..."""
         assert self.traits is not None
-        return self.traits.forward(self.owner.network, of_network(params), x)
+        network = self.owner.network
+        if isinstance(x, FrozenFeatures):
+            parts = self.parts or self.split()
+            assert parts is not None
+            network, x = parts.rest, x.values
+        return self.traits.forward(network, of_network(params), x)
 
     def require_last(self, layer: str, x: Samples) -> None:
         """Raise InputError unless this is the layer with parameters that runs last.  # T S ..."""
@@ -143,6 +187,7 @@ class TaskNetwork:
 
     def features(self, params: Params, x: Samples, layer: str) -> Tensor:
         """Inputs of a layer that runs once, for every task.  # T S ... -> T S D"""
+        x = self.ahead(x)
         if self.traits is None:
             self.examine(x)
         inputs: list[Tensor] = []
@@ -169,6 +214,7 @@ class TaskNetwork:
 
     def predict_queries(self, params: Params, support_x: Samples, query_x: Samples, transductive: bool) -> Samples:
         """Predictions of every task's queries with its own parameters.  # T R ..."""
+        support_x, query_x = self.ahead(support_x), self.ahead(query_x)
         traits = self.traits or self.examine(support_x)
         padded = any(isinstance(x, Padded) for x in (support_x, query_x))
         if transductive or (padded and not traits.mixes):  # then a prediction depends on its own sample only
@@ -279,7 +325,7 @@ def scalars(losses: Tensor) -> Tensor:
 
 def faster_stacked(*stacked: Samples) -> bool:
     """Whether a single task, which Passes may give on a CPU, is faster by vmap, with its kernels (measured)."""
-    params, x = stacked[0], stacked[-1]
+    params, x = stacked[0], bare(stacked[-1])
     if not isinstance(params, dict) or not isinstance(x, Tensor) or x.device.type != "cpu" or x.numel() < MANY_VALUES:
         return False
     return bool(x.numel() > sum(p.numel() for p in params.values()) // 2)

@@ -1,0 +1,79 @@
+"""Frozen modules that run first: what they make of a sample does not depend on θ, and is computed once per sample."""
+
+from collections import OrderedDict
+from collections.abc import Collection
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from meta_lightning.inner.copies import HOOKS, copied
+from meta_lightning.inner.state import changes, contents, greatest, has_backward_hooks, listed
+from meta_lightning.random_states import random_states, set_random_states
+
+AT_ONCE = 256  # samples per forward, which bounds memory
+RTOL = 1e-3  # differences below this, relative to the greatest value, are rounding
+
+
+class Split(NamedTuple):
+    """A network in two parts: ``rest(frozen(x)) = network(x)``. Parameters of the rest keep their names."""
+
+    frozen: nn.Module
+    rest: nn.Module
+
+
+def split(network: nn.Module, trained: Collection[int]) -> Split | None:
+    """Split ``nn.Sequential`` before its first module with a parameter among ``trained``, which are ids.
+
+    The first part ends with a module that has parameters: dropout that follows belongs to the rest. None if there is no
+    first part, or no rest.
+    """
+    hooked = has_backward_hooks([network]) or any(vars(network)[kind] for kind in HOOKS)
+    if type(network).forward is not nn.Sequential.forward or hooked:
+        return None
+    children = [(n, part) for n, part in network.named_modules(remove_duplicate=False) if n and "." not in n]
+    first = [*takewhile(lambda child: not any(id(p) in trained for p in child[1].parameters()), children)]
+    rest = children[len(first) :]
+    if not rest:
+        return None
+    name, module = rest[0]
+    if inner := split(module, trained):
+        first, rest = [*first, (name, inner.frozen)], [(name, inner.rest), *rest[1:]]
+    while first and not any(True for _ in first[-1][1].parameters()):
+        rest.insert(0, first.pop())
+    return Split(*(nn.Sequential(OrderedDict(part)) for part in (first, rest))) if first else None
+
+
+def features_of(frozen: nn.Module, x: Tensor) -> Tensor:
+    """The outputs of frozen modules.  # T S ... -> T S ..."""
+    with torch.set_grad_enabled(x.requires_grad):
+        parts = [frozen(part) for part in x.flatten(0, 1).split(AT_ONCE)]
+        return torch.cat(parts).unflatten(0, x.shape[:2])
+
+
+@torch.no_grad()
+def reason_against(frozen: nn.Module, x: Tensor) -> str | None:
+    """Why frozen modules cannot run once per sample, empty if they can; None if they do not take it.  # S ..."""
+    one, states = copied(frozen), random_states(x.device)
+    before = contents(one)
+    others = torch.cat([x, 0.9 * x]) if x.is_floating_point() else x
+    try:
+        together, alone = one(others), one(x[:1])
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        return None  # an error of the network, which its examination shows
+    finally:
+        drawn = random_states(x.device)
+        set_random_states(states, x.device)
+    if not isinstance(together, Tensor) or len(together) != len(others):
+        return None
+    if changed := changes(before, contents(one)):
+        return f"change {listed(changed)}"
+    if any(not same(drawn[kind], state) for kind, state in states.items()):
+        return "draw random numbers"
+    return "mix samples" if greatest(together[:1] - alone) > RTOL * greatest(together) else ""
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two states of a random generator are equal."""
+    return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
