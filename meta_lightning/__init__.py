@@ -1,46 +1,32 @@
 """Gradient-based meta-learning on PyTorch Lightning: MAML, FOMAML and Reptile."""
 
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from meta_lightning.adaptation.predictor import Predictor
-from meta_lightning.algorithms import FOMAML, IMAML, MAML, Baseline, MetaLearner, ProtoNet, Reptile
-from meta_lightning.dashboard import Dashboard
-from meta_lightning.data import (
-    CIFARFS,
-    FC100,
-    Characters,
-    DatasetTasks,
-    Glyphs,
-    ImageFolderTasks,
-    ImageTasks,
-    ImageTransforms,
-    MiniImagenet,
-    Omniglot,
-    RegressionTasks,
-    Sinusoid,
-    TaskDataModule,
-    TensorTasks,
-    TieredImagenet,
-)
-from meta_lightning.data.tasks import TaskBatch, pad_tasks
-from meta_lightning.inner.heads import ComputedRows, HeadStart, LearntRows, OneVector, Prototypes, ZeroRows
-from meta_lightning.inner.rules import LSLR, SGD, Adam, InnerRule, MetaSGD
-from meta_lightning.inner.task_loss import TaskLoss, TaskPredictor
 from meta_lightning.moved import FormerModules
-from meta_lightning.networks import MLP, Conv4, ResNet12
-from meta_lightning.scores import TaskMean
-from meta_lightning.train import load_learner, train_maml
 from meta_lightning.version import VERSION
+
+if TYPE_CHECKING:
+    from meta_lightning.public import *  # noqa: F403
+    from meta_lightning.public import __all__ as __all__
 
 sys.meta_path.append(FormerModules())  # finds what no other finder does
 
 __version__ = VERSION
 
-__all__ = ["FOMAML", "IMAML", "MAML", "Baseline", "MetaLearner", "ProtoNet", "Reptile", "load_learner", "train_maml"]
-__all__ += ["LSLR", "SGD", "Adam", "InnerRule", "MetaSGD"]
-__all__ += ["ComputedRows", "HeadStart", "LearntRows", "OneVector", "Prototypes", "ZeroRows"]
-__all__ += ["MLP", "Conv4", "Dashboard", "Predictor", "ResNet12", "TaskBatch", "TaskMean"]
-__all__ += ["TaskLoss", "TaskPredictor", "pad_tasks"]
-__all__ += ["ImageFolderTasks", "ImageTasks", "ImageTransforms", "RegressionTasks", "TaskDataModule", "TensorTasks"]
-__all__ += ["DatasetTasks"]
-__all__ += ["CIFARFS", "FC100", "Characters", "Glyphs", "MiniImagenet", "Omniglot", "Sinusoid", "TieredImagenet"]
+
+def __getattr__(name: str) -> Any:
+    """A public name: torch and Lightning, which take seconds to import, are imported with the first one."""
+    if name.startswith("__") and name != "__all__":  # what Python and its tools look for in any module
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = import_module(f"{__name__}.public")
+    if name in globals():  # a submodule, imported with the public names
+        return globals()[name]
+    if name != "__all__" and name not in public.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, getattr(public, name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

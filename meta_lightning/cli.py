@@ -25,7 +25,7 @@ from meta_lightning.compare.command import compare
 from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import TaskDataModule
 from meta_lightning.hub import PREFIX, hub, located
-from meta_lightning.parser import PACKAGE, PROGRAM, Parser, find_config
+from meta_lightning.parser import PACKAGE, Parser, find_config
 from meta_lightning.runs.checkpoint_callback import Checkpoints
 from meta_lightning.runs.checkpoint_file import LAST, PREVIOUS, read_checkpoint
 from meta_lightning.runs.ensemble import best_members
@@ -36,7 +36,7 @@ from meta_lightning.runs.prediction_table import PredictionTable
 from meta_lightning.runs.record import RunRecord
 from meta_lightning.runs.resume import claim_log_folders, continue_logs
 from meta_lightning.show import show_data
-from meta_lightning.version import VERSION
+from meta_lightning.usage import PROGRAM, answer
 
 # Warnings of Lightning that do not apply here
 IGNORED_WARNINGS = (
@@ -193,11 +193,7 @@ def command_line(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> M
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"max_epochs": -1, "callbacks": [PredictionTable(), *callbacks]},
         parser_class=Parser,
-        parser_kwargs={
-            "prog": PROGRAM,
-            "version": VERSION,
-            "epilog": f"Further subcommands, each with a --help: {', '.join(FUNCTIONS)}",
-        },
+        parser_kwargs={"prog": PROGRAM},
         args=args,
     )
 
@@ -211,8 +207,8 @@ def main(args: ArgsType = None) -> None:
     ignore(IGNORED_WARNINGS)
     arguments = sys.argv[1:] if args is None else args
     given = [str(argument) for argument in arguments] if isinstance(arguments, Sequence) else []
-    if isinstance(arguments, Sequence) and not given:
-        args = given = ["--help"]
+    if isinstance(arguments, Sequence):
+        answer(given)
     # finding the docstrings of the data modules' fields takes a second, so only for help
     help_asked = any(argument == "-h" or "help" in argument for argument in given)
     set_parsing_settings(docstring_parse_attribute_docstrings=help_asked)

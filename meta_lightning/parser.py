@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser
 
-import meta_lightning
 from meta_lightning.checks import InputError, nearest
+from meta_lightning.public import __all__ as public_names
+from meta_lightning.usage import SUBCOMMANDS
 
 PACKAGE = Path(__file__).parent
-PROGRAM = "python -m meta_lightning"
 OPTION = re.compile(r"--[\w.]+")
 SUBCLASSES = re.compile(r",(\s+)known\s+subclasses:([^)]*)")
 MOST_SUBCLASSES = 20  # in help: torch has hundreds of modules
@@ -25,7 +25,7 @@ KEY, CLASS = re.compile(r'[Pp]arser key "(.+)":'), re.compile(r"Problem with giv
 NO_OPTION = re.compile(r"Option '(.+)' is not accepted")
 NO_CLASS = re.compile(r"Expected a dot import path string: (.+)")
 NO_ARGUMENT = re.compile(r"unrecognized arguments: (--[\w.+-]+)")
-NO_COMMAND = re.compile(r"invalid choice: '(\S+)' \(choose from (.+)\)")
+NO_COMMAND = re.compile(r"invalid choice: '(\S+)' \(choose from")
 REQUIRED = re.compile(r"arguments are required: (\w+\.data|\w+\.model)")
 # those that tell a user nothing
 FRAME = re.compile(
@@ -80,7 +80,7 @@ def reason(message: str, arguments: Iterable[str]) -> str:
     if found := NO_ARGUMENT.search(message):
         return f"there is no option {found[1]}{hint(found[1], arguments)}"
     if found := NO_COMMAND.search(message):
-        return f"there is no subcommand {found[1]}{hint(found[1], re.findall(r'[a-z]+', found[2]))}"
+        return f"there is no subcommand {found[1]}{hint(found[1], SUBCOMMANDS)}"
     if REQUIRED.search(message):
         return "--model and --data are required; --config maml.yaml gives both, and in a test --ckpt_path"
     keys, owner, causes = [], "", []
@@ -98,7 +98,7 @@ def reason(message: str, arguments: Iterable[str]) -> str:
         name = f"{prefix}.{found[1]}"
         return f"{owner.rpartition('.')[2]} has no option {name}{hint(name, options)}"
     if found := NO_CLASS.search(cause):
-        return f"{prefix} must name a class, got {found[1]}{hint(found[1], meta_lightning.__all__)}"
+        return f"{prefix} must name a class, got {found[1]}{hint(found[1], public_names)}"
     return f"{prefix}: {cause}" if keys and cause else cause or message
 
 

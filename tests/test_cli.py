@@ -189,21 +189,6 @@ def test_labels_of_the_split(capsys: pytest.CaptureFixture[str]) -> None:
     assert config["data"]["init_args"]["train_labels"] == "split"
 
 
-def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    shown = capsys.readouterr().out
-    assert "{fit,validate,test,predict}" in shown
-    assert "Further subcommands, each with a --help: adapt, compare, hub" in " ".join(shown.split())
-
-
-def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([])
-    assert not stopped.value.code
-    assert "{fit,validate,test,predict}" in capsys.readouterr().out
-
-
 def test_the_help_of_an_algorithm_lists_own_classes_where_there_are_many(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--model.help", "MAML"])
@@ -221,6 +206,7 @@ FROM_FILE = ["--config", "maml.yaml"]
     ("args", "message"),
     [
         (["fitt"], "there is no subcommand fitt; did you mean fit?"),
+        (["comparre"], "there is no subcommand comparre; did you mean compare?"),
         (["fit"], "--model and --data are required; --config maml.yaml gives both, and in a test --ckpt_path"),
         (["fit", *FROM_FILE, "--modell", "MAML"], "there is no option --modell; did you mean --model?"),
         (["fit", *FROM_FILE, "--model", "NoSuch"], "--model must name a class, got NoSuch"),
