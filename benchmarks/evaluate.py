@@ -12,6 +12,7 @@ benchmarks/tables.py makes tables of the results.
 """
 
 import argparse
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -59,7 +60,10 @@ if __name__ == "__main__":
     parser.add_argument("--overwrite", action="store_true", help="begin anew where there are runs of other settings")
     arguments, more = parser.parse_known_args()
     for run in runs(arguments, more):
-        result = complete(run, arguments.out, arguments.overwrite)
+        try:
+            result = complete(run, arguments.out, arguments.overwrite)
+        except KeyboardInterrupt:
+            sys.exit("interrupted: the same command goes on")
         for kind, test in result["tests"].items():
             metric = "mse" if arguments.regression else "accuracy"
             print(f"{run.name}, {kind}: {test['figures'][f'test/{metric}']:.4f}")

@@ -4,9 +4,8 @@
     python benchmarks/run_queue.py --status
 
 Stop it by SIGTERM or Ctrl-C at any time: the running cell saves its last checkpoint, and the same command goes on from
-there. A killed queue loses at most the steps since the last checkpoint. What the trainings leave is in
-benchmarks/runs/queue; a finished cell's record is copied into benchmarks/results. Arguments that the queue does not
-know go to evaluate.py.
+there. A killed queue loses at most the steps since the last checkpoint. What the trainings leave is in --out; a
+finished cell's record is copied into --records. Arguments that the queue does not know go to evaluate.py.
 """
 
 import argparse
@@ -24,7 +23,6 @@ from evaluate import CLASSIFICATION
 from meta_lightning.compare.runs import LAST, read
 
 HERE = Path(__file__).parent
-FOLDER = HERE / "runs" / "queue"
 COMPILED = ["--model.compile_passes=true"]
 
 # record: configuration, meta-iterations and what differs from it; in the order of worth
@@ -38,12 +36,12 @@ CELLS: dict[str, tuple[str, int, list[str]]] = {
 }
 
 
-def status() -> str:
+def status(out: Path) -> str:
     """A line per cell: its accuracy, or how far it is."""
     lines = []
     for cell, (_, steps, _) in CELLS.items():
-        record = read(FOLDER / "results" / f"{cell}-seed0.json")
-        last = FOLDER / "runs" / f"{cell}-seed0" / LAST
+        record = read(out / "results" / f"{cell}-seed0.json")
+        last = out / "runs" / f"{cell}-seed0" / LAST
         if record is not None:
             tests = {test: record["tests"][test]["figures"]["test/accuracy"] for test in record["tests"]}
             lines.append(f"{cell}: " + ", ".join(f"{test} {100 * value:.2f} %" for test, value in tests.items()))
@@ -57,12 +55,12 @@ def interrupt(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def run(cell: str, more: list[str]) -> None:
+def run(cell: str, out: Path, records: Path, more: list[str]) -> None:
     """Complete a cell, or interrupt it with the queue."""
     config, steps, options = CELLS[cell]
     # tests of each query alone with 15 queries per class take an hour, and no paper has them
     tests = [test for test in CLASSIFICATION if test != "alone-15"]
-    command = [sys.executable, str(HERE / "evaluate.py"), "--config", config, "--out", str(FOLDER)]
+    command = [sys.executable, str(HERE / "evaluate.py"), "--config", config, "--out", str(out)]
     command += ["--tests", *tests, f"--trainer.max_steps={steps}", *options, *more]
     with subprocess.Popen(command, start_new_session=True) as process:
         try:
@@ -72,18 +70,27 @@ def run(cell: str, more: list[str]) -> None:
             os.killpg(process.pid, signal.SIGINT)  # the training too, which saves its last checkpoint
             raise
     name = f"{cell}-seed0.json"
-    shutil.copyfile(FOLDER / "results" / name, HERE / "results" / name)
+    records.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(out / "results" / name, records / name)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--status", action="store_true", help="print what is done, and exit")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), help="these only")
+    parser.add_argument("--out", type=Path, default=HERE / "runs" / "queue")
+    parser.add_argument("--records", type=Path, default=HERE / "results")
     arguments, more = parser.parse_known_args()
-    if arguments.status:
-        sys.stdout.write(status())
-    else:
+    if not arguments.status:
         signal.signal(signal.SIGTERM, interrupt)
-        for cell in arguments.cells:
-            run(cell, more)
-            sys.stdout.write(status())
+        try:
+            for cell in arguments.cells:
+                run(cell, arguments.out, arguments.records, more)
+        except KeyboardInterrupt:
+            sys.exit("interrupted: the same command goes on")
+    sys.stdout.write(status(arguments.out))
+
+
+if __name__ == "__main__":
+    main()
