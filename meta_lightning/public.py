@@ -16,6 +16,8 @@ from meta_lightning.data import (
     Omniglot,
     RegressionTasks,
     Sinusoid,
+    TableForm,
+    TableTasks,
     TaskDataModule,
     TensorTasks,
     TieredImagenet,
@@ -34,5 +36,5 @@ __all__ += ["ComputedRows", "HeadStart", "LearntRows", "OneVector", "Prototypes"
 __all__ += ["MLP", "Conv4", "Dashboard", "Predictor", "ResNet12", "TaskBatch", "TaskMean"]
 __all__ += ["TaskLoss", "TaskPredictor", "pad_tasks"]
 __all__ += ["ImageFolderTasks", "ImageTasks", "ImageTransforms", "RegressionTasks", "TaskDataModule", "TensorTasks"]
-__all__ += ["DatasetTasks"]
+__all__ += ["DatasetTasks", "TableForm", "TableTasks"]
 __all__ += ["CIFARFS", "FC100", "Characters", "Glyphs", "MiniImagenet", "Omniglot", "Sinusoid", "TieredImagenet"]

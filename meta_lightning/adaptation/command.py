@@ -1,4 +1,4 @@
-"""``python -m meta_lightning adapt``: adapt to a few pictures per class, and classify others."""
+"""``python -m meta_lightning adapt``: adapt to a few pictures per class or rows of a table, and predict others."""
 
 import csv
 import time
@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from meta_lightning.adaptation.export import require_target
 from meta_lightning.adaptation.predictor import AT_ONCE, Predictor
+from meta_lightning.adaptation.sentences import accuracy
+from meta_lightning.adaptation.tables import adapt_to_table
 from meta_lightning.checks import require, require_choice
 from meta_lightning.data.image_folder import files_below, try_to_prepare, visible
 from meta_lightning.data.pictures import left_out
@@ -34,16 +36,20 @@ def adapt(
     save: Path | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Adapt a checkpoint to a few pictures per class, and classify others.
+    """Adapt a checkpoint to a few pictures per class or rows of a table, and predict others.
 
-    Writes a table of the answers and, next to it, a contact sheet (PNG) with the support pictures and up to 60 answers.
-    If queries lie in folders named after classes, reports the accuracy on those that are not support pictures.
+    Of pictures, writes a table of the answers and, next to it, a contact sheet (PNG) with the support pictures and up
+    to 60 answers. If queries lie in folders named after classes, reports the accuracy on those that are not support
+    pictures. Of tables, writes the columns of the query and beside them the answers, in the terms of the target; where
+    the query has targets, reports the accuracy or the error.
 
     Args:
-        support: Folder of the pictures to adapt to, with one subfolder per class, named after it.
-        query: Folder of the pictures to classify, at any depth.
-        ckpt_path: Checkpoint of a learner that was trained on images: a path, or hub:NAME, see the subcommand hub.
-        out: Path of the table, a CSV file.
+        support: Folder of the pictures to adapt to, with one subfolder per class, named after it; or a table, CSV or
+            Parquet, with the column of the target.
+        query: Folder of the pictures to classify, at any depth; or a table, in which the target may be missing.
+        ckpt_path: Checkpoint of a learner that was trained on images or tables: a path, or hub:NAME, see the subcommand
+            hub.
+        out: Path of the table of answers, a CSV file.
         steps: Number of inner steps. Default: the checkpoint's test_inner_steps.
         save: Where to save the adapted predictor, a .safetensors, .pt2 (torch.export) or .onnx file.
         overwrite: Replace existing files.
@@ -54,16 +60,18 @@ def adapt(
     Raises:
         InputError: If an argument cannot be used; nothing is written then.
     """
-    sheet = out.with_suffix(".png")
     require_choice((".csv",), **{"the suffix of out": out.suffix})
     require_writable(out, overwrite, "out")
-    require_writable(sheet, overwrite, "the contact sheet next to out")
     if save is not None:
         require_target(save, overwrite, "save")
-    classes, queries = list_support(support), list_queries(query, support)
     learner = restore(ckpt_path, "ckpt_path")
+    if learner.form.table is not None:
+        return adapt_to_table(learner, support, query, out, steps, save, overwrite)
     of_images = learner.form.image_size is not None
-    require(of_images, f"ckpt_path must be of a learner that was trained on images, got {ckpt_path}")
+    require(of_images, f"ckpt_path must be of a learner that was trained on images or tables, got {ckpt_path}")
+    sheet = out.with_suffix(".png")
+    require_writable(sheet, overwrite, "the contact sheet next to out")
+    classes, queries = list_support(support), list_queries(query, support)
     pictures = {name: [learner.form.prepare(path) for path in paths] for name, paths in classes.items()}
     x = torch.from_numpy(np.stack([image for images in pictures.values() for image in images]))
     start = time.perf_counter()
@@ -81,7 +89,7 @@ def adapt(
         predictor.save(save, overwrite)
         summary.append(f"Saved the predictor to {save}.")
     if right:
-        summary.append(accuracy(right))
+        summary.append(accuracy(right, "queries in folders named after classes", "pictures"))
     return "\n".join(summary)
 
 
@@ -157,14 +165,3 @@ def classified(predictor: Predictor, paths: Sequence[Path], unread: list[str]) -
                 answers = predictor.predict_proba(np.stack([image for _, image in pairs])).numpy()
                 yield from ((*pair, answer) for pair, answer in zip(pairs, answers, strict=True))
             bar.update(len(batch))
-
-
-def accuracy(right: Sequence[bool]) -> str:
-    """A sentence with the accuracy and its confidence interval."""
-    from scipy.stats import binomtest
-
-    correct, known = sum(right), len(right)
-    low, high = binomtest(correct, known).proportion_ci(method="wilson")
-    interval = f"95 % confidence interval {100 * low:.1f} to {100 * high:.1f} %, Wilson, with these support pictures"
-    figure = f"Accuracy {100 * correct / known:.1f} %: {correct} of the {known} queries in folders named after classes"
-    return f"{figure} ({interval})."

@@ -12,6 +12,8 @@ from meta_lightning.data.module import TaskDataModule as TaskDataModule
 from meta_lightning.data.omniglot import Omniglot as Omniglot
 from meta_lightning.data.regression import RegressionTasks as RegressionTasks
 from meta_lightning.data.sinusoid import Sinusoid as Sinusoid
+from meta_lightning.data.table_form import TableForm as TableForm
+from meta_lightning.data.tables import TableTasks as TableTasks
 from meta_lightning.data.tensors import TensorTasks as TensorTasks
 from meta_lightning.data.tiered_imagenet import TieredImagenet as TieredImagenet
 from meta_lightning.data.transforms import ImageTransforms as ImageTransforms

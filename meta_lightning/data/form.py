@@ -35,6 +35,7 @@ class SampleForm:
     pixels: bool | None = None  # whether samples were uint8 pixels, scaled to [0, 1]; None: if ``image_size`` is known
     look: dict[str, list[float]] | None = None  # mean and standard deviation of each of ``looks`` over images
     keywords: bool | None = None  # whether samples are dicts, passed as keywords of forward; None before it is known
+    table: dict[str, Any] | None = None  # of rows of tables: the fields of a ``TableForm``
     floats: bool = False  # whether integers are features, which the network takes as floating point
 
     @property

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from meta_lightning.checks import require
 from meta_lightning.data.module import FewShotDataModule, options
 from meta_lightning.data.splits import GivenSplit
-from meta_lightning.data.tasks import SPLITS, DrawnTasks, Split, TaskBatch, TaskSet, taken
+from meta_lightning.data.tasks import SPLITS, Array, DrawnTasks, Split, TaskBatch, TaskSet, taken
 from meta_lightning.data.tensors import samples
 from meta_lightning.inner.params import tree_leaves, tree_map
 from meta_lightning.inner.samples import Samples, as_floats, collated, form_of_sample, length, structure_of
@@ -81,11 +82,14 @@ class PointTasks(DrawnTasks):
         for task in tasks:
             turn, place = divmod(task, len(self.sets))
             pair = self.sets[orders[turn][place]]
-            rows = torch.from_numpy(self.rng(task).choice(length(pair), self.drawn, replace=False))
-            drawn.append(taken(pair, rows))
+            drawn.append(taken(pair, torch.from_numpy(self.draw(self.rng(task), pair[1]))))
         both = collated(drawn)
         support, query = (tree_map(lambda t, part=part: t[:, part], both) for part in self.parts(tasks))
         return TaskBatch(*support, *query)
+
+    def draw(self, rng: np.random.Generator, y: Samples) -> Array:
+        """The numbers of a task's points among those of its set, by their targets.  # M D -> K+Q"""
+        return rng.choice(length(y), self.drawn, replace=False)
 
 
 def vectors(part: Samples) -> Samples:
