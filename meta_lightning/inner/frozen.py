@@ -12,7 +12,6 @@ from meta_lightning.inner.copies import HOOKS, copied
 from meta_lightning.inner.state import changes, contents, greatest, has_backward_hooks, listed
 from meta_lightning.random_states import random_states, set_random_states
 
-AT_ONCE = 256  # samples per forward, which bounds memory
 RTOL = 1e-3  # differences below this, relative to the greatest value, are rounding
 
 
@@ -43,13 +42,6 @@ def split(network: nn.Module, trained: Collection[int]) -> Split | None:
     while first and not any(True for _ in first[-1][1].parameters()):
         rest.insert(0, first.pop())
     return Split(*(nn.Sequential(OrderedDict(part)) for part in (first, rest))) if first else None
-
-
-def features_of(frozen: nn.Module, x: Tensor) -> Tensor:
-    """The outputs of frozen modules.  # T S ... -> T S ..."""
-    with torch.set_grad_enabled(x.requires_grad):
-        parts = [frozen(part) for part in x.flatten(0, 1).split(AT_ONCE)]
-        return torch.cat(parts).unflatten(0, x.shape[:2])
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from meta_lightning.checks import require
 from meta_lightning.inner.exact import Exact, differentiable_attention
-from meta_lightning.inner.frozen import Split, features_of, reason_against, split
+from meta_lightning.inner.feature_cache import FeatureCache
+from meta_lightning.inner.frozen import Split, reason_against, split
 from meta_lightning.inner.heads import ways_of
 from meta_lightning.inner.params import Params, of_network, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from meta_lightning.inner.samples import (
@@ -80,6 +81,7 @@ class TaskNetwork:
         self.said: set[str] = set()
         self.parts: Split | None = None  # of the network, where frozen modules run first
         self.once: dict[tuple[Any, ...], str | None] = {}  # why these do not run once per sample, by their form
+        self.cache = FeatureCache(getattr(owner.network, "cache_dir", None))
         self.shapes_checked: set[tuple[torch.Size, torch.Size]] = set()
 
     def split(self) -> Split | None:
@@ -103,7 +105,7 @@ class TaskNetwork:
         if present not in self.once:
             self.once[present] = reason_against(parts.frozen, x[0].detach())
             self.say("Frozen modules run at every inner step, since they ", self.once[present] or "")
-        return FrozenFeatures(features_of(parts.frozen, x)) if self.once[present] == "" else x
+        return FrozenFeatures(self.cache.features(parts.frozen, x)) if self.once[present] == "" else x
 
     def examine(self, x: Samples, y: Samples | None = None) -> Traits:
         """Find the traits of network and loss in their present setting from the first task.  # T S ..., T S ..."""

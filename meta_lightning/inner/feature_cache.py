@@ -1,0 +1,147 @@
+"""Features of frozen modules by the contents of samples, in memory or in a memory-mapped file."""
+
+import json
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+DIGEST = 16  # bytes
+UNMAPPED = 1024  # new features that are in memory beside the file
+PATIENCE = 10_000  # different samples, none of which came twice, after which features are no longer kept
+MOST_BYTES = 2**30  # of features in memory
+# samples per forward: always as many, since rounding depends on it, and a resumed run computes others at once
+CHUNK, CHUNK_ON_GPU = 8, 64
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
+
+
+class FeatureCache:
+    """Features of samples by a digest of their contents, which holds what transforms made of them.
+
+    They are forgotten when weights change. With a folder there is a file per weights and form of samples.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.of: Any = None  # the weights and the form of samples
+        self.known: dict[bytes, Tensor] = {}
+        self.path: Path | None = None  # of the file
+        self.unmapped, self.repeated, self.keeps = 0, False, True
+
+    def __reduce__(self) -> tuple[type["FeatureCache"], tuple[Path | None]]:
+        """Copy without features."""
+        return FeatureCache, (self.folder,)
+
+    def features(self, frozen: nn.Module, x: Tensor) -> Tensor:
+        """The outputs of frozen modules, which run for new samples only.  # T S ... -> T S ..."""
+        samples = x.flatten(0, 1)
+        if x.requires_grad or not self.keeps:
+            return in_chunks(frozen, samples).unflatten(0, x.shape[:2])
+        self.take(frozen, samples)
+        keys = [blake2b(sample, digest_size=DIGEST).digest() for sample in bytes_of(samples)]
+        rows = {key: self.known[key] for key in keys if key in self.known}
+        new = {key: row for row, key in enumerate(keys) if key not in rows}
+        self.repeated = self.repeated or bool(rows)
+        if new:
+            computed = dict(zip(new, in_chunks(frozen, samples[[*new.values()]]).cpu().unbind(), strict=True))
+            self.keep(computed)
+            rows |= computed
+        return torch.stack([rows[key] for key in keys]).to(x.device).unflatten(0, x.shape[:2])
+
+    def take(self, frozen: nn.Module, samples: Tensor) -> None:
+        """Forget the features of other weights, or of samples of another form."""
+        device, state = samples.device.type, [*frozen.state_dict().values()]
+        casts = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        sums = torch.stack([sum_of_bits(value) for value in state]).tolist()
+        form = repr(frozen), device, casts, samples.dtype, samples.shape[1:]
+        if (form, sums) == self.of:
+            return
+        self.of, self.known, self.path = (form, sums), {}, None
+        if self.folder is None:
+            return
+        weights = blake2b(repr(form).encode(), digest_size=DIGEST)
+        for value in state:
+            weights.update(bytes_of(value[None])[0])
+        self.path = self.folder / f"{weights.hexdigest()}.features"
+        if [path for path in self.folder.glob("*.features") if path != self.path] and not self.path.exists():
+            rank_zero_warn(f"cache_dir {self.folder} has features of other weights or samples: these are computed")
+        self.known = self.read()
+
+    def keep(self, rows: dict[bytes, Tensor]) -> None:
+        """Keep new features."""
+        if len(self.known) > PATIENCE and not self.repeated:
+            seen = f"no sample came twice among {len(self.known)}: transforms are probably random"
+            rank_zero_warn(f"Features of frozen modules are no longer kept, since {seen}")
+            self.keeps, self.known = False, {}
+            return
+        if self.path is not None and self.write(rows):
+            self.unmapped += len(rows)
+            if self.unmapped > UNMAPPED:
+                self.unmapped, self.known = 0, self.read()
+                return
+        elif self.known:
+            one = next(iter(self.known.values()))
+            if (len(self.known) + len(rows)) * one.numel() * one.element_size() > MOST_BYTES:
+                self.known = {}
+        self.known |= rows
+
+    def write(self, rows: dict[bytes, Tensor]) -> bool:
+        """Append features to the file; False, with a warning, where it cannot be written."""
+        assert self.path is not None
+        form = self.path.with_suffix(".json")
+        one = next(iter(rows.values()))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path.with_suffix(".lock")), self.path.open("ab") as file:
+                if not form.exists():
+                    form.write_text(json.dumps({"shape": list(one.shape), "dtype": str(one.dtype)}))
+                size = DIGEST + one.numel() * one.element_size()
+                file.truncate(file.tell() // size * size)  # of a process that was killed
+                file.write(b"".join(key + bytes_of(row[None])[0].tobytes() for key, row in rows.items()))
+        except OSError as error:
+            rank_zero_warn(f"cache_dir must be writable, got {self.folder} ({error}): features are kept in memory only")
+            self.path = None
+        return self.path is not None
+
+    def read(self) -> dict[bytes, Tensor]:
+        """The features in the file, mapped."""
+        assert self.path is not None
+        if not self.path.exists():
+            return {}
+        form = json.loads(self.path.with_suffix(".json").read_text())
+        shape, dtype = form["shape"], getattr(torch, form["dtype"].removeprefix("torch."))
+        size = torch.zeros(shape, dtype=dtype).nbytes
+        record = np.dtype([("key", np.uint8, DIGEST), ("value", np.uint8, size)])
+        count = self.path.stat().st_size // record.itemsize
+        if not count:
+            return {}
+        # copy-on-write, so that torch does not warn of a read-only array
+        records = np.memmap(self.path, record, "c", shape=(count,))
+        values = torch.from_numpy(records["value"]).view(dtype).unflatten(1, shape)
+        return {key.tobytes(): value for key, value in zip(records["key"], values.unbind(), strict=True)}
+
+
+def sum_of_bits(values: Tensor) -> Tensor:
+    """A sum that any change of a value changes; modulo 2 to the number of bits, which is fast."""
+    integers = BITS[values.element_size()]
+    return values.view(integers).sum(dtype=integers).long()
+
+
+@torch.no_grad()
+def bytes_of(samples: Tensor) -> np.ndarray[Any, Any]:
+    """The bytes of each sample.  # S ... -> S bytes"""
+    array: np.ndarray[Any, Any] = samples.flatten(1).cpu().contiguous().view(torch.uint8).numpy()
+    return array
+
+
+def in_chunks(frozen: nn.Module, samples: Tensor) -> Tensor:
+    """The outputs of frozen modules, of as many samples at once always.  # S ... -> S ..."""
+    size = CHUNK_ON_GPU if samples.device.type == "cuda" else CHUNK
+    with torch.set_grad_enabled(samples.requires_grad):
+        rows = torch.arange(-(-len(samples) // size) * size, device=samples.device).clamp(max=len(samples) - 1)
+        return torch.cat([frozen(samples[part]) for part in rows.split(size)])[: len(samples)]
