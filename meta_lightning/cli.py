@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from inspect import signature
 from pathlib import Path
 from traceback import walk_tb
@@ -25,6 +26,7 @@ from meta_lightning.compare.command import compare
 from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import TaskDataModule
 from meta_lightning.hub import PREFIX, hub, located
+from meta_lightning.networks.backbone import without_weights
 from meta_lightning.parser import PACKAGE, Parser, find_config
 from meta_lightning.runs.checkpoint_callback import Checkpoints
 from meta_lightning.runs.checkpoint_file import LAST, PREVIOUS, read_checkpoint
@@ -127,6 +129,12 @@ class MetaLightningCLI(LightningCLI):
         self.before_test()
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
+
+    def instantiate_classes(self) -> None:
+        """Instantiate them, a backbone without its weights if those of a checkpoint follow."""
+        restored = located(self.config[self.subcommand].get("ckpt_path") or "", "--ckpt_path").is_file()
+        with without_weights() if restored else nullcontext():
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Refuse a checkpoint that does not fit before anything is written, and append to the logs of its run."""

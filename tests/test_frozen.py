@@ -74,9 +74,7 @@ NETWORKS = {"frozen": frozen_network, "partly": partly_frozen}
 
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 @pytest.mark.parametrize(("algorithm", "loop"), [(MAML, maml_loop), (FOMAML, fomaml_loop)])
-def test_meta_gradients_in_front_of_which_modules_are_frozen(
-    algorithm: type[MAML], loop: object, make: object
-) -> None:
+def test_meta_gradients_in_front_of_which_modules_are_frozen(algorithm: type[MAML], loop: object, make: object) -> None:
     network, tasks = make(), batch()
     learner = algorithm(network, inner_lr=0.1, inner_steps=3)
     ours = learner.meta_gradient(tasks)[0]

@@ -22,6 +22,7 @@ from meta_lightning.files import written_whole
 from meta_lightning.inner.copies import copied
 from meta_lightning.inner.params import tree_map
 from meta_lightning.inner.samples import Output, Samples, call, length, structure_of
+from meta_lightning.networks.backbone import without_weights
 from meta_lightning.networks.batch_statistics import batch_norms, hold_statistics, with_batch_statistics
 
 # kinds in the description of an example, where a list is the shape of floating-point samples or pixels
@@ -158,7 +159,8 @@ class Predictor(nn.Module):
         if network is None:
             missing = f"network must be given: it was built in Python, and {path} does not describe it"
             require(description is not None, missing)
-            network = build_network(description)
+            with without_weights():
+                network = build_network(description)
         network = copied(network)
         network = with_batch_statistics(network, network.parameters())
         for norm in batch_norms(network):

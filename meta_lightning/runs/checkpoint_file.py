@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from meta_lightning.checks import InputError, require
 from meta_lightning.hub import located
 from meta_lightning.inner.heads import HeadStart
+from meta_lightning.networks.backbone import without_weights
 
 LAST, PREVIOUS = "last", "previous"
 STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers")  # required to resume training
@@ -144,4 +145,5 @@ def restore(path: str | Path, argument: str = "path", **objects: Any) -> Any:
         importable = False
     expected = f"{argument} must name a checkpoint of a learner whose class can be imported"
     require(importable, f"{expected}, got one of {class_path} in {path}")
-    return found.load_from_checkpoint(located(path), map_location="cpu", weights_only=True, **given).eval()
+    with without_weights():
+        return found.load_from_checkpoint(located(path), map_location="cpu", weights_only=True, **given).eval()
