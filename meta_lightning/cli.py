@@ -46,6 +46,7 @@ IGNORED_WARNINGS = (
     r".*configure_optimizers.*returned.*None",  # Reptile has no optimizer
     r"Using ModelCheckpoint with manual optimization",  # checkpoints are meant to hold the state after a step
     r"LightningCLI's args parameter",  # they are the process's own
+    r"Found \d+ module\(s\) in eval mode at the start",  # frozen ones
     r"You requested to overfit but enabled",  # tasks are numbered, not shuffled
 )
 IGNORED_WHEN_RESUMED = (r"Checkpoint directory .* exists and is not empty",)  # with the run's own checkpoints

@@ -1,14 +1,16 @@
 """Frozen modules: their statistics and modes, and what runs once per sample."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from references import EXACT, TASKS_FROM_A_LIST, classification, error, fomaml_loop, maml_loop, trained
 from torch import Tensor, nn
 
-from meta_lightning import MAML, FOMAML, MetaLearner, Predictor, Reptile, TaskBatch, load_learner
-from references import EXACT, TASKS_FROM_A_LIST, classification, difference, error, fomaml_loop, maml_loop
+from meta_lightning import FOMAML, MAML, Predictor, Prototypes, Reptile, TaskBatch, load_learner, train_maml
+from meta_lightning.checks import InputError
 
 pytestmark = TASKS_FROM_A_LIST
 
@@ -52,12 +54,14 @@ def in_train_mode_of_the_rest(network: nn.Sequential) -> nn.Sequential:
     return reference
 
 
-def counted(network: nn.Sequential, layer: nn.Module) -> list[int]:
-    """Numbers of samples of each run of a layer; its place is taken by a module, since a hook is seen by copies."""
-    runs: list[int] = []
-    forward = layer.forward
-    layer.forward = lambda x: runs.append(len(x)) or forward(x)  # type: ignore[func-returns-value,method-assign]
-    return runs
+class Counted(nn.Conv2d):
+    """A convolution that counts the samples that all of them, copies included, run on."""
+
+    samples = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counted.samples += len(x)
+        return super().forward(x)
 
 
 def partly_frozen() -> nn.Sequential:
@@ -80,3 +84,181 @@ def test_meta_gradients_in_front_of_which_modules_are_frozen(algorithm: type[MAM
     ours = learner.meta_gradient(tasks)[0]
     assert not learner.task_network.loops_over_tasks
     assert error(ours, loop(in_train_mode_of_the_rest(network), tasks, 3)) < EXACT
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_reptile_behind_frozen_modules(make: Callable[[], nn.Sequential]) -> None:
+    network, tasks = make(), batch()
+    learner = Reptile(network, inner_lr=0.1, inner_steps=3)
+    mean = learner.in_passes(learner.adapt_pass, learner.support(*tasks[:2], 3), compiled=False)[0]
+    expected = {name: torch.zeros_like(p) for name, p in trained(network).items()}
+    for x, y in zip(*tasks[:2], strict=True):
+        fast = in_train_mode_of_the_rest(network)
+        optimizer = torch.optim.SGD([p for p in fast.parameters() if p.requires_grad], 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(fast(x), y).backward()
+            optimizer.step()
+        for name, p in trained(fast).items():
+            expected[name] += p.detach() / len(tasks.support_x)
+    assert error(mean, expected) < EXACT
+
+
+def test_the_patterns_of_both_loops_freeze_too() -> None:
+    network, x = nn.Sequential(backbone(), nn.Linear(4, 5)), torch.randn(7, 1, 8, 8)
+    learner = MAML(network, inner_freeze=["0.*"], outer_freeze=["0.*"])
+    torch.testing.assert_close(learner(x), copy.deepcopy(network).eval()(x), rtol=0, atol=0)
+    assert error(learner.meta_gradient(tasks := batch())[0], MAML(frozen(network)).meta_gradient(tasks)[0]) < EXACT
+
+
+def frozen(network: nn.Sequential) -> nn.Sequential:
+    network[0].requires_grad_(False)
+    return network
+
+
+def counting_network() -> nn.Sequential:
+    network = frozen_network()
+    body = network[0]
+    assert isinstance(body, nn.Sequential)
+    body[0] = Counted(1, 4, 3).requires_grad_(False)
+    return network
+
+
+@pytest.mark.parametrize("algorithm", [MAML, FOMAML])
+def test_frozen_modules_run_once_per_sample(algorithm: type[MAML]) -> None:
+    learner, tasks = algorithm(counting_network(), inner_steps=4, compile_passes=False), batch()
+    learner.meta_gradient(tasks)
+    Counted.samples = 0
+    learner.meta_gradient(tasks)
+    assert Counted.samples == 0
+    learner.meta_gradient(tasks._replace(support_x=tasks.support_x + 1))
+    assert Counted.samples == 32  # 30 in chunks of 8
+
+
+def test_features_of_other_weights_are_forgotten() -> None:
+    network, tasks = frozen_network(), batch()
+    learner = FOMAML(network, inner_steps=2)
+    before = learner.meta_gradient(tasks)[0]
+    with torch.no_grad():
+        network[0][0].weight[0, 0, 0, 0] += 0.5
+    after = learner.meta_gradient(tasks)[0]
+    assert error(after, before) > 1e-3
+    assert error(after, FOMAML(network, inner_steps=2).meta_gradient(tasks)[0]) < EXACT
+
+
+class Folder(nn.Sequential):
+    cache_dir = "features"
+
+
+def test_features_are_kept_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    network, tasks = Folder(*counting_network()), batch()
+    expected = FOMAML(network).meta_gradient(tasks)[0]
+    FOMAML(network).task_network.examine(tasks.support_x, tasks.support_y)
+    again = FOMAML(network)
+    again.task_network.examine(tasks.support_x, tasks.support_y)
+    Counted.samples = 0
+    torch.testing.assert_close(again.meta_gradient(tasks)[0], expected, rtol=0, atol=0)
+    assert Counted.samples < 30  # of the examination
+    (path,) = Path("features").glob("*.features")
+    with path.open("ab") as file:
+        file.write(b"half a record")  # of a process that was killed
+    other = batch()
+    torch.testing.assert_close(
+        FOMAML(network).meta_gradient(other)[0], FOMAML(nn.Sequential(*network)).meta_gradient(other)[0], rtol=0, atol=0
+    )
+    with torch.no_grad():
+        network[0][0].weight.mul_(2)
+    with pytest.warns(UserWarning, match=r"cache_dir features has features of other weights"):
+        FOMAML(network).meta_gradient(tasks)
+    assert len([*Path("features").glob("*.features")]) == 2
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("features").write_text("")
+    with pytest.warns(UserWarning, match="cache_dir must be writable, got features"):
+        FOMAML(Folder(*frozen_network())).meta_gradient(batch())
+
+
+def test_features_of_samples_that_never_come_twice_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meta_lightning.inner.feature_cache.PATIENCE", 100)
+    learner = FOMAML(frozen_network())
+    for _ in range(2):
+        learner.meta_gradient(batch())
+    with pytest.warns(UserWarning, match=r"no longer kept.*transforms"):
+        learner.meta_gradient(batch())
+    assert not learner.task_network.cache.known
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (lambda: nn.BatchNorm2d(4, track_running_stats=False), "mix samples"),
+        (lambda: Noise(), "draw random numbers"),
+        (lambda: Count(), r"change 0\.3\.count"),
+    ],
+)
+def test_frozen_modules_that_do_not_depend_on_the_sample_alone(module: Callable[[], nn.Module], reason: str) -> None:
+    body = backbone()
+    network = nn.Sequential(nn.Sequential(*body[:3], module(), *body[4:]).requires_grad_(False), nn.Linear(4, 5))
+    with pytest.warns(UserWarning, match=f"Frozen modules run at every inner step, since they {reason}"):
+        FOMAML(network).meta_gradient(batch())
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+class Count(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return x
+
+
+def test_dropout_behind_frozen_modules_is_drawn_at_every_inner_step() -> None:
+    network = nn.Sequential(*backbone().requires_grad_(False), nn.Dropout(0.5), nn.Linear(4, 5))
+    learner = FOMAML(network)
+    parts = learner.task_network.split()
+    assert parts is not None
+    assert [name for name, _ in parts.rest.named_children()] == ["2", "3", "4", "5", "6", "7"]
+
+
+def test_a_predictor_holds_body_and_head(tmp_path: Path) -> None:
+    network, x, y = frozen_network(), torch.randn(10, 1, 8, 8), torch.arange(5).repeat(2)
+    predictor = FOMAML(network, head_start=Prototypes(), inner_lr=0.1).adapt(x, y)
+    body = copy.deepcopy(network[0]).eval()
+    torch.testing.assert_close(predictor(x), predictor.network[1](body(x)), rtol=0, atol=1e-12)
+    predictor.save(tmp_path / "a.safetensors")
+    loaded = Predictor.load(tmp_path / "a.safetensors", frozen_network())
+    torch.testing.assert_close(loaded(x), predictor(x), rtol=0, atol=0)
+
+
+def test_statistics_are_in_checkpoints(tmp_path: Path) -> None:
+    network, x = frozen_network(), torch.randn(7, 1, 8, 8)
+    *_, learner, _ = train_maml(network, [batch()] * 2)
+    learner.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    torch.testing.assert_close(load_learner(tmp_path / "a.ckpt", frozen_network())(x), learner(x), rtol=0, atol=0)
+    # of a former version, which normalised by batch statistics
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    state = checkpoint["state_dict"]
+    for name in [name for name in state if "running_" in name or "num_batches" in name]:
+        del state[name]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    old = load_learner(tmp_path / "old.ckpt", frozen_network())
+    network[0].train()
+    network[0][3].eval()
+    torch.testing.assert_close(old(x), network(x), rtol=0, atol=1e-12)
+
+
+def test_a_network_without_a_parameter_to_adapt() -> None:
+    network, tasks = frozen_network().requires_grad_(False), batch()
+    with pytest.raises(InputError, match=r"network must have a parameter .* got none"):
+        train_maml(network, [tasks])
+    with pytest.raises(InputError, match=r"network must have a parameter .* got none"):
+        FOMAML(network).adapt(tasks.support_x[0], tasks.support_y[0])

@@ -91,6 +91,8 @@ from meta_lightning.runs.checkpoint_file import load_network, network_descriptio
 from meta_lightning.runs.ensemble import State, in_turn, mean_prediction
 from meta_lightning.scores import Evaluation, Scores
 
+TO_ADAPT = "with requires_grad that inner_freeze or outer_freeze leaves"
+
 
 class Answers(NamedTuple):
     """What tasks answer to their queries."""
@@ -319,6 +321,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def inner_trajectory(self, start: Params, support: Support, **options: bool) -> Iterator[Adapted]:
         """θ' of every task after 0, …, K inner steps from θ'_0; for the options see ``trajectory``."""
         moved = [*self.adapted(start)]
+        require(bool(moved) or not support.steps, f"network must have a parameter {TO_ADAPT}, got none")
         require_prepared(self.inner_rule, self.prepared, moved)
         depends = self.depends_on_start or isinstance(self.loss, TaskLoss)
         step = InnerStep(self.inner_losses, self.inner_rule, self.inner_lr, moved, start if depends else {})
@@ -523,6 +526,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         require_not_compiled(learner=self.training_step)
         require_own_options(self.trainer, self)  # again: subclasses may define configure_callbacks
         require_supported(str(self.trainer.precision), self.trainer.strategy)
+        learnt = bool(self.learned(self.meta_parameters()))
+        require(learnt or stage != "fit", f"network must have a parameter {TO_ADAPT}, got none")
 
     def on_fit_start(self) -> None:
         """Check the schedule before training, and take the form of the samples from the data module."""

@@ -66,7 +66,7 @@ class FeatureCache:
             return
         weights = blake2b(repr(form).encode(), digest_size=DIGEST)
         for value in state:
-            weights.update(bytes_of(value[None])[0])
+            weights.update(bytes_of(value.reshape(1, -1))[0])
         self.path = self.folder / f"{weights.hexdigest()}.features"
         if [path for path in self.folder.glob("*.features") if path != self.path] and not self.path.exists():
             rank_zero_warn(f"cache_dir {self.folder} has features of other weights or samples: these are computed")
@@ -135,7 +135,7 @@ def sum_of_bits(values: Tensor) -> Tensor:
 @torch.no_grad()
 def bytes_of(samples: Tensor) -> np.ndarray[Any, Any]:
     """The bytes of each sample.  # S ... -> S bytes"""
-    array: np.ndarray[Any, Any] = samples.flatten(1).cpu().contiguous().view(torch.uint8).numpy()
+    array: np.ndarray[Any, Any] = samples.reshape(len(samples), -1).cpu().contiguous().view(torch.uint8).numpy()
     return array
 
 

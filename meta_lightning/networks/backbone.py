@@ -39,7 +39,7 @@ def without_weights() -> Iterator[None]:
 class Backbone(nn.Sequential):
     """A pretrained network, its body, in front of a linear head: ``head(body(x))``.
 
-    The body is frozen except for what ``unfreeze`` names: it keeps its batch-norm statistics, is in evaluation mode, and
+    The body is frozen except for what ``unfreeze`` names: it keeps its batch-norm statistics, is in evaluation mode and
     runs once per sample. What it makes of a sample is kept and not computed again. Where the last blocks are unfrozen,
     that holds for the blocks before them, if the body is a chain of its children (as ResNets are); else all of it runs
     at every inner step. Batch norm of unfrozen blocks uses batch statistics.

@@ -1,0 +1,139 @@
+"""Pretrained networks in front of a head."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from meta_lightning import FOMAML, Backbone
+from meta_lightning.checks import InputError
+from meta_lightning.networks.backbone import without_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:All of the backbone")
+
+
+class Encoder(nn.Module):
+    """A body of one's own, from pictures to 6 features."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(channels, 4, 3, 2), nn.BatchNorm2d(4)
+        self.second, self.pool = nn.Conv2d(4, 6, 3), nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pool(self.second(self.norm(self.first(x)))).flatten(1)
+
+
+def test_a_network_of_torchvision_without_its_classifier() -> None:
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    network = Backbone("torchvision/resnet18", ways=3)
+    torch.manual_seed(0)
+    body = resnet18().eval()
+    body.fc = nn.Identity()
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(network.eval()(x), network.head(body(x)))
+    assert [name for name, p in network.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+    assert FOMAML(network).train()(x).equal(network(x))
+
+
+def test_a_network_of_timm() -> None:
+    timm = pytest.importorskip("timm", reason="needs timm, the extra backbones")
+    torch.manual_seed(0)
+    network = Backbone("timm/resnet10t", ways=3, unfreeze=["layer4.*"]).eval()
+    torch.manual_seed(0)
+    body = timm.create_model("resnet10t", num_classes=0).eval()
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(network.body(x), body(x))
+    assert [name for name, _ in network.body.named_children()] == [name for name, _ in body.named_children()]
+
+
+@pytest.mark.parametrize("backbone", [f"{__name__}.Encoder", Encoder(1)])
+def test_a_module_of_ones_own(backbone: Any) -> None:
+    network = Backbone(backbone, ways=2)
+    assert network.head.in_features == 6
+    assert network.body is not backbone
+    assert not any(p.requires_grad for p in network.body.parameters())
+
+
+def test_features_may_be_given() -> None:
+    assert Backbone(nn.Linear(3, 7), features=7).head.in_features == 7
+
+
+def test_unfrozen_blocks_of_a_chain_and_of_another_module() -> None:
+    chain = Backbone("torchvision/resnet18", unfreeze=["layer4.*"])
+    trained = [name for name, p in chain.named_parameters() if p.requires_grad]
+    assert all(name.startswith(("body.layer4.", "head.")) for name in trained)
+    assert len(trained) == 17
+    assert isinstance(chain.body, nn.Sequential)
+    with pytest.warns(UserWarning, match=r"backbone runs at every inner step .*second\.\*.* Branching"):
+        Backbone(Branching(), unfreeze=["second.*"])
+
+
+class Branching(Encoder):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pool(self.second(2 * self.norm(self.first(x)))).flatten(1)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_weights_of_ones_own(suffix: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+    from torchvision.models import resnet18
+
+    torch.manual_seed(5)
+    model, path = resnet18(num_classes=7), tmp_path / f"weights.{suffix}"
+    save = save_file if suffix == "safetensors" else torch.save
+    save(model.state_dict(), path)
+    network = Backbone("torchvision/resnet18", weights=str(path))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in network.body.state_dict().items())
+    path.unlink()
+    with without_weights():
+        Backbone("torchvision/resnet18", weights=str(path))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"backbone": "torchvision/resnet81"}, r"backbone must name .*torchvision/resnet81.*mean torchvision/resnet"),
+        ({"backbone": "nowhere.Net"}, r"backbone must be .*nowhere\.Net"),
+        ({"backbone": "torch.relu"}, r"backbone must be .*class path .*torch\.relu"),
+        ({"backbone": "torchvision/squeezenet1_0"}, r"backbone must end with a linear classifier.*squeezenet"),
+        ({"backbone": nn.Linear(3, 4)}, r"features must be given"),
+        ({"backbone": Encoder(), "unfreeze": ["layer9.*"]}, r"unfreeze must match .*layer9"),
+        ({"backbone": Encoder(), "ways": 0}, r"ways must be at least 1, got 0"),
+        ({"backbone": Encoder(), "weights": "default"}, r"weights must be a path"),
+        ({"backbone": Encoder(), "weights": "gone.pt"}, r"weights must be .*gone\.pt, which is not a file"),
+    ],
+)
+def test_what_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Backbone(**options)
+
+
+def test_weights_that_do_not_fit_or_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(Encoder(1).state_dict(), path)
+    with pytest.raises(InputError, match=r"weights must be of the backbone.*first\.weight: expected \(4, 3, 3, 3\)"):
+        Backbone(Encoder(), weights=str(path))
+    torch.save([1], path)
+    with pytest.raises(InputError, match=r"weights must be .*something else"):
+        Backbone(Encoder(), weights=str(path))
+    path.write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"weights must be .*weights\.pt, which cannot be read"):
+        Backbone(Encoder(), weights=str(path))
+
+
+def test_weights_that_are_not_there_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    words = (
+        r"weights 'default' of torchvision/resnet18 .*OSError: Name or service not known; .*path of their state dict"
+    )
+    with pytest.raises(InputError, match=words):
+        Backbone("torchvision/resnet18", weights="default")
