@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from meta_lightning.adaptation.adapt import numbered
 from meta_lightning.adaptation.partitions import Combined
 from meta_lightning.checks import InputError, require, require_choice
+from meta_lightning.data.form import SampleForm
 from meta_lightning.data.tasks import Array, scale_pixels
 from meta_lightning.data.tensors import samples
 from meta_lightning.files import require_writable, written_whole
@@ -35,15 +35,25 @@ Adaptation = Callable[[Samples, Samples, Samples], Samples]  # from a task to pr
 
 
 class Adapting(nn.Module):
-    """An adaptation as a module with the parameters and buffers of the learner that it reads."""
+    """An adaptation as a module, whose parameters and buffers are all tensors that it reads.
 
-    def __init__(self, learner: nn.Module, function: Adaptation) -> None:
+    Args:
+        learner: The learner, whose ``adapted_predictions`` it computes.
+        form: Form of the samples.
+        ways: Number of classes; 0 for regression.
+        steps: Numbers of the samples that each inner step takes, None for all.
+    """
+
+    def __init__(self, learner: Any, form: SampleForm, ways: int, steps: Sequence[Tensor | None]) -> None:
         super().__init__()
-        self.learner, self.function = learner, function
+        self.learner, self.form, self.ways, self.steps = learner, form, ways, len(steps)
+        for step, rows in enumerate(steps):
+            self.register_buffer(f"rows{step}", rows)
 
-    def forward(self, *task: Samples) -> Samples:
+    def forward(self, support_x: Samples, support_y: Samples, query_x: Samples) -> Samples:
         """Adapt to the support set and predict the queries.  # S ..., S ..., R ... -> R ..."""
-        return self.function(*task)
+        steps = [getattr(self, f"rows{step}") for step in range(self.steps)]
+        return self.learner.adapted_predictions(self.form, self.ways, steps, support_x, support_y, query_x)
 
 
 class Recorded(nn.Module):
@@ -85,9 +95,7 @@ def save_adaptation(
     numbers = torch.arange(S)[None]
     taken = [rows[0] for rows, _ in learner.inner_batches(numbers, numbers, steps)]
     whole = all(torch.equal(rows, numbers[0]) for rows in taken)
-    adapting = Adapting(
-        learner, partial(learner.adapted_predictions, predictor.form, [None] * len(taken) if whole else taken, classes)
-    )
+    adapting = Adapting(learner, predictor.form, classes, [None] * len(taken) if whole else taken)
     task = x, targets, learner.task_network.inputs(x)
     require_function(adapting, task)
 

@@ -486,8 +486,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def adapted_predictions(
         self,
         form: SampleForm,
-        steps: Sequence[Tensor | None],
         ways: int,
+        steps: Sequence[Tensor | None],
         support_x: Samples,
         support_y: Samples,
         query_x: Samples,
