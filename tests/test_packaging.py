@@ -5,9 +5,11 @@ import configparser
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import smoke
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "meta_lightning"
@@ -15,6 +17,12 @@ PACKAGE = ROOT / "meta_lightning"
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+def setup_cfg() -> configparser.ConfigParser:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return setup
 
 
 def test_import_does_not_import_learn2learn() -> None:
@@ -31,9 +39,49 @@ def test_gyms_notice_does_not_reach_the_screen() -> None:
     assert "Gym" not in result.stdout + result.stderr
 
 
+def test_the_wheel_fits_and_adapts(tmp_path: Path) -> None:
+    built = smoke.wheel(tmp_path, "--no-build-isolation", "--no-index")
+    site, folder = tmp_path / "site", tmp_path / "run"
+    folder.mkdir()
+    smoke.run([sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site, built], tmp_path)
+    smoke.check(Path(sys.executable), site / "bin" / "meta-lightning", folder, PYTHONPATH=str(site))
+
+
+def test_pyproject_leaves_to_setup_cfg_what_stands_there() -> None:
+    project, setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"], setup_cfg()
+    of_metadata = {"version", "description", "keywords", "classifiers"}
+    assert of_metadata <= setup["metadata"].keys()
+    others = {"readme", "urls", "dependencies", "optional-dependencies", "scripts"}
+    assert {*project["dynamic"]} == of_metadata | others
+    assert project.keys() == {"name", "license", "license-files", "requires-python", "dynamic"}
+    assert setup["options.entry_points"]["console_scripts"].strip() == "meta-lightning = meta_lightning.cli:main"
+
+
+NAMES = {"docstring_parser": "docstring-parser", "PIL": "pillow", "sklearn": "scikit-learn"}  # of imports, of packages
+OF_LEARN2LEARN = {"learn2learn", "gym_notices"}  # imported where it is installed
+
+
+def required(requirements: str) -> set[str]:
+    """The packages of requirements, one per line."""
+    return {re.split(r"[\[<>=; ]", line)[0] for line in requirements.split("\n") if line}
+
+
+def test_what_is_imported_is_required() -> None:
+    setup, imported = setup_cfg(), set()
+    of_all = required(setup["options"]["install_requires"])
+    optional = required(setup["options.extras_require"]["augment"] + setup["options.extras_require"]["sklearn"])
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            imported |= {module.partition(".")[0] for module in modules}
+    others = imported - sys.stdlib_module_names - {"meta_lightning"} - OF_LEARN2LEARN
+    assert of_all <= {NAMES.get(name, name) for name in others} <= of_all | optional
+    assert {"torch", "numpy", "pillow"} <= of_all
+
+
 def test_setup_cfg_lists_every_package_and_all_configs() -> None:
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
+    setup = setup_cfg()
     packages = {path.parent.relative_to(ROOT) for path in (ROOT / "meta_lightning").rglob("__init__.py")}
     names = {".".join(package.parts) for package in packages} | {"meta_lightning.configs"}
     assert set(setup["options"]["packages"].split()) == names
