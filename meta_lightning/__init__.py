@@ -9,7 +9,6 @@ from meta_lightning.version import VERSION
 
 if TYPE_CHECKING:
     from meta_lightning.public import *  # noqa: F403
-    from meta_lightning.public import __all__ as __all__
 
 sys.meta_path.append(FormerModules())  # finds what no other finder does
 

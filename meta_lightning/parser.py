@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser
 
+from meta_lightning import public
 from meta_lightning.checks import InputError, nearest
-from meta_lightning.public import __all__ as public_names
 from meta_lightning.usage import SUBCOMMANDS
 
 PACKAGE = Path(__file__).parent
@@ -98,7 +98,7 @@ def reason(message: str, arguments: Iterable[str]) -> str:
         name = f"{prefix}.{found[1]}"
         return f"{owner.rpartition('.')[2]} has no option {name}{hint(name, options)}"
     if found := NO_CLASS.search(cause):
-        return f"{prefix} must name a class, got {found[1]}{hint(found[1], public_names)}"
+        return f"{prefix} must name a class, got {found[1]}{hint(found[1], public.__all__)}"
     return f"{prefix}: {cause}" if keys and cause else cause or message
 
 

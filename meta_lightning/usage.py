@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from meta_lightning import __version__
+import meta_lightning
 
 PROGRAM = "python -m meta_lightning"
 SUBCOMMANDS = {
@@ -28,7 +28,7 @@ def answer(arguments: Sequence[str]) -> None:
         epilog="Each subcommand has a --help; fit --model.help MAML describes the options of an algorithm, "
         "fit --data.help Glyphs those of a data set.",
     )
-    parser.add_argument("--version", action="version", version=f"meta_lightning {__version__}")
+    parser.add_argument("--version", action="version", version=f"meta_lightning {meta_lightning.__version__}")
     subcommands = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND")
     for name, does in SUBCOMMANDS.items():
         subcommands.add_parser(name, help=does)
