@@ -5,14 +5,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from meta_lightning.moved import FormerModules
-from meta_lightning.version import VERSION
 
 if TYPE_CHECKING:
     from meta_lightning.public import *  # noqa: F403
 
 sys.meta_path.append(FormerModules())  # finds what no other finder does
 
-__version__ = VERSION
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -501,7 +501,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         dtype = next(self.network.parameters()).dtype
         inputs, queries = (form.network_input(x, dtype) for x in (support_x, query_x))
         x, y = one_task(inputs), one_task(support_y)
-        batches = [(x, y) if rows is None else tree_map(lambda t, rows=rows: t.index_select(1, rows), (x, y)) for rows in steps]
+        batches = [
+            (x, y) if rows is None else tree_map(lambda t, rows=rows: t.index_select(1, rows), (x, y)) for rows in steps
+        ]
         support = Support(x, y, batches, self.head_start.classes(y, ignored_class(self.loss), ways))
         with network.being_traced(), network.around(), torch.enable_grad():
             params = unstack(of_network(self.inner_loop(self.start_alone(support), support).params), 0)

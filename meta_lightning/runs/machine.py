@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from meta_lightning.version import VERSION
+import meta_lightning
 
 CHECKOUT = Path(__file__).parents[2]
 MEGABYTE = 1e6
@@ -22,7 +22,11 @@ PROCESS = Path("/proc/self")  # Linux only
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that affect results, learn2learn's if it is installed."""
-    own = {"python": platform.python_version(), "torch": str(torch.__version__), "meta-lightning": VERSION}
+    own = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "meta-lightning": meta_lightning.__version__,
+    }
     for name in RECORDED:
         with suppress(PackageNotFoundError):
             own[name] = version(name)
