@@ -54,7 +54,7 @@ def test_pyproject_leaves_to_setup_cfg_what_stands_there() -> None:
     others = {"readme", "urls", "dependencies", "optional-dependencies", "scripts"}
     assert {*project["dynamic"]} == of_metadata | others
     assert project.keys() == {"name", "license", "license-files", "requires-python", "dynamic"}
-    assert setup["options.entry_points"]["console_scripts"].strip() == "meta-lightning = meta_lightning.cli:main"
+    assert setup["options.entry_points"]["console_scripts"].strip() == "meta-lightning = meta_lightning.__main__:main"
 
 
 NAMES = {"docstring_parser": "docstring-parser", "PIL": "pillow", "sklearn": "scikit-learn"}  # of imports, of packages
@@ -69,7 +69,8 @@ def required(requirements: str) -> set[str]:
 def test_what_is_imported_is_required() -> None:
     setup, imported = setup_cfg(), set()
     of_all = required(setup["options"]["install_requires"])
-    optional = required(setup["options.extras_require"]["augment"] + setup["options.extras_require"]["sklearn"])
+    extras = setup["options.extras_require"]
+    optional = set().union(*(required(extras[name]) for name in extras if name not in ("docs", "test", "dev")))
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
