@@ -1,12 +1,14 @@
 """Frozen modules: their statistics and modes, and what runs once per sample."""
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from references import EXACT, TASKS_FROM_A_LIST, classification, error, fomaml_loop, maml_loop, trained
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from meta_lightning import FOMAML, MAML, Predictor, Prototypes, Reptile, TaskBatch, load_learner, train_maml
@@ -262,3 +264,35 @@ def test_a_network_without_a_parameter_to_adapt() -> None:
         train_maml(network, [tasks])
     with pytest.raises(InputError, match=r"network must have a parameter .* got none"):
         FOMAML(network).adapt(tasks.support_x[0], tasks.support_y[0])
+
+
+@pytest.mark.parametrize("outputs", [5, 3])
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_a_delta_loads_onto_its_base(make: Callable[[], nn.Sequential], outputs: int, tmp_path: Path) -> None:
+    network, x, y = make(), torch.randn(10, 1, 8, 8), torch.arange(5).repeat(2)
+    network[1] = nn.Linear(4, outputs)
+    base = copy.deepcopy(network)
+    predictor = FOMAML(network, inner_lr=0.1).adapt(x, y)  # of 5 classes with 3 outputs: in groups
+    predictor.save(tmp_path / "whole.safetensors")
+    predictor.save(tmp_path / "delta.safetensors", delta=True)
+    names = [*load_file(tmp_path / "delta.safetensors")]
+    assert not [name for name in names if re.match(r"network\.(networks\.\d+\.)?0\.[01]\.", name)]
+    for onto in (base, predictor.network.networks[0] if outputs == 3 else predictor.network):
+        loaded = Predictor.load(tmp_path / "delta.safetensors", onto)
+        torch.testing.assert_close(loaded(x), predictor(x), rtol=0, atol=0)
+    loaded.save(tmp_path / "again.safetensors", delta=True)
+    assert load_file(tmp_path / "again.safetensors").keys() == load_file(tmp_path / "delta.safetensors").keys()
+    with torch.no_grad():
+        base[0][0].weight.mul_(2)
+    with pytest.raises(InputError, match=r"network must be the base of .*delta.*, of checksum .* got one of"):
+        Predictor.load(tmp_path / "delta.safetensors", base)
+
+
+def test_deltas_that_are_refused(tmp_path: Path) -> None:
+    x, y = torch.randn(10, 4), torch.arange(5).repeat(2)
+    with pytest.raises(InputError, match=r"delta must be False .*frozen parameters, got True"):
+        FOMAML(nn.Linear(4, 5)).adapt(x, y).save(tmp_path / "a.safetensors", delta=True)
+    assert not [*tmp_path.iterdir()]
+    network = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 5))
+    with pytest.raises(InputError, match=r"path of a delta must be .*a\.pt2"):
+        FOMAML(network).adapt(x, y).save(tmp_path / "a.pt2", delta=True)

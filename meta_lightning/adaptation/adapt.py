@@ -19,7 +19,7 @@ from meta_lightning.data.tensors import samples
 from meta_lightning.inner.copies import copied
 from meta_lightning.inner.params import Params, tree_leaves, tree_map
 from meta_lightning.inner.samples import Output, Samples, call, length, shapes_of, structure_of
-from meta_lightning.networks.batch_statistics import freeze_statistics
+from meta_lightning.networks.batch_statistics import freeze_statistics, frozen_state
 
 
 def adapt_to(
@@ -49,8 +49,11 @@ def adapt_to(
     def forward(network: nn.Module, inputs: Samples) -> Samples:
         return call(network, inputs_of(inputs), bool(form.keywords), output)
 
+    base: set[str] = set()
+
     def adapted(inputs: Samples, targets: Samples) -> nn.Module:
         params, copy = inner_loop(inputs, targets), copied(network)
+        base.update(frozen_state(network, map(network.get_parameter, params)))
         set_parameters(copy, params)
         freeze_statistics(copy, lambda copy: forward(copy, inputs))
         return copy
@@ -65,7 +68,7 @@ def adapt_to(
         if names is not None and not any_ways:
             outputs = outputs_of(lambda: forward(network, inputs), inputs, len(names))
         if names is None or any_ways or len(names) <= outputs:
-            return Predictor(adapted(inputs, targets), names, example, form, description, output)
+            return Predictor(adapted(inputs, targets), names, example, form, description, output, base)
         groups = partitions(len(names), outputs)
         came = f"the network has {outputs} outputs for {len(names)} classes"
         hint = "a learner that was trained with head_start Prototypes takes any number"
@@ -75,7 +78,8 @@ def adapt_to(
         networks = [adapted(*part) for part in parts]
         combination = Combined(networks, shares(groups, len(names)).to(p), bool(form.keywords), output)
     # its networks take care of keywords and output
-    return Predictor(combination, names, example, replace(form, keywords=False), description)
+    of_groups = {f"networks.{group}.{name}" for group in range(len(groups)) for name in base}
+    return Predictor(combination, names, example, replace(form, keywords=False), description, base=of_groups)
 
 
 def numbered(y: Samples | Array | Sequence[str], class_names: Sequence[str] | None) -> tuple[list[str] | None, Samples]:

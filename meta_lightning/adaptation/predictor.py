@@ -2,13 +2,15 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model
+from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
 from meta_lightning.adaptation.export import WRITERS, read_description, require_target
@@ -23,7 +25,7 @@ from meta_lightning.inner.copies import copied
 from meta_lightning.inner.params import tree_map
 from meta_lightning.inner.samples import Output, Samples, call, length, structure_of
 from meta_lightning.networks.backbone import without_weights
-from meta_lightning.networks.batch_statistics import batch_norms, hold_statistics, with_batch_statistics
+from meta_lightning.networks.batch_statistics import BATCH_NORM, hold_statistics, with_batch_statistics
 
 # kinds in the description of an example, where a list is the shape of floating-point samples or pixels
 TENSOR, TUPLE = "tensor", "tuple"
@@ -45,6 +47,7 @@ class Predictor(nn.Module):
         form: Preprocessing of the training samples.
         description: Class path and arguments of the network; None if it was built in Python.
         output: Function that makes predictions of what the network returns, see ``MetaLearner``.
+        base: Names in the network's state of what was frozen, which ``save`` may leave out.
 
     Shapes:
         Input ``S …``, samples as in the data set: uint8 pixels, floating-point, or nests that the network takes. Output
@@ -59,6 +62,7 @@ class Predictor(nn.Module):
         form: SampleForm,
         description: dict[str, Any] | None,
         output: Output | None = None,
+        base: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.network = network
@@ -67,6 +71,7 @@ class Predictor(nn.Module):
         self.form = form
         self.description = description
         self.output = output
+        self.base = frozenset(f"network.{name}" for name in base)
         self.requires_grad_(False).eval()
 
     def forward(self, x: Samples) -> Samples:
@@ -108,7 +113,7 @@ class Predictor(nn.Module):
         numbers = self.predict_proba(x).argmax(1).tolist()
         return [self.class_names[number] for number in numbers] if self.class_names else []
 
-    def save(self, path: str | Path, overwrite: bool = False) -> None:
+    def save(self, path: str | Path, overwrite: bool = False, delta: bool = False) -> None:
         """Save the predictor atomically, in the format given by the suffix.
 
         ``.safetensors`` holds the parameters, and as metadata everything else that ``load`` needs. ``.pt2`` is a
@@ -118,10 +123,12 @@ class Predictor(nn.Module):
         Args:
             path: The file.
             overwrite: Whether to replace an existing file.
+            delta: Whether to leave out what was frozen, the base: ``load`` then takes it from the network, and checks
+                that it is the same. For ``.safetensors`` only.
 
         Raises:
-            InputError: If the suffix is unknown, the format needs packages that are not installed, or the file exists
-                or cannot be written.
+            InputError: If the suffix is unknown, nothing was frozen for a delta, the format needs packages that are not
+                installed, or the file exists or cannot be written.
         """
         values: dict[str, Any] = {
             "class_names": self.class_names,
@@ -134,9 +141,31 @@ class Predictor(nn.Module):
         metadata = {name: json.dumps(value) for name, value in (values | {"form": asdict(self.form)}).items()}
         path = Path(path)
         require_target(path, overwrite, "path")
+        state = self.cpu_state()
+        if delta:
+            require(path.suffix == ".safetensors", f"path of a delta must be a .safetensors file, got {path}")
+            require(bool(self.base), "delta must be False for a network without frozen parameters, got True")
+            metadata["base"] = checksum({name: state[name] for name in self.base})
         with written_whole(path) as part:
+            if delta:
+                save_file({name: value for name, value in state.items() if name not in self.base}, part, metadata)
+                return
             twice = tree_map(lambda t: torch.cat([t, t]), scale_pixels(self.example))
             WRITERS[path.suffix](copy.deepcopy(self).cpu(), part, metadata, twice)
+
+    def cpu_state(self) -> dict[str, Tensor]:
+        """The state dict as separate tensors on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
+
+    def put_onto_base(self, path: str | Path, expected: str) -> None:
+        """Load a delta; raise InputError unless the network is the base of this checksum."""
+        delta = load_file(path)
+        state = self.cpu_state()
+        self.base = frozenset(state.keys() - delta.keys())
+        came = checksum({name: state[name] for name in self.base})
+        must = f"network must be the base of {path}, of checksum {expected}"
+        require(came == expected, f"{must}, got one of checksum {came}: other weights, or another network")
+        self.load_state_dict(state | delta)
 
     @classmethod
     def load(cls, path: str | Path, network: nn.Module | None = None, output: Output | None = None) -> "Predictor":
@@ -144,7 +173,8 @@ class Predictor(nn.Module):
 
         Args:
             path: The file.
-            network: A network with the architecture of the adapted one; required if that was built in Python.
+            network: A network with the architecture of the adapted one, for a delta with the weights of its base too;
+                required if that was built in Python.
             output: The function ``output`` of the learner, if it had one.
 
         Raises:
@@ -159,12 +189,13 @@ class Predictor(nn.Module):
         if network is None:
             missing = f"network must be given: it was built in Python, and {path} does not describe it"
             require(description is not None, missing)
-            with without_weights():
+            with nullcontext() if "base" in metadata else without_weights():
                 network = build_network(description)
-        network = copied(network)
-        network = with_batch_statistics(network, network.parameters())
-        for norm in batch_norms(network):
-            hold_statistics(norm, torch.zeros(norm.num_features), torch.ones(norm.num_features))
+        network = with_batch_statistics(copied(network), trained=())
+        for name, norm in network.named_modules():
+            held = f"network.networks.0.{name}" if "groups" in metadata else f"network.{name}"
+            if isinstance(norm, BATCH_NORM) and f"{held.rstrip('.')}.running_mean" in shapes:
+                hold_statistics(norm, torch.zeros(norm.num_features), torch.ones(norm.num_features))
         if groups := json.loads(metadata.get("groups", "0")):  # of classes; not in files of former versions
             networks = [copied(network) for _ in range(groups)]
             network = Combined(networks, torch.zeros(shapes["network.shares"]), bool(keywords), output)
@@ -176,10 +207,22 @@ class Predictor(nn.Module):
                 set_parameters(network, wide)
         predictor = cls(network, class_names, example_of(sample_shape), SampleForm(**form), description, output)
         try:
-            load_model(predictor, path)
+            if "base" in metadata:
+                predictor.put_onto_base(path, metadata["base"])
+            else:
+                load_model(predictor, path)
         except RuntimeError as error:
             raise InputError(f"network must be like the adapted one, got another: {error}") from None
         return predictor
+
+
+def checksum(state: dict[str, Tensor]) -> str:
+    """A checksum of tensors and their names."""
+    digest = blake2b(digest_size=8)
+    for name in sorted(state):
+        digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)}".encode())
+        digest.update(state[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def described(example: Samples) -> Any:

@@ -41,7 +41,7 @@ class FeatureCache:
         """The outputs of frozen modules, which run for new samples only.  # T S ... -> T S ..."""
         samples = x.flatten(0, 1)
         if x.requires_grad or not self.keeps:
-            return in_chunks(frozen, samples).unflatten(0, x.shape[:2])
+            return unflat(in_chunks(frozen, samples), x)
         self.take(frozen, samples)
         keys = [blake2b(sample, digest_size=DIGEST).digest() for sample in bytes_of(samples)]
         rows = {key: self.known[key] for key in keys if key in self.known}
@@ -51,7 +51,7 @@ class FeatureCache:
             computed = dict(zip(new, in_chunks(frozen, samples[[*new.values()]]).cpu().unbind(), strict=True))
             self.keep(computed)
             rows |= computed
-        return torch.stack([rows[key] for key in keys]).to(x.device).unflatten(0, x.shape[:2])
+        return unflat(torch.stack([rows[key] for key in keys]).to(x.device), x)
 
     def take(self, frozen: nn.Module, samples: Tensor) -> None:
         """Forget the features of other weights, or of samples of another form."""
@@ -124,6 +124,11 @@ class FeatureCache:
         records = np.memmap(self.path, record, "c", shape=(count,))
         values = torch.from_numpy(records["value"]).view(dtype).unflatten(1, shape)
         return {key.tobytes(): value for key, value in zip(records["key"], values.unbind(), strict=True)}
+
+
+def unflat(features: Tensor, x: Tensor) -> Tensor:
+    """Features of all samples by task.  # T*S ... -> T S ..."""
+    return features.view(*x.shape[:2], *features.shape[1:])
 
 
 def sum_of_bits(values: Tensor) -> Tensor:

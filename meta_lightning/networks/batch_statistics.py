@@ -48,6 +48,18 @@ def with_batch_statistics(network: nn.Module, trained: Iterable[Tensor]) -> nn.M
     return copy
 
 
+def frozen_state(network: nn.Module, trained: Iterable[Tensor]) -> set[str]:
+    """Names in the state dict of the parameters that are not trained, and of the buffers of frozen modules."""
+    trained = [*trained]
+    ids, frozen = {*map(id, trained)}, {*frozen_modules(network, trained)}
+    names = {name for name, p in network.named_parameters(remove_duplicate=False) if id(p) not in ids}
+    return names | {
+        name
+        for name in network.state_dict().keys() - names
+        if network.get_submodule(name.rpartition(".")[0]) in frozen and name not in dict(network.named_parameters())
+    }
+
+
 def forget_statistics(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Normalise with batch statistics where a state lacks those of frozen batch norm, as former versions did."""
     for name, layer in network.named_modules():
