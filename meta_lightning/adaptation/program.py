@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.func import functional_call
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from meta_lightning.adaptation.adapt import numbered
@@ -20,6 +20,7 @@ from meta_lightning.data.form import SampleForm
 from meta_lightning.data.tasks import Array, scale_pixels
 from meta_lightning.data.tensors import samples
 from meta_lightning.files import require_writable, written_whole
+from meta_lightning.inner.copies import copied
 from meta_lightning.inner.compiling import ReadingNoMemory, ReadingNoValues
 from meta_lightning.inner.params import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from meta_lightning.inner.samples import Samples, length, one_task
@@ -29,6 +30,7 @@ from meta_lightning.runs.machine import versions
 DESCRIPTION = "description"  # name of the extra file
 ANY = "any"  # number of samples
 LEAST = 11  # samples of a trace: more than the sizes that are special, and few
+TORCH = Path(torch.__file__).parent  # whose kernels give the same for any number of samples
 CPU = torch.device("cpu")
 Task = tuple[Samples, Samples, Samples]  # support samples, targets and queries: S ..., S ..., R ...
 Adaptation = Callable[[Samples, Samples, Samples], Samples]  # from a task to predictions of its queries: R ...
@@ -150,7 +152,7 @@ def first_exported(
             program = exported(adapting, task, any_support, any_query)
             failure = next(unequal(program, reference, task, classes, any_support, any_query), "")
         except Exception as error:  # torch raises what it likes
-            failure = f"{type(error).__name__} of torch: {str(error).strip().partition(chr(10))[0]}"
+            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         if not failure:
             return program, any_support, any_query, reason
         reason = reason or failure
@@ -169,13 +171,13 @@ def exported(adapting: Adapting, example: Task, any_support: bool, any_query: bo
     task = (*cycled(example[:2], support), cycled(example[2], query))
     dims = [{0: Dim.DYNAMIC} if dynamic else None for dynamic in (any_support, any_support, any_query)]
     shapes = tuple(tree_map(lambda _, dim=dim: dim, part) for dim, part in zip(dims, task, strict=True))
-    recorded = record(adapting, task, any_support or any_query)
+    recorded = record(copied(adapting), task, any_support, any_query)  # a copy, since layers may keep what they meet
     with torch.no_grad():
         return export(recorded, task, dynamic_shapes=shapes, strict=False)
 
 
-def record(adapting: Adapting, task: Task, symbolic: bool) -> Recorded:
-    """Record the kernels of an adaptation, its gradients among them, for this task or, if ``symbolic``, any sizes."""
+def record(adapting: Adapting, task: Task, any_support: bool, any_query: bool) -> Recorded:
+    """Record the kernels of an adaptation, its gradients among them, for any number of samples or those of the task."""
     # torch.export takes no autograd.grad in a forward (2.14: "We found a fake tensor in the exported program constant's
     # list"). make_fx writes the derivatives down first, and torch.export gets a graph without any
     state = state_of(adapting)
@@ -188,8 +190,11 @@ def record(adapting: Adapting, task: Task, symbolic: bool) -> Recorded:
         outputs.append(after)
         return [leaf.detach() for leaf in leaves]
 
-    graph: GraphModule = make_fx(flat, tracing_mode="symbolic" if symbolic else "real")(*state.values(), *inputs)
+    mode = "symbolic" if any_support or any_query else "real"
+    graph: GraphModule = make_fx(flat, tracing_mode=mode)(*state.values(), *inputs)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    of_support, of_query = placeholders[len(state)], placeholders[-1]
+    require_no_branch(graph, [of_support] * any_support + [of_query] * any_query)
     for number, (node, value) in enumerate(zip(placeholders, state.values(), strict=False)):
         if node.users:  # not the rows that a head start replaces, for example
             graph.register_buffer(f"state{number}", value.detach().clone())
@@ -198,6 +203,15 @@ def record(adapting: Adapting, task: Task, symbolic: bool) -> Recorded:
         graph.graph.erase_node(node)
     graph.recompile()
     return Recorded(graph, outputs[-1])
+
+
+def require_no_branch(graph: GraphModule, samples: Sequence[Node]) -> None:
+    """Refuse a graph for which Python code outside of torch has decided something by the number of these samples."""
+    counts = {node.meta["val"].shape[0].node.expr for node in samples}
+    for guard in graph.shape_env.guards if counts else ():
+        place = guard.sloc.framework_loc  # None where nothing is known
+        if guard.expr.free_symbols & counts and place and not Path(place.filename).is_relative_to(TORCH):
+            raise RuntimeError(f"{Path(place.filename).name}, line {place.lineno}, depends on the number of samples")
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ from meta_lightning.checks import (
 from meta_lightning.data.form import SampleForm, form_of
 from meta_lightning.data.module import ClassificationTasks, TaskDataModule
 from meta_lightning.data.tasks import Array, TaskBatch, as_task_batch, nest_of, scale_pixels
-from meta_lightning.inner.copies import Original, copied
+from meta_lightning.inner.copies import Original, copied, tensors_in
 from meta_lightning.inner.heads import ComputedRows, HeadStart, LearntRows, ways_of
 from meta_lightning.inner.loop import Adapted, InnerStep, Support, trajectory
 from meta_lightning.inner.params import (
@@ -507,8 +507,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         support = Support(x, y, batches, self.head_start.classes(y, ignored_class(self.loss), ways))
         with network.being_traced(), network.around(), torch.enable_grad():
             params = unstack(of_network(self.inner_loop(self.start_alone(support), support).params), 0)
-            tensors = [*self.network.parameters(), *self.network.buffers()]
-            held = copied(self.network, shared=tensors)
+            tensors = [t for module in self.network.modules() for t in tensors_in(vars(module), set())]
+            held = copied(self.network, shared=tensors)  # whose tensors are those of the trace
             freeze_statistics(held, lambda held: traits.forward(held, params, network.inputs(inputs)))
             predictions = traits.forward(held, params, queries)
         return predictions[:, :ways] if ways else predictions
