@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,16 @@ from torch import Tensor
 
 from meta_lightning import MLP, Glyphs, Sinusoid
 from meta_lightning.cli import main
+from meta_lightning.data.tasks import has_learn2learn
 
 TINY = str(Path(__file__).parent / "tiny.yaml")
 RUN = Path("lightning_logs/version_0")
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_report_header() -> str:
+    """What supplies the tasks."""
+    return f"tasks by learn2learn {version('learn2learn')}" if has_learn2learn() else "tasks without learn2learn"
 
 
 @pytest.fixture(scope="session", autouse=True)

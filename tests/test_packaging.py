@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import smoke
 
+import meta_lightning
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "meta_lightning"
 
@@ -44,7 +46,8 @@ def test_the_wheel_fits_and_adapts(tmp_path: Path) -> None:
     site, folder = tmp_path / "site", tmp_path / "run"
     folder.mkdir()
     smoke.run([sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site, built], tmp_path)
-    smoke.check(Path(sys.executable), site / "bin" / "meta-lightning", folder, PYTHONPATH=str(site))
+    versions = smoke.check(site / "bin" / "meta-lightning", folder, PYTHONPATH=str(site))
+    assert versions["meta-lightning"] == meta_lightning.__version__
 
 
 def test_pyproject_leaves_to_setup_cfg_what_stands_there() -> None:
