@@ -74,3 +74,9 @@ def test_an_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     follow("algorithm.md", monkeypatch)
     checkpoint = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
     assert (checkpoint["algorithm"], checkpoint["global_step"]) == ("EveryStepMAML", 100)
+
+
+def test_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    follow("own_network.md", monkeypatch)
+    checkpoint = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]["network.first.weight"].shape == (20, 1)
