@@ -1,7 +1,8 @@
 """Pictures of tasks: a row per class, with its support set and its queries."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ Table = tuple[Mapping[str, Sequence[Array]], Sequence[Answer]]  # support pictur
 def draw_contact_sheet(
     support: Mapping[str, Sequence[Array]], answers: Sequence[Answer], ink: bool, path: Path
 ) -> None:
-    """Draw support pictures and answers into a PNG file, with a row per class."""
+    """Draw support pictures and answers into a PNG file; a row per class has the queries that were taken for it."""
     support = {name: images[:EXAMPLES] for name, images in support.items()}
     draw_tables([(support, answers)], ink).savefig(path, dpi=100, pil_kwargs={"optimize": True})
 
@@ -66,13 +67,20 @@ def table_of(task: TaskBatch, names: Sequence[str], predictions: Tensor | None =
 
 
 def draw_tables(tables: Sequence[Table], ink: bool, axes: Axes | None = None) -> Figure:
-    """Draw tables with a row per class one below the other; ``ink`` is 255 on 0 and shown dark on light."""
+    """Draw tables with a row per class one below the other; ``ink`` is 255 on 0 and shown dark on light.
+
+    A query is in the row of the class that it was taken for or, where that is not drawn, in the row of its true class.
+    """
     figure = Figure()
     axes = axes or figure.add_axes((0, 0, 1, 1))
     rows = [
-        [(name, images, [a for a in answers if name == (a.truth or a.name)]) for name, images in support.items()]
+        [
+            (name, images, [a for a in answers if name == (a.name if a.name in support else a.truth)])
+            for name, images in support.items()
+        ]
         for support, answers in tables
     ]
+    captions = shortened({name: "" for _, answers in tables for a in answers for name in (a.name, a.truth) if name}, 11)
     left = STEP * max(len(images) for table in rows for _, images, _ in table) + GAP  # of the queries
     width = left + STEP * min(COLUMNS, max(3, *(len(answers) for table in rows for *_, answers in table)))
     top = 0.0
@@ -80,17 +88,19 @@ def draw_tables(tables: Sequence[Table], ink: bool, axes: Axes | None = None) ->
         axes.text(0, top + 0.32, "Support", color=INK, weight="bold", size=8)
         axes.text(left, top + 0.32, "Queries", color=INK, weight="bold", size=8)
         top += HEADING
+        headings = shortened([name for name, *_ in table], int(10 * width))
         for name, images, answers in table:
             y = top + NAME
-            axes.text(0, y - 0.04, shortened(name, int(10 * width)), color=INK, size=7, va="bottom")
+            axes.text(0, y - 0.04, headings[name], color=INK, size=7, va="bottom")
             for column, image in enumerate(images):
                 draw_picture(axes, image, ink, column * STEP, y, SUPPORT)
             for number, (image, answer, probability, truth) in enumerate(answers):
                 line, column = divmod(number, COLUMNS)
                 colour = MUTED if None in (answer, truth) else RIGHT if answer == truth else WRONG
                 caption = "" if answer is None else f"{100 * probability:.0f} %"
-                mistaken = f"\n{shortened(str(answer), 14)}" if colour == WRONG else ""
-                draw_picture(axes, image, ink, left + column * STEP, y + line * LINE, colour, caption + mistaken)
+                if colour == WRONG:
+                    caption += f"\nis {captions[str(truth)]}" if answer == name else f"\nas {captions[str(answer)]}"
+                draw_picture(axes, image, ink, left + column * STEP, y + line * LINE, colour, caption)
             top += LINE * max(1, math.ceil(len(answers) / COLUMNS))
     axes.set(xlim=(-0.15, width), ylim=(top, 0), aspect="equal", anchor="N")
     axes.set_axis_off()
@@ -106,10 +116,17 @@ def draw_picture(axes: Axes, image: Array, ink: bool, x: float, y: float, colour
     axes.text(x, y + 1.05, caption, color=colour, size=7, va="top", linespacing=1.1)
 
 
-def shortened(name: str, length: int) -> str:
-    """A name in at most ``length`` characters, with spaces for underscores."""
-    name = name.replace("_", " ")
-    return name if len(name) <= length else name[: length - 1] + "…"
+def shortened(names: Iterable[str], length: int) -> dict[str, str]:
+    """Names in at most ``length`` characters, with spaces for underscores, cut so that they differ."""
+    spaced = {name: name.replace("_", " ") for name in names}
+    long = [name for name in spaced.values() if len(name) > length]
+    same, kept = len(commonprefix(long)), length - 1  # noqa: RUF071  # of characters, not of folders
+    short: dict[str, str] = {}
+    for head, tail in ((kept, 0), (kept // 2, kept - kept // 2), (0, kept)):
+        short = {n: s if s not in long else f"{s[:head]}…{s[len(s) - tail :]}" for n, s in spaced.items()}
+        if len({*short.values()}) == len(short):
+            return short
+    return {n: s if s not in long else f"…{s[same : same + kept]}" for n, s in spaced.items()}
 
 
 def pixels(image: Tensor) -> Array:

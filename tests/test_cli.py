@@ -14,7 +14,7 @@ from conftest import RUN, TINY, fails, printed_config
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from meta_lightning import Glyphs, __version__
+from meta_lightning import Glyphs
 from meta_lightning.algorithms import ALGORITHMS
 from meta_lightning.cli import main
 from meta_lightning.parser import configs_dir

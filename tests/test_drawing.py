@@ -17,7 +17,7 @@ from PIL import Image
 from meta_lightning import RegressionTasks, TaskDataModule, TensorTasks
 from meta_lightning.cli import main
 from meta_lightning.data.tasks import TaskBatch
-from meta_lightning.drawing import INK, MUTED, RIGHT, SUPPORT, WRONG, Answer, draw_tables, table_of
+from meta_lightning.drawing import INK, MUTED, RIGHT, SUPPORT, WRONG, Answer, draw_tables, shortened, table_of
 from meta_lightning.show import draw_task, show_data
 
 LONG = "a_class_with_a_name_of_many_words_and_letters"
@@ -50,13 +50,14 @@ def test_no_text_overlaps_a_picture(channels: int, size: tuple[float, float] | N
     assert not any(one.overlaps(other) for one, other in itertools.combinations(texts, 2))
 
 
-def test_a_query_is_in_the_row_of_its_class_or_of_its_answer_if_that_is_unknown() -> None:
+def test_a_query_is_in_the_row_of_the_class_that_it_was_taken_for() -> None:
     image = np.zeros((1, 8, 8), np.uint8)
     answers = [
         Answer(image, "a", 0.9, "a"),
         Answer(image, "b", 0.8, "a"),
         Answer(image, "b", 0.7, None),
         Answer(image, None, 0.0, "b"),
+        Answer(image, "c", 0.6, "a"),  # whose row is not drawn
     ]
     (axes,) = draw_tables([({"a": [image], "b": [image]}, answers)], ink=False).axes
     drawn = [(to_hex(patch.get_edgecolor()), patch.get_y()) for patch in axes.patches]
@@ -66,12 +67,32 @@ def test_a_query_is_in_the_row_of_its_class_or_of_its_answer_if_that_is_unknown(
         (RIGHT, False),
         (WRONG, False),
         (SUPPORT, True),
+        (WRONG, True),
         (MUTED, True),
         (MUTED, True),
     ]
     texts = {text.get_text(): to_hex(text.get_color()) for text in axes.texts if text.get_text()}
-    expected = {"Support": INK, "Queries": INK, "a": INK, "b": INK, "90 %": RIGHT, "80 %\nb": WRONG, "70 %": MUTED}
-    assert texts == expected
+    expected = {"Support": INK, "Queries": INK, "a": INK, "b": INK, "90 %": RIGHT, "80 %\nis a": WRONG, "70 %": MUTED}
+    assert texts == expected | {"60 %\nas c": WRONG}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["short", "other_one"], ["short", "other one"]),
+        (["left_is_the_part_that_differs", "right_is_the_part_that_differs"], ["left is the…", "right is th…"]),
+        (["all_begin_alike_and_end_1", "all_begin_alike_and_end_2"], ["all b… end 1", "all b… end 2"]),
+        (["the_same_in_all_A_the_same_in_all", "the_same_in_all_B_the_same_in_all"], ["…A the same ", "…B the same "]),
+        ([f"n{i:03}_a_very_long_name_{i % 2}" for i in range(3)], None),
+    ],
+)
+def test_long_names_keep_the_part_that_differs(names: list[str], expected: list[str] | None) -> None:
+    short = shortened(names, 12)
+    assert [*short] == names
+    assert all(len(name) <= 12 for name in short.values())
+    assert len({*short.values()}) == len(names)
+    if expected is not None:
+        assert [*short.values()] == expected
 
 
 def test_ink_is_dark_and_photographs_are_as_they_are() -> None:

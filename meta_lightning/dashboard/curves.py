@@ -91,7 +91,7 @@ def draw_groups(groups: Mapping[str, Statistics], title: str, chance: float) -> 
     for row, (value, number) in enumerate(zip(mean, tasks, strict=True)):
         label = f"{100 * value:.1f} % of {number:.0f} tasks"
         axes.text(1.04, row, label, va="center", fontsize="small", color=MUTED)
-    axes.set_yticks(range(len(shown)), [shortened(name, 40) for name in shown])
+    axes.set_yticks(range(len(shown)), [*shortened(shown, 40).values()])
     axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     axes.set(xlim=(0, 1.02), ylim=(len(shown) - 0.5, -0.5), xlabel="query accuracy")
     plain(axes)
