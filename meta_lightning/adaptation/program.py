@@ -20,8 +20,8 @@ from meta_lightning.data.form import SampleForm
 from meta_lightning.data.tasks import Array, scale_pixels
 from meta_lightning.data.tensors import samples
 from meta_lightning.files import require_writable, written_whole
-from meta_lightning.inner.copies import copied
 from meta_lightning.inner.compiling import ReadingNoMemory, ReadingNoValues
+from meta_lightning.inner.copies import copied
 from meta_lightning.inner.params import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from meta_lightning.inner.samples import Samples, length, one_task
 from meta_lightning.random_states import random_states, set_random_states
