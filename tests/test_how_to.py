@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +19,13 @@ BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def follow(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Save, run and call what a page says, in its order, in the current folder."""
+    """Save, run and call what a page says, in its order, in the current folder; the first code is saved, if any is."""
     text = (FOLDER / page).read_text()
-    (saved,) = re.findall(r"[Ss]ave this as\s+`(\w+)\.py`", text)
+    saved = next(iter(re.findall(r"[Ss]ave this as\s+`(\w+)\.py`", text)), None)
     monkeypatch.syspath_prepend(Path.cwd())
-    monkeypatch.delitem(sys.modules, saved, raising=False)
-    first = True
+    if saved is not None:
+        monkeypatch.delitem(sys.modules, saved, raising=False)
+    first = saved is not None
     for language, block in BLOCK.findall(text):
         if language == "bash":
             for line in block.splitlines():
@@ -80,3 +82,27 @@ def test_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     follow("own_network.md", monkeypatch)
     checkpoint = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["state_dict"]["network.first.weight"].shape == (20, 1)
+
+
+def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+
+    def country(number: int) -> Any:
+        rng, rows = np.random.default_rng(number), 12 + number % 3
+        years, start, slope = np.arange(1952, 1952 + 5 * rows, 5), rng.uniform(40, 60), rng.uniform(0.1, 0.5)
+        continent = ("Africa", "Americas", "Asia", "Europe")[number % 4]
+        gdp, expectancy = rng.uniform(3, 4, rows), start + slope * (years - 1952)
+        return pandas.DataFrame({"year": years, "continent": continent, "log_gdp": gdp, "life_expectancy": expectancy})
+
+    Path("countries").mkdir()
+    for number in range(40):
+        country(number).to_csv(f"countries/c{number}.csv", index=False)
+    atlantis = country(40)
+    atlantis[:3].to_csv("atlantis.csv", index=False)
+    atlantis[3:].drop(columns="life_expectancy").to_csv("new.csv", index=False)
+    follow("tables.md", monkeypatch)
+    answers = pandas.read_csv("predictions.csv")
+    assert list(answers) == ["year", "continent", "log_gdp", "predicted_life_expectancy"]
+    assert answers["predicted_life_expectancy"].between(20, 130).all()  # years
+    assert "Adapted to 3 rows of atlantis.csv" in capsys.readouterr().out
