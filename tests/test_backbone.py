@@ -1,5 +1,7 @@
 """Pretrained networks in front of a head."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from meta_lightning import FOMAML, Backbone
+from meta_lightning import FOMAML, Backbone, Predictor, load_learner
+from meta_lightning.adaptation.surgery import rebuildable
 from meta_lightning.checks import InputError
+from meta_lightning.cli import main
 from meta_lightning.networks.backbone import without_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:All of the backbone")
@@ -137,3 +141,64 @@ def test_weights_that_are_not_there_offline(monkeypatch: pytest.MonkeyPatch, tmp
     )
     with pytest.raises(InputError, match=words):
         Backbone("torchvision/resnet18", weights="default")
+
+
+NORM = partial(nn.LayerNorm, eps=1e-6)
+
+
+class WithPartial(nn.Module):
+    """A network with a default that no configuration can hold, as torchvision's vision transformer has."""
+
+    def __init__(self, width: int = 4, norm: Callable[..., nn.Module] = NORM) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(784, width), norm(width), nn.Linear(width, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+@pytest.fixture
+def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str) -> Path:
+        main(["fit", "--config", str(Path(__file__).parent / "tiny.yaml"), *args])
+        return Path("lightning_logs/version_0/checkpoints/last.ckpt")
+
+    return run
+
+
+def test_a_default_that_no_checkpoint_can_describe_is_the_classs_own(fit: Callable[..., Path]) -> None:
+    path = fit(f"--model.network={__name__}.WithPartial", "--model.network.width=3")
+    learner = load_learner(path)
+    assert learner.network.layers[2].eps == 1e-6
+    assert learner.network.layers[2].normalized_shape == (3,)
+
+
+def test_what_no_checkpoint_can_describe_is_refused() -> None:
+    with pytest.raises(InputError, match=r"network must have arguments that a checkpoint can describe.*many"):
+        rebuildable({"class_path": "torch.nn.Linear", "init_args": {"in_features": "many", "out_features": 2}})
+
+
+def test_a_backbone_on_the_command_line(fit: Callable[..., Path]) -> None:
+    weights = Path("weights.pt")
+    torch.save(Encoder(1).state_dict(), weights)
+    body = ["--model.network.backbone.class_path", f"{__name__}.Encoder", "--model.network.backbone.channels", "1"]
+    network = ["--model.network", "Backbone", *body, "--model.network.weights", str(weights)]
+    path = fit(*network, "--model.network.unfreeze", "[second.*]")
+    expected = torch.load(weights, weights_only=True)
+    weights.unlink()  # the checkpoint has them
+    learner = load_learner(path)
+    assert torch.equal(learner.network.body.first.weight, expected["first.weight"])
+    assert not torch.equal(learner.network.body.second.weight, expected["second.weight"])
+    assert learner.network.body.norm.running_mean is not None
+    main(["test", "--config", str(Path(__file__).parent / "tiny.yaml"), *network, f"--ckpt_path={path}"])
+    x = torch.rand(10, 1, 28, 28)
+    predictor = learner.adapt(x, torch.arange(5).repeat(2))
+    predictor.save("a.safetensors")
+    assert torch.equal(Predictor.load("a.safetensors")(x), predictor(x))
+    predictor.save("delta.safetensors", delta=True)
+    with pytest.raises(InputError, match=r"weights must be .*weights\.pt, which is not a file"):
+        Predictor.load("delta.safetensors")
+    torch.save(expected, weights)
+    assert torch.equal(Predictor.load("delta.safetensors")(x), predictor(x))

@@ -1,5 +1,6 @@
 """Build networks, and change their modes, parameters and heads."""
 
+from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +9,10 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 
+from meta_lightning.checks import InputError
 from meta_lightning.inner.params import Params
+
+NOTICE = "Unable to serialize instance"  # in place of an object that is a default
 
 
 @contextmanager
@@ -25,10 +29,44 @@ def in_evaluation(module: nn.Module) -> Iterator[None]:
 
 def build_network(description: Mapping[str, Any]) -> nn.Module:
     """Build a network from its class path and arguments, as stored in configurations and checkpoints."""
+    parser = network_parser()
+    try:
+        network: nn.Module = parser.instantiate(parser.parse_object({"network": dict(description)})).network
+    except ValueError as error:  # as jsonargparse wraps those of constructors
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise
+    return network
+
+
+def network_parser() -> ArgumentParser:
+    """A parser of descriptions of networks."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(nn.Module, "network")
-    network: nn.Module = parser.instantiate(parser.parse_object({"network": dict(description)})).network
-    return network
+    return parser
+
+
+def rebuildable(description: Mapping[str, Any]) -> dict[str, Any]:
+    """A description from which the network can be built again: without defaults that are objects.
+
+    Raises:
+        InputError: If there is none.
+    """
+    described = without_objects(dict(description))
+    try:
+        network_parser().parse_object({"network": described})
+    except ArgumentError as error:
+        expected = "network must have arguments that a checkpoint can describe, else pass it in Python"
+        raise InputError(f"{expected}; got {described}: {error}") from None
+    return described
+
+
+def without_objects(value: Any) -> Any:
+    """Arguments but for those for which jsonargparse has only a notice, which are defaults of the class."""
+    if isinstance(value, dict):
+        notices = [name for name, part in value.items() if isinstance(part, str) and part.startswith(NOTICE)]
+        return {name: without_objects(part) for name, part in value.items() if name not in notices}
+    return [*map(without_objects, value)] if isinstance(value, list) else value
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from meta_lightning.adaptation.adapt import adapt_to
 from meta_lightning.adaptation.partitions import combined, partitions, samples_of, shares
 from meta_lightning.adaptation.predictor import Predictor
 from meta_lightning.adaptation.program import save_adaptation
-from meta_lightning.adaptation.surgery import in_evaluation
+from meta_lightning.adaptation.surgery import in_evaluation, rebuildable
 from meta_lightning.checks import (
     UNSUPPORTED,
     NamedOptions,
@@ -190,6 +190,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         self.save_hyperparameters(ignore=["init_from", *objects])
         # NumPy's scalars, of np.logspace for example, do not load with weights_only
         self.hparams.update({name: v.item() for name, v in self.hparams.items() if isinstance(v, np.generic)})
+        if (described_network := network_description(self.hparams)) is not None:
+            self.hparams["network"] = rebuildable(described_network)
         inner_lr, outer_lr = plain(inner_lr), plain(outer_lr)
         rule, head = InnerRule.of(inner_rule, SGD), HeadStart.of(head_start, self.default_head_start)
         if objects:
