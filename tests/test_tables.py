@@ -324,11 +324,33 @@ def test_bad_paths() -> None:
     Path("machines/m00.csv").write_text("speed,mode,load,power\n")
     with pytest.raises(InputError, match=r"path .*m00\.csv, which has no rows"):
         tasks()
+    Path("machines/test").mkdir()
+    with pytest.raises(
+        InputError, match=r"path must hold tables or .* got m00\.csv, m01\.csv, m02\.csv, … beside test"
+    ):
+        tasks()
     for split in ("train", "test"):
         (Path("twice") / split).mkdir(parents=True)
         machine(0).to_csv(f"twice/{split}/m00.csv", index=False)
     with pytest.raises(InputError, match=r"path must hold each task once, got m00 more than once in twice"):
         tasks("twice")
+
+
+def test_whole_numbers_may_be_meant_as_numbers() -> None:
+    tables = {name: pd.DataFrame({"x": [0.5, 1.0], "count": [first, 7]}) for name, first in (("a", 3), ("b", 5))}
+    form = TableForm.fit(tables, "count")
+    with pytest.raises(InputError, match=r"target must hold every class .*kind regression.*, got none of '5' in a"):
+        form.encode(tables["a"], "a")
+    with pytest.raises(InputError, match=r"target must hold classes .*kind regression.*, got '6' in c"):
+        form.encode(tables["a"].assign(count=6), "c")
+    assert TableForm.fit(tables, "count", "regression").classes is None
+
+
+def test_a_column_without_values_is_nothing() -> None:
+    table = pd.DataFrame({"x": [0.5, 1.0], "empty": [None, None], "y": [0.5, 1.5]})
+    form = TableForm.fit({"a": table, "b": table.assign(empty=np.nan)}, "y")
+    assert json.loads(json.dumps(asdict(form), allow_nan=False)) == asdict(form)
+    assert form.inputs(table)[:, 1].tolist() == [0, 0]
 
 
 def test_dates_are_refused() -> None:
@@ -533,6 +555,8 @@ def test_the_preprocessing_of_a_checkpoint_holds_with_other_training_tasks() -> 
     other.setup()
     other.load_state_dict(data.state_dict())
     assert data.form == other.form
+    with pytest.raises(InputError, match=r"target must be the checkpoint's, 'power', got 'mode'"):
+        tasks(target="mode", shots=1, queries=1).load_state_dict(data.state_dict())
     (number,) = other.members["test"][:1]
     assert data.form is not None
     assert torch.equal(encoded(other, "test")[0][0], data.form.inputs(machine(number)))

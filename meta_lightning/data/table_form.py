@@ -151,9 +151,12 @@ class TableForm:
             y = (as_numbers(table[self.target], "target", name) - self.means[self.target]) / self.scales[self.target]
             return x, torch.tensor(y.to_numpy()[:, None], dtype=x.dtype)
         classes = as_names(table[self.target])
-        require_known(classes, self.classes, "target must hold classes of training", name)
+        whole = all(each.lstrip("-").isdigit() for each in self.classes)
+        hint = " (whole numbers; kind regression takes them as numbers)" if whole else ""
+        require_known(classes, self.classes, f"target must hold classes of training{hint}", name)
         absent = sorted({*self.classes} - {*classes})
-        require(not (every_class and absent), f"target must hold every class, got none of {listed(absent)} in {name}")
+        came = f"got none of {listed(absent)} in {name}"
+        require(not (every_class and absent), f"target must hold every class{hint}, {came}")
         return x, classes.tolist()
 
     @property
@@ -192,16 +195,21 @@ def require_installed(*packages: str) -> None:
     require(not missing, f"tables need {', '.join(missing)}, not installed: pip install 'meta-lightning[tables]'")
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file is a table by its name."""
+    return path.suffix.lower() in READERS and not path.name.startswith(".")
+
+
 def read_table(path: Path, options: Mapping[str, Any], argument: str) -> Frame:
     """Read a CSV or Parquet file; ``options`` are those of ``pandas.read_csv``."""
     expected = f"{argument} must name a table, {' or '.join(READERS)}, got {path}"
-    require(path.suffix in READERS and path.is_file(), f"{expected}, which is no such file")
-    csv = path.suffix == ".csv"
+    require(is_table(path) and path.is_file(), f"{expected}, which is no such file")
+    csv = path.suffix.lower() == ".csv"
     require_installed("pandas", *(() if csv else ("pyarrow",)))
     import pandas
 
     try:
-        table = getattr(pandas, READERS[path.suffix])(path, **(options if csv else {}))
+        table = getattr(pandas, READERS[path.suffix.lower()])(path, **(options if csv else {}))
     except (ValueError, TypeError) as error:  # TypeError: an option that pandas does not have
         raise InputError(f"{expected}, which pandas cannot read: {error}") from None
     require(len(table) > 0, f"{expected}, which has no rows")

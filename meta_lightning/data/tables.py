@@ -23,6 +23,7 @@ from meta_lightning.data.table_form import (
     TableForm,
     Unknown,
     as_names,
+    is_table,
     read_table,
     require_columns,
 )
@@ -60,7 +61,7 @@ class TableTasks(GivenSplit, FewShotDataModule):
     target: str
     """Column to predict."""
     task: str | None = None
-    """Column that names the task of each row, if ``path`` is one table."""
+    """Column that names the task of each row, if ``path`` is one table. In ``splits`` these names are text."""
     kind: Kind = "auto"
     """``"classification"``, ``"regression"``, or ``"auto"``: regression if the target holds numbers that are not all
     whole, else classification."""
@@ -104,7 +105,9 @@ class TableTasks(GivenSplit, FewShotDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the preprocessing of a checkpoint, whatever the training tasks are now."""
-        self.form, self.task_sets = TableForm(**state_dict["form"]), {}
+        form = TableForm(**state_dict["form"])
+        require(form.target == self.target, f"target must be the checkpoint's, {form.target!r}, got {self.target!r}")
+        self.form, self.task_sets = form, {}
 
     def sample_form(self) -> SampleForm:
         """The preprocessing, for adaptation and prediction."""
@@ -195,6 +198,9 @@ def read_tasks(
     require(path.is_dir(), f"path must be a table or a folder of tables, got {path}, which is neither")
     require(task is None, f"task must be None for a folder, whose files are the tasks, got {task!r} for {path}")
     folders = {split: path / split for split in SPLITS if (path / split).is_dir()}
+    beside = [file.name for file in tables_in(path)] if folders else []
+    came = f"got {', '.join(beside[:3])}{', …' * (len(beside) > 3)} beside {', '.join(folders)} in {path}"
+    require(not beside, f"path must hold tables or folders of them, {came}")
     files = {split: tables_in(folder) for split, folder in folders.items()} or {SPLITS[0]: tables_in(path)}
     counts = Counter(file.stem for of_split in files.values() for file in of_split)
     require(bool(counts), f"path must hold tables, {' or '.join(READERS)}, got none in {path}")
@@ -206,5 +212,5 @@ def read_tasks(
 
 
 def tables_in(folder: Path) -> list[Path]:
-    """The tables in a folder, sorted by name; hidden files are none."""
-    return sorted(p for p in folder.iterdir() if p.suffix in READERS and not p.name.startswith("."))
+    """The tables in a folder, sorted by name."""
+    return sorted(path for path in folder.iterdir() if is_table(path))
