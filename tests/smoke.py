@@ -1,6 +1,6 @@
-"""The wheel by plain pip into empty environments, then an import, one fit and one adapt: smoke.py PYTHON....
+"""The wheel by plain pip into empty environments, then one fit and one adapt: smoke.py PYTHON....
 
-Each PYTHON gets an environment with NumPy 2, the first also one with the lowest torch and NumPy that setup.cfg claims.
+Each PYTHON gets an environment with NumPy 2, the first also one with the lowest torch that setup.cfg claims.
 They take gigabytes each, in a folder for temporary files (TMPDIR), one at a time. Those that are absent are named.
 """
 
@@ -105,13 +105,13 @@ def works(python: str) -> bool:
 
 
 def main(pythons: Sequence[str]) -> None:
-    """Check each interpreter, and the lowest versions on the first."""
+    """Check each interpreter, and the lowest torch on the first."""
     found = [*filter(works, pythons)]
     if not found:
         sys.exit(f"error: none of {', '.join(pythons)} is found")
     with tempfile.TemporaryDirectory(prefix="wheel-") as folder:
         built = wheel(Path(folder))
-        for python, pinned in [*((python, []) for python in found), (found[0], [lowest("torch"), lowest("numpy")])]:
+        for python, pinned in [*((python, []) for python in found), (found[0], [lowest("torch")])]:
             sys.stdout.write(f"{installed(python, built, *pinned)}\n")
             sys.stdout.flush()
 
