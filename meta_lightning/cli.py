@@ -19,7 +19,7 @@ from lightning import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from meta_lightning.adaptation.command import adapt
+from meta_lightning.adaptation.command import adapt, export
 from meta_lightning.algorithms import MetaLearner
 from meta_lightning.checks import InputError, require, require_at_least
 from meta_lightning.compare.command import compare
@@ -52,7 +52,7 @@ IGNORED_WARNINGS = (
 IGNORED_WHEN_RESUMED = (r"Checkpoint directory .* exists and is not empty",)  # with the run's own checkpoints
 
 # Subcommands that are no methods of the Trainer: typed functions, which return the text to print
-FUNCTIONS: dict[str, Callable[..., str]] = {"adapt": adapt, "compare": compare, "hub": hub}
+FUNCTIONS: dict[str, Callable[..., str]] = {"adapt": adapt, "compare": compare, "export": export, "hub": hub}
 
 
 class MetaLightningCLI(LightningCLI):

@@ -2,9 +2,10 @@
 
 import csv
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from meta_lightning.adaptation.export import require_target
 from meta_lightning.adaptation.predictor import AT_ONCE, Predictor
+from meta_lightning.adaptation.program import ANY, require_program_target
 from meta_lightning.adaptation.sentences import accuracy
 from meta_lightning.adaptation.tables import adapt_to_table
 from meta_lightning.checks import require, require_choice
@@ -67,15 +69,13 @@ def adapt(
     learner = restore(ckpt_path, "ckpt_path")
     if learner.form.table is not None:
         return adapt_to_table(learner, support, query, out, steps, save, overwrite)
-    of_images = learner.form.image_size is not None
-    require(of_images, f"ckpt_path must be of a learner that was trained on images or tables, got {ckpt_path}")
     sheet = out.with_suffix(".png")
     require_writable(sheet, overwrite, "the contact sheet next to out")
     classes, queries = list_support(support), list_queries(query, support)
-    pictures = {name: [learner.form.prepare(path) for path in paths] for name, paths in classes.items()}
-    x = torch.from_numpy(np.stack([image for images in pictures.values() for image in images]))
+    pictures = prepared(learner, classes, ckpt_path)
+    x, y = example_of(pictures)
     start = time.perf_counter()
-    predictor = learner.adapt(x, [name for name, images in pictures.items() for _ in images], steps)
+    predictor = learner.adapt(x, y, steps)
     adapted = time.perf_counter()
     with written_whole(out) as table, written_whole(sheet) as drawing:
         number, right, shown = write_answers(predictor, queries, query, table, {image.tobytes() for image in x.numpy()})
@@ -91,6 +91,57 @@ def adapt(
     if right:
         summary.append(accuracy(right, "queries in folders named after classes", "pictures"))
     return "\n".join(summary)
+
+
+def export(
+    support: Path,
+    ckpt_path: Path = Path("hub:characters"),
+    out: Path = Path("adaptation.pt2"),
+    steps: int | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Export the adaptation of a checkpoint as a program that runs without this package.
+
+    The program (torch.export) takes support pictures, their class numbers and queries, and returns logits; see
+    docs/how_to/deployment.md.
+
+    Args:
+        support: Folder of pictures to try it with, with one subfolder per class. The program is for as many classes.
+        ckpt_path: Checkpoint of a learner that was trained on images: a path, or hub:NAME, see the subcommand hub.
+        out: Path of the program, a .pt2 file.
+        steps: Number of inner steps. Default: the checkpoint's test_inner_steps.
+        overwrite: Replace an existing file.
+
+    Returns:
+        A summary in a sentence.
+
+    Raises:
+        InputError: If an argument cannot be used; nothing is written then.
+    """
+    require_program_target(out, overwrite, "out")
+    learner = restore(ckpt_path, "ckpt_path")
+    pictures = prepared(learner, list_support(support), ckpt_path)
+    start = time.perf_counter()
+    made = learner.export_adaptation(out, *example_of(pictures), steps, overwrite)
+    taken, size = time.perf_counter() - start, out.stat().st_size / 1e6
+    support_of, queries = (
+        f"{made[n]} number of" if made[n] == ANY else made[n] for n in ("support_samples", "query_samples")
+    )
+    counts = f"{support_of} support pictures and {queries} queries"
+    return f"Exported the adaptation to {made['classes']} classes, of {counts}, in {taken:.0f} s: {out}, {size:.1f} MB."
+
+
+def prepared(learner: Any, classes: Mapping[str, Sequence[Path]], ckpt_path: Path) -> dict[str, list[Array]]:
+    """The pictures of each class as a learner takes them."""
+    of_images = learner.form.image_size is not None
+    require(of_images, f"ckpt_path must be of a learner that was trained on images, got {ckpt_path}")
+    return {name: [learner.form.prepare(path) for path in paths] for name, paths in classes.items()}
+
+
+def example_of(pictures: Mapping[str, Sequence[Array]]) -> tuple[torch.Tensor, list[str]]:
+    """Pictures, stacked, and the class of each.  # -> S C H W, S"""
+    x = torch.from_numpy(np.stack([image for images in pictures.values() for image in images]))
+    return x, [name for name, images in pictures.items() for _ in images]
 
 
 def list_support(folder: Path) -> dict[str, list[Path]]:

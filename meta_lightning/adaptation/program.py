@@ -151,8 +151,10 @@ def first_exported(
         try:
             program = exported(adapting, task, any_support, any_query)
             failure = next(unequal(program, reference, task, classes, any_support, any_query), "")
+        except InputError as error:
+            failure = str(error)
         except Exception as error:  # torch raises what it likes
-            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            failure = f"{type(error).__name__} of torch: {str(error).strip().partition(chr(10))[0]}"
         if not failure:
             return program, any_support, any_query, reason
         reason = reason or failure
@@ -207,11 +209,16 @@ def record(adapting: Adapting, task: Task, any_support: bool, any_query: bool) -
 
 def require_no_branch(graph: GraphModule, samples: Sequence[Node]) -> None:
     """Refuse a graph for which Python code outside of torch has decided something by the number of these samples."""
-    counts = {node.meta["val"].shape[0].node.expr for node in samples}
-    for guard in graph.shape_env.guards if counts else ():
+    counts = [node.meta["val"].shape[0] for node in samples]
+    depends = "Python code of the network, loss or inner rule depends on the number of samples"
+    for count in counts:
+        if isinstance(count, int) or not count.node.expr.free_symbols:  # as of len(x), which a trace takes for a number
+            raise InputError(depends)
+    symbols = {count.node.expr for count in counts}
+    for guard in graph.shape_env.guards if symbols else ():
         place = guard.sloc.framework_loc  # None where nothing is known
-        if guard.expr.free_symbols & counts and place and not Path(place.filename).is_relative_to(TORCH):
-            raise RuntimeError(f"{Path(place.filename).name}, line {place.lineno}, depends on the number of samples")
+        if guard.expr.free_symbols & symbols and place and not Path(place.filename).is_relative_to(TORCH):
+            raise InputError(f"{depends}: {Path(place.filename).name}, line {place.lineno}")
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
