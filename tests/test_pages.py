@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from meta_lightning import MLP, Glyphs
 from meta_lightning.cli import main
@@ -34,17 +35,17 @@ PAGES = {
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 CPU = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+PLAIN = [*CPU, "--dashboard.enabled=false"]  # drawing takes longer than the rest
 SHORT = {
     "fit": [
         *CPU,
-        "--trainer.max_steps=2",
-        "--trainer.num_sanity_val_steps=0",
+        "--trainer.max_steps=4",
         "--data.queries=2",
         "--data.val_tasks=2",
     ],
-    "test": [*CPU, "--trainer.limit_test_batches=1"],
-    "predict": [*CPU, "--trainer.limit_predict_batches=1"],
-    "compare": ["--max_steps=2", "--grid=0", "--seeds=0", "--options.all=--data.val_tasks 2 --data.test_tasks 4"],
+    "test": [*PLAIN, "--data.test_tasks=4"],
+    "predict": [*CPU, "--data.test_tasks=4"],
+    "compare": ["--max_steps=4", "--grid=0", "--seeds=0", "--options.all=--data.val_tasks 2 --data.test_tasks 4"],
     "adapt": ["--overwrite"],
     "hub": [],
 }
@@ -98,17 +99,17 @@ def prepared(glyphs: Glyphs, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for folder in (f"my_drawings/{name}", "unlabelled"):
             (place / folder).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).resize((40, 40)).save(place / folder / f"{name}.png")
-    for number in range(16):
+    for number in range(32):
         folder = place / "my_photos" / f"class{number}"
         folder.mkdir(parents=True)
-        for photo in range(16):
+        for photo in range(3):
             pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).resize((84, 84)).save(folder / f"{photo}.png")
     options = ["--trainer.max_steps=5", "--data.epoch_length=1", "--data.val_tasks=2", "--checkpoint.save_top_k=5"]
     before = Path.cwd()
     os.chdir(place)
     try:
-        main(["fit", "--config", "maml.yaml", *CPU, *options, "--model.scheduler=null"])
+        main(["fit", "--config", "maml.yaml", *PLAIN, *options])
     finally:
         os.chdir(before)
     checkpoints = place / "lightning_logs/version_0/checkpoints"
@@ -164,7 +165,12 @@ def test_a_command(command: Command, place: Path) -> None:
     words, module = command.words, command.module
     if module:
         subcommand = next(word for word in module if word in SHORT)
-        short = [*module, *SHORT[subcommand]]
+        few = (
+            ["--data.train_queries=2", "--trainer.max_steps=1", "--model.test_inner_steps=1"]
+            if "ImageFolderTasks" in module
+            else []
+        )
+        short = [*module, *SHORT[subcommand], *few]
         if any(name in word for word in module for name in NEEDS_DATA) or words[0] == "srun":
             run([*module, "--print_config"], ends=True)
         elif words[0] == "torchrun":
@@ -180,7 +186,7 @@ def test_a_command(command: Command, place: Path) -> None:
         elif command.processes:
             shell(sys.executable, "-m", "meta_lightning", *short)
         else:
-            run(short, ends="--print_config" in module)
+            run(short, ends=any(word.startswith("--print_") for word in module))
         return
     match words:
         case ["make", target]:
@@ -235,11 +241,12 @@ def given(page: str) -> dict[str, Any]:
         return {"x": x, "y": np.arange(12) % 2, "queries": x[:3]}
     if page == "docs/coming_from.md":
         torch.manual_seed(0)
-        loader = [tuple(torch.rand(4, 10, 1) for _ in range(4)) for _ in range(3)]
+        batches = [tuple(torch.rand(4, 10, 1) for _ in range(4)) for _ in range(3)]
         ours = MLP(in_features=1, hidden=[8], out_features=1)
         theirs = MLP(in_features=1, hidden=[8], out_features=1)
         theirs.load_state_dict(ours.state_dict())
-        tasks = [{"train": batch[:2], "test": batch[2:]} for batch in loader]
+        tasks = [{"train": batch[:2], "test": batch[2:]} for batch in batches]
+        loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
         loss = torch.nn.functional.mse_loss
         return {"loader": loader, "ours": ours, "theirs": theirs, "loss": loss, "dataloader": tasks}
     return {}
