@@ -28,8 +28,9 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 from torch.utils.tensorboard import SummaryWriter
 
 from meta_lightning.checks import require
-from meta_lightning.cli import IGNORED_WARNINGS, command_line, ignore
+from meta_lightning.cli import command_line
 from meta_lightning.parser import find_config
+from meta_lightning.quiet import silence
 
 aten = torch.ops.aten
 OUTER_LR = {"Reptile": "0.03..1.0"}  # its ε
@@ -176,6 +177,6 @@ def main(args: list[str] | None = None) -> optuna.Study:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    ignore(IGNORED_WARNINGS)
+    silence()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     main()

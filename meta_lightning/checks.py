@@ -1,7 +1,8 @@
 """Checks of arguments, with messages that name the argument, the expected and the given value."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -39,6 +40,20 @@ UNSUPPORTED: dict[type[Callback], str] = {
 
 class InputError(ValueError):
     """An invalid argument or input; the message names it, what was expected and what came."""
+
+
+class MissingPackageError(InputError, ImportError):
+    """An optional package that is not installed; the message names the extra that installs it."""
+
+
+@contextmanager
+def optional(user: str, extra: str) -> Iterator[None]:
+    """Import optional packages of an extra; MissingPackageError says that ``user`` needs one that is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        raise MissingPackageError(f"{user} needs {package}: pip install 'meta-lightning[{extra}]'") from error
 
 
 def require(condition: bool, message: str) -> None:

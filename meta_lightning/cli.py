@@ -4,9 +4,9 @@ import argparse
 import errno
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from traceback import walk_tb
@@ -21,13 +21,14 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from meta_lightning.adaptation.command import adapt, export
 from meta_lightning.algorithms import MetaLearner
-from meta_lightning.checks import InputError, require, require_at_least
+from meta_lightning.checks import InputError, optional, require, require_at_least
 from meta_lightning.compare.command import compare
 from meta_lightning.dashboard import Dashboard
 from meta_lightning.data import TaskDataModule
 from meta_lightning.hub import PREFIX, hub, located
 from meta_lightning.networks.backbone import without_weights
 from meta_lightning.parser import PACKAGE, Parser, find_config
+from meta_lightning.quiet import WHEN_RESUMED, ignore, silence
 from meta_lightning.runs.checkpoint_callback import Checkpoints
 from meta_lightning.runs.checkpoint_file import LAST, PREVIOUS, read_checkpoint
 from meta_lightning.runs.ensemble import best_members
@@ -40,16 +41,8 @@ from meta_lightning.runs.resume import claim_log_folders, continue_logs
 from meta_lightning.show import show_data
 from meta_lightning.usage import PROGRAM, answer
 
-# Warnings of Lightning that do not apply here
-IGNORED_WARNINGS = (
-    r".*isinstance\(treespec, LeafSpec\).*is deprecated",  # https://github.com/Lightning-AI/pytorch-lightning/issues/21326
-    r".*configure_optimizers.*returned.*None",  # Reptile has no optimizer
-    r"Using ModelCheckpoint with manual optimization",  # checkpoints are meant to hold the state after a step
-    r"LightningCLI's args parameter",  # they are the process's own
-    r"Found \d+ module\(s\) in eval mode at the start",  # frozen ones
-    r"You requested to overfit but enabled",  # tasks are numbered, not shuffled
-)
-IGNORED_WHEN_RESUMED = (r"Checkpoint directory .* exists and is not empty",)  # with the run's own checkpoints
+# loggers and the packages that they need, which are extras of the same names
+LOGGERS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 
 # Subcommands that are no methods of the Trainer: typed functions, which return the text to print
 FUNCTIONS: dict[str, Callable[..., str]] = {"adapt": adapt, "compare": compare, "export": export, "hub": hub}
@@ -109,11 +102,17 @@ class MetaLightningCLI(LightningCLI):
             sys.exit()
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a Trainer without checkpoints, and ignore an ``init_from`` that is gone and not needed."""
+        """Refuse a Trainer without checkpoints or a missing logger; ignore a gone ``init_from`` that is not needed."""
         config = self.config[self.subcommand]
         for name, refused in (("barebones", True), ("enable_checkpointing", False)):
             must = f"trainer.{name} must be {str(not refused).lower()} on the command line, whose runs keep checkpoints"
             require(config.trainer[name] is not refused, f"{must}, got {str(refused).lower()}")
+        loggers = config.trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            name = getattr(logger, "class_path", "").rpartition(".")[2]
+            if package := LOGGERS.get(name):
+                with optional(f"trainer.logger {name}", package):
+                    import_module(package)
         weights = config.get("model.init_args.init_from") or ""
         there = weights.startswith(PREFIX) or Path(weights).is_file()
         if located(config.ckpt_path or "", "--ckpt_path").is_file() and not there:
@@ -154,7 +153,7 @@ class MetaLightningCLI(LightningCLI):
             if ensemble:
                 self.model.members = best_members(path, ensemble, self.model.accept)
             if resume and path.stem.startswith((LAST, PREVIOUS)):
-                ignore(IGNORED_WHEN_RESUMED)
+                ignore(WHEN_RESUMED)
                 held = lock(path.parent)  # before the logs of a run that still runs are cut
                 continue_logs(trainer.loggers, path, checkpoint)
                 release(held)
@@ -199,7 +198,7 @@ def command_line(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> M
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_callback=RunRecord,
-        save_config_kwargs={"overwrite": True},
+        save_config_kwargs={"overwrite": True, "save_to_log_dir": False},  # of loggers of files alone
         trainer_defaults={"max_epochs": -1, "callbacks": [PredictionTable(), *callbacks]},
         parser_class=Parser,
         parser_kwargs={"prog": PROGRAM},
@@ -213,7 +212,7 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: The arguments, in place of those of the process.
     """
-    ignore(IGNORED_WARNINGS)
+    silence()
     arguments = sys.argv[1:] if args is None else args
     given = [str(argument) for argument in arguments] if isinstance(arguments, Sequence) else []
     if isinstance(arguments, Sequence):
@@ -232,12 +231,6 @@ def main(args: ArgsType = None) -> None:
         if cause is None:
             raise
         sys.exit(f"error: {cause}")
-
-
-def ignore(messages: Iterable[str]) -> None:
-    """Suppress warnings that match these patterns."""
-    for message in messages:
-        warnings.filterwarnings("ignore", message)
 
 
 def users_error(error: BaseException | None) -> BaseException | None:

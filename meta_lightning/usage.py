@@ -11,7 +11,8 @@ SUBCOMMANDS = {
     "validate": "Evaluate a checkpoint, --ckpt_path, on the validation tasks.",
     "test": "Evaluate a checkpoint on the test tasks.",
     "predict": "Write a table of a checkpoint's predictions for the test tasks.",
-    "adapt": "Adapt a checkpoint to a few pictures per class, and classify others.",
+    "adapt": "Adapt a checkpoint to a few pictures per class or rows of a table, and answer for others.",
+    "export": "Export the adaptation of a checkpoint as a program that runs without this package.",
     "compare": "Train and test several algorithms on the same tasks; write a table, a figure and a report page.",
     "hub": "List the checkpoints that come with the package, or show what one was trained for.",
 }

@@ -1,7 +1,3 @@
-import builtins
-from typing import Any
-
-import pytest
 import torch
 
 from meta_lightning.data.augmentation import FlipCropJitter
@@ -26,16 +22,3 @@ def test_each_image_is_flipped_cropped_and_jittered_by_itself() -> None:
     jittered = FlipCropJitter(padding=0, flip=0)(batch)
     assert 0 <= jittered.min() <= jittered.max() <= 1
     assert len({round(x.mean().item(), 4) for x in jittered}) > 50
-
-
-def test_without_kornia_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def no_kornia(name: str, *args: Any, **options: Any) -> Any:
-        if name == "kornia":
-            raise ImportError(name)
-        return real(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", no_kornia)
-    with pytest.raises(ImportError, match=r"FlipCropJitter .*kornia.*'meta-lightning\[augment\]'"):
-        FlipCropJitter()

@@ -1,6 +1,5 @@
 """File formats of a predictor."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-from meta_lightning.checks import InputError, require, require_choice
+from meta_lightning.checks import InputError, optional, require, require_choice
 from meta_lightning.files import require_writable
 from meta_lightning.inner.params import tree_map
 from meta_lightning.inner.samples import Samples
@@ -49,8 +48,10 @@ WRITERS = {".safetensors": write_safetensors, ".pt2": write_program, ".onnx": wr
 def require_target(path: Path, overwrite: bool, argument: str) -> None:
     """Refuse a path to which a predictor cannot be saved."""
     require_choice(WRITERS, **{f"the suffix of {argument}": path.suffix})
-    installed = path.suffix != ".onnx" or find_spec("onnxscript") is not None
-    require(installed, f"{argument} {path} needs onnx and onnxscript: pip install 'meta-lightning[export]'")
+    if path.suffix == ".onnx":
+        with optional(f"{argument} {path}", "export"):
+            import onnx  # noqa: F401  # torch needs both
+            import onnxscript  # noqa: F401
     require_writable(path, overwrite, argument)
 
 

@@ -50,7 +50,7 @@ def draw(rows: Sequence[Row], results: Sequence[Result], path: Path) -> None:
         drawn = axes.barh(places, widths, 0.4 if shift else 0.7, xerr=errors, color=colour, **style)
         axes.bar_label(drawn, fmt="{:.3g}", padding=3)
         axes.set_yticks(range(len(shown)), [row.algorithm for row in shown])
-        axes.set_ylim(len(shown) - 0.5, -0.5)  # the first on top, as in the table
+        axes.set_ylim(max(len(shown), 1) - 0.5, -0.5)  # the first on top, as in the table
         axes.set_title(title, size=10)
         axes.margins(x=0.12)
 

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from meta_lightning.checks import optional
+
 
 class FlipCropJitter(nn.Module):
     """Random horizontal flip, crop after padding, and colour jitter, different for each image of a batch.
@@ -16,15 +18,13 @@ class FlipCropJitter(nn.Module):
         flip: Probability of the flip.
 
     Raises:
-        ImportError: If kornia is not installed.
+        MissingPackageError: If kornia is not installed.
     """
 
     def __init__(self, padding: int = 8, jitter: float = 0.4, flip: float = 0.5) -> None:
         super().__init__()
-        try:
+        with optional("FlipCropJitter", "augment"):
             from kornia import augmentation
-        except ImportError as error:
-            raise ImportError("FlipCropJitter needs kornia: pip install 'meta-lightning[augment]'") from error
         self.padding = padding
         self.crop = augmentation.RandomCrop
         self.layers = nn.Sequential(augmentation.RandomHorizontalFlip(p=flip))

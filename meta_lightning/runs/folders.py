@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import lightning as L
 from filelock import BaseFileLock, FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -14,6 +15,21 @@ from meta_lightning.checks import InputError
 LOCK = ".lock"
 HOUR = 3600.0
 CLAIMED: set[Path] = set()  # log folders that this process has made for its present run
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """The folder of a run, whatever its logger; all processes must call this.
+
+    That of a logger that writes files, else ``save_dir/name/version`` as for checkpoints: with Weights & Biases
+    ``PROJECT/ID``, with MLflow ``EXPERIMENT_ID/RUN_ID``. Without a logger the root.
+    """
+    logger, folder = trainer.logger, Path(trainer.default_root_dir)
+    if logger is not None and logger.log_dir:
+        folder = Path(logger.log_dir)
+    elif logger is not None:
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = Path(logger.save_dir or folder, str(logger.name), version)
+    return Path(trainer.strategy.broadcast(str(folder)))
 
 
 def remove_remains(root: Path) -> None:

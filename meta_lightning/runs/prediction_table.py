@@ -1,7 +1,6 @@
 """The table that ``predict`` writes."""
 
 import csv
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,10 +13,11 @@ from meta_lightning.data.tasks import as_task_batch, tasks_of
 from meta_lightning.files import written_whole
 from meta_lightning.inner.params import tree_leaves, tree_map
 from meta_lightning.inner.samples import valid
+from meta_lightning.runs.folders import run_folder
 
 
 class PredictionTable(L.Callback):
-    """Writes ``predictions.csv`` to the logger's folder: a row per query with task, target, class name and outputs."""
+    """Writes ``predictions.csv`` to the run's folder: a row per query with task, target, class name and outputs."""
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start a new table."""
@@ -38,7 +38,7 @@ class PredictionTable(L.Callback):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the table atomically; each of several processes writes one of its own tasks."""
         rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = Path(trainer.log_dir or trainer.default_root_dir) / f"predictions{rank}.csv"
+        path = run_folder(trainer) / f"predictions{rank}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         outputs, targets, names = self.tasks[0]
         columns = [f"target_{n}" for n in range(targets.shape[1])] + (["target_class"] if names else [])

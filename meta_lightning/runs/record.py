@@ -5,7 +5,6 @@ import math
 import time
 from collections import defaultdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from meta_lightning.files import write_json
+from meta_lightning.runs.folders import run_folder
 from meta_lightning.runs.machine import PeakMemory, commit, machine, versions
 
 POINTS = 200  # per curve; of longer ones the reader samples this many, including the last
@@ -34,12 +34,19 @@ class RunRecord(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the configuration, and reset the counts."""
+        self.folder = run_folder(trainer)
         super().setup(trainer, pl_module, stage)
         self.device = trainer.strategy.root_device  # the module is moved there later
         self.fitting = stage == "fit"
         self.counts: dict[str, float] = defaultdict(int)
         self.timed: str | None = None  # the count that is being timed since ``since``
         self.since = 0.0
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write the configuration."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / self.config_filename
+        self.parser.save(self.config, str(path), skip_unset=False, overwrite=self.overwrite, multifile=self.multifile)
 
     def count(self, name: str | None) -> None:
         """Stop the running clock and start another."""
@@ -81,9 +88,8 @@ class RunRecord(SaveConfigCallback):
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the record atomically."""
         self.count(None)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: not of the first process alone
         if trainer.is_global_zero:
-            write_json(folder / ("fit.json" if self.fitting else "test.json"), self.record(trainer, pl_module))
+            write_json(self.folder / ("fit.json" if self.fitting else "test.json"), self.record(trainer, pl_module))
         trainer.strategy.barrier("record")  # no process exits while the first writes
 
     on_fit_end = on_test_end
