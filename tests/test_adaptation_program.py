@@ -1,11 +1,17 @@
 """Exported adaptation: equal to ``adapt`` in a process without the package, for other sizes too, or refused by name."""
 
 import json
+import re
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -35,6 +41,7 @@ from meta_lightning import (
     ZeroRows,
     load_learner,
 )
+from meta_lightning.checks import InputError
 from meta_lightning.cli import main
 from meta_lightning.inner.compiling import ReadingNoValues
 
@@ -247,3 +254,172 @@ QUICK = {"`MLP`, regression", "`Prototypes`, more classes than outputs"}
 )
 def test_what_is_exported_is_adapt_without_the_package(kind: str) -> None:
     check_kind(*KINDS[kind])
+
+
+class Clipped(InnerRule):
+    """A rule that reads the norm of the gradient."""
+
+    def update(self, grads: dict[str, Tensor], state: Any, own: dict[str, Tensor], lr: float) -> tuple[Any, Any]:
+        norm = sum(g.square().sum().item() for g in grads.values()) ** 0.5
+        return {name: -lr * g / max(norm, 1) for name, g in grads.items()}, state
+
+
+class Counting(Body):
+    """A network that changes itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return super().forward(x) * self.calls
+
+
+REFUSED: dict[str, tuple[Callable[[], MetaLearner], str]] = {
+    "dropout that is active in evaluation": (
+        lambda: maml(Body(lambda x: F.dropout(x, 0.5, training=True))),
+        r"must not draw random numbers.*dropout.*of torch",
+    ),
+    "an inner rule that reads values": (lambda: maml(Body(), inner_rule=Clipped()), r"reads values of a tensor"),
+    "a network that reads values": (
+        lambda: maml(Body(lambda x: x if x.sum() > 0 else -x)),
+        r"reads values of a tensor",
+    ),
+    "a network that changes itself in forward": (lambda: maml(Counting()), r"must be of a network.*changes calls"),
+    "learnt rows for fewer classes than the task has": (
+        lambda: maml(MLP(FEATURES, [8], 2)),
+        r"y must hold no more classes than the network has outputs.*got 3",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*adaptations to groups", "ignore:Tasks run one after another")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_exported_is_refused_by_name(kind: str) -> None:
+    make, sentence = REFUSED[kind]
+    with pytest.raises(InputError, match=sentence):
+        make().export_adaptation("adapt.pt2", *vectors(3, 1)[:2])
+    assert not list(Path().iterdir())
+
+
+def test_bad_input_is_refused_in_a_sentence() -> None:
+    x, y, _ = vectors(3, 1)
+    learner = maml(MLP(FEATURES, [8], WAYS))
+    with pytest.raises(InputError, match=r"suffix of path .*'\.pt2'.*'\.onnx'"):
+        learner.export_adaptation("adapt.onnx", x, y)
+    with pytest.raises(InputError, match=r"in_features 4.*\(5,\)"):
+        learner.export_adaptation("adapt.pt2", torch.randn(9, 5), y)
+    with pytest.raises(InputError, match=r"same length, got 9 and 8"):
+        learner.export_adaptation("adapt.pt2", x, y[:8])
+    with pytest.raises(InputError, match=r"steps must be at least 1, got 0"):
+        learner.export_adaptation("adapt.pt2", x, y, steps=0)
+    with pytest.raises(InputError, match=r"lazy parameters.*weight"):
+        maml(nn.LazyLinear(WAYS)).export_adaptation("adapt.pt2", x, y)
+    Path("adapt.pt2").write_text("mine")
+    with pytest.raises(InputError, match=r"path .*overwrite.*adapt\.pt2"):
+        learner.export_adaptation("adapt.pt2", x, y)
+    assert Path("adapt.pt2").read_text() == "mine"
+
+
+def test_images_of_another_shape_than_in_training_are_refused(checkpoint: str) -> None:
+    with pytest.raises(InputError, match=r"\[S, 1, 28, 28\], as in training, got \[10, 1, 14, 14\]"):
+        load_learner(checkpoint).export_adaptation("adapt.pt2", torch.rand(10, 1, 14, 14), torch.arange(5).repeat(2))
+
+
+def test_an_index_by_numbers_reads_no_values() -> None:
+    x = torch.arange(6.0).view(2, 3)
+    with ReadingNoValues():
+        by_numbers = x[:, torch.tensor([2, 0])]
+        with pytest.raises(RuntimeError, match="reads values"):
+            x[x > 1]
+    assert by_numbers.tolist() == [[2.0, 0.0], [5.0, 3.0]]
+
+
+@pytest.mark.slow
+def test_the_command_line_exports_a_checkpoint(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = (255 * torch.rand(6, 28, 28)).to(torch.uint8).numpy()
+    for number, picture in enumerate(pictures):
+        folder = Path("photos", f"class{number % 2}")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / f"{number}.png")
+    given = ["export", "--ckpt_path", checkpoint, "--support", "photos", "--steps", "1", "--out"]
+    assert "suffix of out" in fails(*given, "adapt.onnx")
+    main([*given, "adapt.pt2"])
+    said = capsys.readouterr().out
+    assert "to 2 classes, of any number of support pictures and any number of queries" in said
+    files = {"description": ""}
+    program = torch.export.load("adapt.pt2", extra_files=files).module()
+    made = json.loads(files["description"])
+    assert (made["classes"], made["outputs"], made["pixels"], made["inner_steps"]) == (2, "logits", True, 1)
+    assert made["inputs"]["support_x"] == {"shape": [None, 1, 28, 28], "dtype": "float32"}
+    learner = load_learner(checkpoint)
+    x = torch.from_numpy(np.stack([learner.form.ink_on_ground(picture[None]) for picture in pictures]))
+    y = torch.tensor([0, 1]).repeat(3)
+    expected = learner.adapt(x, y, steps=1)(x)
+    assert (program(x / 255, y, x / 255) - expected).abs().max() < 1e-5
+    assert "overwrite" in fails(*given, "adapt.pt2")
+
+
+# -------------------------------------------------------------------------------------------- docs/how_to/deployment.md
+
+PAGE = (Path(__file__).parents[1] / "docs" / "how_to" / "deployment.md").read_text()
+
+
+def test_the_table_of_the_page_is_what_is_tested() -> None:
+    rows = dict(re.findall(r"^\| (.*?) \| (.*?) \|$", PAGE, re.MULTILINE))
+    del rows["network, rule or loss"]
+    assert rows == {kind: serves for kind, (serves, *_) in KINDS.items()} | dict.fromkeys(REFUSED, "refused")
+
+
+def post(port: int, contents: dict[str, Any]) -> Tensor:
+    data = json.dumps({name: part.tolist() for name, part in contents.items()}).encode()
+    with urlopen(Request(f"http://127.0.0.1:{port}", data), timeout=60) as answer:
+        return torch.tensor(json.load(answer))
+
+
+@contextmanager
+def service(path: str) -> Iterator[int]:
+    """The page's service in a process in which the package cannot be imported; yields its port."""
+    _, block = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    Path("service.py").write_text('import sys\nsys.modules["meta_lightning"] = None\n' + block)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "service.py", path, str(port)], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            assert process.poll() is None
+            with suppress(URLError), urlopen(f"http://127.0.0.1:{port}", timeout=60):
+                break
+            time.sleep(0.1)
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_service_of_the_page_answers_as_adapt_does() -> None:
+    torch.manual_seed(0)
+    learner, (x, y, query_x) = MAML(MLP(hidden=[8]), inner_steps=1), curves(2, 4)
+    learner.export_adaptation("adaptation.pt2", x, y)
+    predictor = learner.adapt(x, y)
+    predictor.save("adapted.pt2")
+    with service("adapted.pt2") as port:
+        assert (post(port, {"query_x": query_x}) - predictor(query_x)).abs().max() < 1e-5
+    with service("adaptation.pt2") as port:
+        for shots in (2, 5):
+            x, y, query_x = curves(shots, 4 + shots)
+            sent = {"support_x": x, "support_y": y, "query_x": query_x}
+            assert (post(port, sent) - learner.adapt(x, y)(query_x)).abs().max() < 1e-5
+        with urlopen(f"http://127.0.0.1:{port}", timeout=60) as answer:
+            assert json.load(answer)["outputs"] == "values"
+
+
+@pytest.mark.slow
+def test_the_export_of_the_page_works() -> None:
+    code, _ = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    exec(compile(code, "deployment.md", "exec"), {})
+    x, y, query_x = images(3, 20)
+    answers = run_fresh("adaptation.pt2", [(x, y, query_x)])
+    assert (answers[0] - load_learner("hub:maml").adapt(x, y)(query_x)).abs().max() < 1e-5

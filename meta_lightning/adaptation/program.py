@@ -163,10 +163,8 @@ def first_exported(
 
 def exported(adapting: Adapting, example: Task, any_support: bool, any_query: bool) -> ExportedProgram:
     """The program, for any number of support samples or queries or for those of the example."""
-    task, sizes = (
-        example,
-        {size for tensor in [*state_of(adapting).values(), *tree_leaves(example)] for size in tensor.shape},
-    )
+    tensors = [*state_of(adapting).values(), *tree_leaves(example)]
+    sizes = {size for tensor in tensors for size in tensor.shape}
     # a trace takes equal sizes of its inputs for the same size: hence numbers of samples that are no other size
     free = (n for n in range(LEAST, LEAST + len(sizes) + 2) if n not in sizes)
     support, query = (next(free) if dynamic else length(example[0]) for dynamic in (any_support, any_query))
