@@ -108,7 +108,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
     Args:
         network: Module from samples ``S …`` to predictions ``S …``. Its parameters with ``requires_grad`` are θ; its
-            batch norm uses batch statistics. Samples may be nests of dicts and tuples of tensors; a dict whose keys all
+            batch norm uses batch statistics, where it is frozen its own. Samples may be nests of dicts and tuples of tensors; a dict whose keys all
             are parameters of ``forward`` is passed as keywords.
         loss: Function or module from predictions and targets of one task to a scalar, or a ``TaskLoss``. Default:
             cross-entropy for integer targets, mean squared error for floating-point targets.
