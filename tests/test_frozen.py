@@ -11,7 +11,7 @@ from references import EXACT, TASKS_FROM_A_LIST, classification, error, fomaml_l
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from meta_lightning import FOMAML, MAML, Predictor, Prototypes, Reptile, TaskBatch, load_learner, train_maml
+from meta_lightning import FOMAML, MAML, Predictor, Prototypes, Reptile, TaskBatch, load_learner, pad_tasks, train_maml
 from meta_lightning.checks import InputError
 
 pytestmark = TASKS_FROM_A_LIST
@@ -264,6 +264,38 @@ def test_a_network_without_a_parameter_to_adapt() -> None:
         train_maml(network, [tasks])
     with pytest.raises(InputError, match=r"network must have a parameter .* got none"):
         FOMAML(network).adapt(tasks.support_x[0], tasks.support_y[0])
+
+
+class Whole(nn.Module):
+    """A network that is no ``nn.Sequential``, all of which runs in the passes."""
+
+    def __init__(self, network: nn.Sequential) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+@pytest.mark.parametrize("compile_passes", [False, "record"])
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_padded_recorded_and_evaluated_tasks_as_without_a_split(
+    make: Callable[[], nn.Sequential], compile_passes: bool
+) -> None:
+    network = make()
+    split, whole = (
+        MAML(part, inner_lr=0.1, inner_steps=2, transductive=False, compile_passes=compile_passes)
+        for part in (network, Whole(network))
+    )
+    tasks = batch()
+    unequal = pad_tasks([tuple(t[i, : 10 - 3 * i] for t in tasks) for i in range(len(tasks.support_x))])
+    for of_size in (tasks, unequal, tasks):
+        ours, theirs = (learner.meta_gradient(of_size)[0] for learner in (split, whole))
+        assert error(ours, {name.removeprefix("network."): g for name, g in theirs.items()}) < EXACT
+    assert split.task_network.parts is not None
+    assert whole.task_network.parts is None
+    for answers, expected in zip(split.predict_tasks(tasks), whole.predict_tasks(tasks), strict=True):
+        torch.testing.assert_close(answers, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("outputs", [5, 3])

@@ -107,9 +107,10 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     Subclasses implement ``training_step``.
 
     Args:
-        network: Module from samples ``S …`` to predictions ``S …``. Its parameters with ``requires_grad`` are θ; its
-            batch norm uses batch statistics, where it is frozen its own. Samples may be nests of dicts and tuples of tensors; a dict whose keys all
-            are parameters of ``forward`` is passed as keywords.
+        network: Module from samples ``S …`` to predictions ``S …``. Its parameters with ``requires_grad`` are θ. Its
+            batch norm uses batch statistics; in frozen modules, none of whose parameters are trained, its own. Samples
+            may be nests of dicts and tuples of tensors; a dict whose keys all are parameters of ``forward`` is passed
+            as keywords.
         loss: Function or module from predictions and targets of one task to a scalar, or a ``TaskLoss``. Default:
             cross-entropy for integer targets, mean squared error for floating-point targets.
         output: Function from what the network returns to predictions. Default: the attribute ``logits`` if there is
