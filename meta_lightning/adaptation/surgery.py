@@ -52,7 +52,7 @@ def rebuildable(description: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: If there is none.
     """
-    described = without_objects(dict(description))
+    described: dict[str, Any] = without_objects(dict(description))
     try:
         network_parser().parse_object({"network": described})
     except ArgumentError as error:
