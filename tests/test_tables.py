@@ -188,6 +188,15 @@ def test_unknown_categories_may_be_zeros() -> None:
     assert (others.sum(1) == 1).all()
 
 
+@pytest.mark.usefixtures("machines")
+def test_features_leave_columns_out() -> None:
+    data = tasks(features=["speed", "mode"], ordinal={"load": ["low", "mid", "high"]})
+    assert data.form is not None
+    assert [*data.form.fills] == ["speed", "mode"]
+    assert data.form.ordinal == {}
+    assert encoded(data, "test")[0][0].shape[1] == 4
+
+
 def test_numbers_that_are_categories() -> None:
     table = pd.DataFrame({"site": [1, 2, None, 10], "y": [0.5, 1.5, 2.5, 3.5]})
     form = TableForm.fit({"a": table}, "y", categories=["site"])
@@ -271,6 +280,7 @@ def broken(table: Any, column: str, value: Any) -> Any:
         (lambda t: t, {"target": "mode", "kind": "regression"}, r"target must hold .*numbers, got '(idle|run|stop)'"),
         (lambda t: broken(t, "speed", "fast"), {}, r"speed must hold finite numbers, got 'fast' in m03"),
         (lambda t: broken(t, "speed", np.inf), {}, r"speed must hold finite numbers, got inf in m03"),
+        (lambda t: t.assign(power=None), {}, r"target must have a value in some row, got none of 'power' in m03"),
         (lambda t: t.head(8), {}, r"shots \+ queries must be at most 8, the rows of m03 of the train .*got 4 \+ 5"),
         (lambda t: t, {"target": "mode"}, r"shots \+ queries must be at most \d, the rows of class \w+ in m"),
         (
@@ -355,7 +365,7 @@ def test_a_column_without_values_is_nothing() -> None:
 
 def test_dates_are_refused() -> None:
     table = pd.DataFrame({"day": pd.date_range("2020", periods=3), "y": [0.5, 1.5, 2.5]})
-    with pytest.raises(InputError, match=r"day must hold numbers or names, got datetime64\[ns\] in a; features"):
+    with pytest.raises(InputError, match=r"day must hold numbers or names, got datetime64\[\w+\] in a; features"):
         TableForm.fit({"a": table}, "y")
 
 

@@ -97,7 +97,8 @@ class TableForm:
                 dict(zip(scaled.columns, of_columns.tolist(), strict=True))
                 for of_columns in (scaler.mean_, scaler.scale_)
             )
-        return cls(target, fills, means, scales, orders, onehot, unknown, classes, dict(read or {}))
+        ordered = {c: orders[c] for c in names if c in orders}
+        return cls(target, fills, means, scales, ordered, onehot, unknown, classes, dict(read or {}))
 
     def table(self, path: Path, argument: str) -> Frame:
         """Read a file as those of training were read."""
@@ -145,7 +146,6 @@ class TableForm:
             InputError: As ``inputs``, or if targets are no numbers or none of the classes of training.
         """
         table = labelled(table, self.target, name)
-        require(len(table) > 0, f"target must have a value in some row, got none of {self.target!r} in {name}")
         x = self.inputs(table, name)
         if self.classes is None:
             y = (as_numbers(table[self.target], "target", name) - self.means[self.target]) / self.scales[self.target]
@@ -238,7 +238,9 @@ def require_known(column: Column, known: Sequence[str], expected: str, name: str
 def labelled(table: Frame, target: str, name: str) -> Frame:
     """The rows that have a target."""
     require_columns(table, [target], "target", name)
-    return table[table[target].notna()]
+    rows = table[table[target].notna()]
+    require(len(rows) > 0, f"target must have a value in some row, got none of {target!r} in {name}")
+    return rows
 
 
 def joined(parts: Iterable[Any]) -> Any:
