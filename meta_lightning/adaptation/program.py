@@ -3,7 +3,8 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from traceback import FrameSummary
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -171,7 +172,8 @@ def exported(adapting: Adapting, example: Task, any_support: bool, any_query: bo
     task = (*cycled(example[:2], support), cycled(example[2], query))
     dims = [{0: Dim.DYNAMIC} if dynamic else None for dynamic in (any_support, any_support, any_query)]
     shapes = tuple(tree_map(lambda _, dim=dim: dim, part) for dim, part in zip(dims, task, strict=True))
-    recorded = record(copied(adapting), task, any_support, any_query)  # a copy, since layers may keep what they meet
+    fresh = cast(Adapting, copied(adapting))  # layers may keep what they meet in a trace
+    recorded = record(fresh, task, any_support, any_query)
     with torch.no_grad():
         return export(recorded, task, dynamic_shapes=shapes, strict=False)
 
@@ -190,7 +192,7 @@ def record(adapting: Adapting, task: Task, any_support: bool, any_query: bool) -
         outputs.append(after)
         return [leaf.detach() for leaf in leaves]
 
-    mode = "symbolic" if any_support or any_query else "real"
+    mode: Literal["symbolic", "real"] = "symbolic" if any_support or any_query else "real"
     graph: GraphModule = make_fx(flat, tracing_mode=mode)(*state.values(), *inputs)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     of_support, of_query = placeholders[len(state)], placeholders[-1]
@@ -213,9 +215,11 @@ def require_no_branch(graph: GraphModule, samples: Sequence[Node]) -> None:
         if isinstance(count, int) or not count.node.expr.free_symbols:  # as of len(x), which a trace takes for a number
             raise InputError(depends)
     symbols = {count.node.expr for count in counts}
-    for guard in graph.shape_env.guards if symbols else ():
-        place = guard.sloc.framework_loc  # None where nothing is known
-        if guard.expr.free_symbols & symbols and place and not Path(place.filename).is_relative_to(TORCH):
+    for guard in graph.shape_env.guards if symbols and graph.shape_env else ():
+        place = guard.sloc.framework_loc
+        if not isinstance(place, FrameSummary) or Path(place.filename).is_relative_to(TORCH):
+            continue
+        if guard.expr.free_symbols & symbols:
             raise InputError(f"{depends}: {Path(place.filename).name}, line {place.lineno}")
 
 
