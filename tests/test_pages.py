@@ -36,13 +36,9 @@ BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 CPU = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 PLAIN = [*CPU, "--dashboard.enabled=false"]  # drawing takes longer than the rest
+DATA = ["--data.queries=2", "--data.val_tasks=2", "--data.epoch_length=2", "--data.meta_batch_size=2"]
 SHORT = {
-    "fit": [
-        *CPU,
-        "--trainer.max_steps=4",
-        "--data.queries=2",
-        "--data.val_tasks=2",
-    ],
+    "fit": [*PLAIN, "--trainer.max_steps=4", *DATA],
     "test": [*PLAIN, "--data.test_tasks=4"],
     "predict": [*CPU, "--data.test_tasks=4"],
     "compare": ["--max_steps=4", "--grid=0", "--seeds=0", "--options.all=--data.val_tasks 2 --data.test_tasks 4"],
