@@ -264,7 +264,7 @@ def test_the_python_blocks_of_a_page(page: str, monkeypatch: pytest.MonkeyPatch)
             assert not torch.allclose(a, other)
 
 
-@pytest.mark.slow  # two minutes
+@pytest.mark.slow  # minutes
 def test_the_readmes_lines_learn(capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = python_blocks("README.md")
     exec(compile(block, "README.md", "exec"), {})
