@@ -89,11 +89,12 @@ def test_a_fit_and_a_test_of_the_command_line(algorithm: type[MetaLearner]) -> N
         )
     assert all(steps_of(events, tag) == [0, 1, 2, 3] for tag in NORMS)
     assert all(event.value > 0 for tag in NORMS for event in events.Scalars(tag))
-    row, metrics = hparams(events)
-    assert (row["algorithm"], row["stage"], row["inner_steps"]) == (algorithm.__name__, "val", 2)
+    of_val = read("lightning_logs/version_0/val-2-queries")
+    row, metrics = hparams(of_val)
+    assert (row["algorithm"], row["stage"], row["inner_steps"]) == (algorithm.__name__, "val-2-queries", 2)
     assert (row["tasks/ways"], row["network/init_args/filters"]) == (5, 4)
     assert not any("/_" in f"/{name}" for name in row)
-    assert events.Scalars("final/accuracy")[0].value == events.Scalars("val/accuracy")[-1].value
+    assert of_val.Scalars("final/accuracy")[0].value == events.Scalars("val/accuracy")[-1].value
     assert "hp_metric" not in events.Tags()["scalars"]
     # of two kinds under one tag TensorBoard shows one
     assert not set(events.Tags()["images"]) & set(events.Tags()["scalars"])
@@ -101,9 +102,10 @@ def test_a_fit_and_a_test_of_the_command_line(algorithm: type[MetaLearner]) -> N
     main(["test", "--ckpt_path", "lightning_logs/version_0/checkpoints/last.ckpt", "--trainer.accelerator", "cpu"])
     events = read("lightning_logs/version_1")
     assert set(events.Tags()["images"]) == {"test/adaptation", "test/answers", "test/classes"}
-    assert hparams(events)[0]["stage"] == "test"
-    assert hparams(events)[1] == metrics  # the same columns
-    assert events.Scalars("final/loss_ci95")[0].value == events.Scalars("test/loss_ci95")[-1].value
+    of_test = read("lightning_logs/version_1/test-2-queries")
+    assert hparams(of_test)[0]["stage"] == "test-2-queries"
+    assert hparams(of_test)[1] == metrics  # the same columns
+    assert of_test.Scalars("final/loss_ci95")[0].value == events.Scalars("test/loss_ci95")[-1].value
 
 
 @pytest.mark.usefixtures("glyphs")
@@ -111,7 +113,8 @@ def test_it_is_switched_off_on_the_command_line() -> None:
     main(["fit", "--config", TINY, "--dashboard.enabled", "false"])
     events = read("lightning_logs/version_0")
     assert not events.Tags()["images"]
-    assert not {*NORMS, "final/accuracy"} & set(events.Tags()["scalars"])
+    assert not {*NORMS} & set(events.Tags()["scalars"])
+    assert not [*Path("lightning_logs/version_0").glob("*-queries")]
 
 
 def test_without_tensorboard_it_does_nothing(mlp: MLP, sinusoid: Sinusoid) -> None:
@@ -285,7 +288,23 @@ def test_what_cannot_be_pictured_is_left_out() -> None:
 def test_a_regressions_figures(mlp: MLP, sinusoid: Sinusoid) -> None:
     events = fitted(MAML(mlp), sinusoid)
     assert set(events.Tags()["images"]) == {"val/adaptation", "val/answers"}
-    assert events.Scalars("final/mse")[0].value == events.Scalars("val/mse")[-1].value
+    (folder,) = Path("logs").rglob("val-10-queries")
+    assert read(folder).Scalars("final/mse")[0].value == events.Scalars("val/mse")[-1].value
+
+
+def test_hparams_tells_validation_and_tests_of_one_logger_apart(mlp: MLP, sinusoid: Sinusoid) -> None:
+    learner, logger = MAML(mlp), TensorBoardLogger("logs")
+    fit = trainer(logger=logger, callbacks=[Dashboard()], max_steps=10)
+    fit.fit(learner, sinusoid)
+    expected = {"val-10-queries": fit.callback_metrics["val/mse"].item()}
+    for queries in (1, 15):
+        sinusoid.test_queries = queries
+        (figures,) = fit.test(learner, sinusoid, verbose=False)
+        expected[f"test-{queries}-queries"] = figures["test/mse"]
+    folders = [path for path in Path(logger.log_dir).iterdir() if path.is_dir()]
+    rows = {hparams(read(path))[0]["stage"]: read(path).Scalars("final/mse")[0].value for path in folders}
+    assert rows == pytest.approx(expected)
+    assert len({*rows.values()}) == 3
 
 
 def test_of_many_classes_the_hardest_are_drawn() -> None:

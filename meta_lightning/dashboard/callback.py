@@ -1,29 +1,32 @@
-"""Figures, norms, speed and hyperparameters for TensorBoard."""
+"""Figures, norms, speed and hyperparameters for TensorBoard, Weights & Biases and MLflow."""
 
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.utils import get_total_norm as norm
 
 from meta_lightning.algorithms.meta_learner import MetaLearner
 from meta_lightning.checks import plain, require_at_least
+from meta_lightning.dashboard.boards import BOARDS, show_figure, show_hyperparameters
 from meta_lightning.dashboard.task_records import TaskRecord
 from meta_lightning.data.loading import class_names_of
-from meta_lightning.data.tasks import as_task_batch, tasks_of
+from meta_lightning.data.module import FewShotDataModule
+from meta_lightning.data.tasks import Split, as_task_batch, tasks_of
 from meta_lightning.inner.params import Params
 
 
 class Dashboard(L.Callback):
-    """Figures and scalars for TensorBoard; without a TensorBoard logger it does nothing.
+    """Figures and scalars for TensorBoard, Weights & Biases and MLflow; without a logger of one it does nothing.
 
     Each validation and test draws the query loss and accuracy (or mse) after 0, 1, …, K inner steps, and a few tasks
     with their answers; a test also draws the accuracy per alphabet, or per class if names have no alphabets. At the end
-    HParams gets the hyperparameters with the last loss and scores. At each log interval, training logs
+    TensorBoard's HParams gets a row per evaluation, named after it and its number of queries: the hyperparameters with
+    the last loss and scores. At each log interval, training logs
 
     * ``train/gradient_norm``: norm of the meta-gradient before clipping; for algorithms without one, such as Reptile,
       ``‖θ_new − θ_old‖ / outer_lr``;
@@ -47,7 +50,7 @@ class Dashboard(L.Callback):
         self.enabled = enabled
         self.curve_tasks = curve_tasks
         self.pictured_tasks = pictured_tasks
-        self.board: TensorBoardLogger | None = None
+        self.boards: list[Logger] = []
         self.record: TaskRecord | None = None
         self.validated: dict[str, float] = {}  # values of the last validation
         self.outer_lr = 0.0  # of the current step
@@ -57,12 +60,14 @@ class Dashboard(L.Callback):
         self.tasks = 0  # since ``started``
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the logger and keep the learner."""
-        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        self.board = boards[0] if self.enabled and boards and trainer.is_global_zero else None
-        if self.board is not None:
-            # private: otherwise Lightning logs hp_metric −1 at the start, and TensorBoard keeps the first metrics
-            self.board._default_hp_metric = False
+        """Find the loggers and keep the learner."""
+        shown = self.enabled and trainer.is_global_zero
+        self.boards = [logger for logger in trainer.loggers if shown and isinstance(logger, BOARDS)]
+        for board in self.boards:
+            if isinstance(board, TensorBoardLogger):
+                # private: otherwise Lightning logs hp_metric −1 at the start, and TensorBoard keeps the first metrics
+                board._default_hp_metric = False
+        if self.boards:
             assert isinstance(pl_module, MetaLearner)
             self.learner = pl_module
 
@@ -72,7 +77,7 @@ class Dashboard(L.Callback):
             self.started, self.tasks = time.perf_counter(), 0
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of __init__
         due = interval > 0 and ((trainer.global_step + 1) % interval == 0 or trainer.should_stop)
-        if self.board is not None and due:
+        if self.boards and due:
             self.theta = {name: p.detach().clone() for name, p in self.learner.meta_parameters().items()}
             self.outer_lr = self.learner.outer_optimizer().param_groups[0]["lr"]
 
@@ -86,7 +91,7 @@ class Dashboard(L.Callback):
     ) -> None:
         """Log the norms and the speed."""
         self.tasks += tasks_of(batch) * trainer.world_size
-        if self.theta is None or self.board is None or self.started is None:
+        if self.theta is None or self.started is None:
             return
         update_norm = norm([p.detach() - self.theta[name] for name, p in self.learner.meta_parameters().items()])
         values = {"train/update_norm": float(update_norm)}
@@ -95,7 +100,8 @@ class Dashboard(L.Callback):
         elif self.outer_lr:
             values["train/gradient_norm"] = float(update_norm) / self.outer_lr
         values["train/tasks_per_second"] = self.tasks / (time.perf_counter() - self.started)
-        self.board.log_metrics(values, logged_step(trainer))
+        for board in self.boards:
+            board.log_metrics(values, logged_step(trainer))
         self.theta = self.gradient_norm = self.started = None
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -113,7 +119,7 @@ class Dashboard(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start a record, except in the sanity check, and stop timing the training."""
         self.started = None
-        shown = self.board is not None and not trainer.sanity_checking
+        shown = self.boards and not trainer.sanity_checking
         name = "Test" if trainer.testing else "Validation"
         self.record = TaskRecord(name, self.curve_tasks, self.pictured_tasks) if shown else None
 
@@ -133,10 +139,11 @@ class Dashboard(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the record, and keep the values of a validation or log the hyperparameters with those of a test."""
-        stage = "test" if trainer.testing else "val"
-        if self.record is not None and self.board is not None:
+        stage: Split = "test" if trainer.testing else "val"
+        if self.record is not None:
             for name, figure in self.record.figures().items():
-                self.board.experiment.add_figure(f"{stage}/{name}", figure, logged_step(trainer))
+                for board in self.boards:
+                    show_figure(board, f"{stage}/{name}", figure, logged_step(trainer))
             self.record = None
         if trainer.testing:
             self.log_hyperparameters(trainer, stage, final_values(trainer, stage), logged_step(trainer))
@@ -147,13 +154,17 @@ class Dashboard(L.Callback):
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]  # dataloader_idx has no name here
     on_test_end = on_validation_end
 
-    def log_hyperparameters(self, trainer: L.Trainer, stage: str, values: dict[str, float], step: int) -> None:
+    def log_hyperparameters(self, trainer: L.Trainer, stage: Split, values: dict[str, float], step: int) -> None:
         """Add a row to HParams."""
-        if self.board is not None and values:
-            params = {"algorithm": type(self.learner).__name__, "stage": stage, **described(self.learner.hparams)}
+        if self.boards and values:
+            params = {"algorithm": type(self.learner).__name__, **described(self.learner.hparams)}
+            evaluation: str = stage
             if data := getattr(trainer, "datamodule", None):
                 params |= {"tasks": {"set": type(data).__name__, **described(data.hparams)}}
-            self.board.log_hyperparams(params, values, step)
+                if isinstance(data, FewShotDataModule):
+                    evaluation = f"{stage}-{data.sizes(stage)[1]}-queries"
+            for board in self.boards:
+                show_hyperparameters(board, evaluation, params, values, step)
 
 
 def final_values(trainer: L.Trainer, stage: str) -> dict[str, float]:
