@@ -27,7 +27,8 @@ from meta_lightning.cli import main
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-FOLLOWED = {name for path in TESTS.glob("test_*.py") for name in re.findall(r'follow\("(\w+\.md)"', path.read_text())}
+FOLLOW = re.compile(r'(?:follow\("|"how_to" / ")(\w+\.md)"')
+FOLLOWED = {name for path in TESTS.glob("test_*.py") for name in FOLLOW.findall(path.read_text())}
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -45,7 +46,10 @@ SHORT = {
     "adapt": ["--overwrite"],
     "hub": [],
 }
-NEEDS_DATA = ("omniglot/",)  # a data set that is downloaded: these commands are parsed, as are those of a cluster
+NEEDS_DATA = (
+    "omniglot/",
+    "MiniImagenet",
+)  # a data set that is downloaded: these commands are parsed, as are those of a cluster
 LAUNCHERS = ("srun", "torchrun")
 
 
