@@ -1,7 +1,7 @@
 """From a checkpoint to a predictor."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -423,3 +423,24 @@ def test_a_loss_that_is_missing_is_not_said_to_be_the_network(mlp: MLP, sinusoid
     with pytest.raises(InputError, match=r"must be of the loss in use, but differs in loss\.weight"):
         load_learner(tmp_path / "last.ckpt", network=mlp)
     load_learner(tmp_path / "last.ckpt", network=mlp, loss=Weighted())
+
+
+class Recurrent(nn.Module):
+    """A classifier of sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.head(self.lstm(x)[0][:, -1]))
+
+
+def test_recurrent_networks_adapt_again_and_again() -> None:
+    x, y = torch.randn(6, 5, 4), torch.arange(3).repeat(2)
+    for seed in range(8):  # copies went wrong at random, with most seeds
+        torch.manual_seed(seed)
+        learner = MAML(Recurrent(), inner_lr=0.1, inner_steps=2).eval()
+        predictor = learner.adapt(x, y)
+        expected = learner.forward_with_weights(x, learner.inner_update(x, y))
+        torch.testing.assert_close(predictor(x), expected, rtol=1e-5, atol=1e-6)

@@ -31,8 +31,10 @@ def copied(network: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
         hooks = [hook for m in network.modules() for kind in HOOKS for hook in vars(m)[kind].values()]
         memo = known | {id(hook): hook for hook in hooks}
         new = copy.deepcopy(network, memo)
+    made = {*map(id, memo.values())}  # a copy may have the id of a temporary that deepcopy left in its memo
+    of_originals = {key: value for key, value in memo.items() if key not in made}
     for module in new.modules():
-        rebind(module, memo)
+        rebind(module, of_originals)
     return new
 
 
