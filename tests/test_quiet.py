@@ -31,6 +31,7 @@ def test_messages_of_libraries_are_left_out_and_others_stay(caplog: pytest.LogCa
         "Using ModelCheckpoint with manual optimization and every_n_train_steps=5",
         "`ModelCheckpoint(monitor='val/accuracy')` could not find the monitored key in the returned metrics: []",
         "LightningCLI's args parameter is intended to run from within Python",
+        "Found 3 module(s) in eval mode at the start of training",
         "You requested to overfit but enabled train dataloader shuffling",
     )
     assert len(samples) == len(WARNINGS)

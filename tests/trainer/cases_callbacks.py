@@ -191,7 +191,7 @@ def base_finetuning_of_reptile(algorithm: Algorithm) -> None:
     check_unfreezing(algorithm, outer_lr=0.1)
 
 
-class Backbone(MAML):
+class FrozenBody(MAML):
     @property
     def backbone(self) -> nn.Module:
         features: nn.Module = self.network.features  # type: ignore[assignment]
@@ -199,7 +199,7 @@ class Backbone(MAML):
 
 
 class ReptileBackbone(Reptile):
-    backbone = Backbone.backbone
+    backbone = FrozenBody.backbone
 
 
 @case(
@@ -212,7 +212,7 @@ class ReptileBackbone(Reptile):
 )
 def backbone_finetuning(algorithm: Algorithm) -> None:
     history = History()
-    fitted(Backbone, lc.BackboneFinetuning(1), history, max_epochs=3)
+    fitted(FrozenBody, lc.BackboneFinetuning(1), history, max_epochs=3)
     assert [rates[1:] for rates in history.rates[::EPOCH]] == [[], [pytest.approx(1e-4)], [pytest.approx(2e-4)]]
     first, *_, before = [theta["network.features.1.weight"] for theta in history.theta[:EPOCH]]
     assert torch.equal(first, before)
