@@ -35,7 +35,6 @@ from meta_lightning import (
     ProtoNet,
     Prototypes,
     Reptile,
-    ResNet12,
     TaskLoss,
     TaskPredictor,
     ZeroRows,
@@ -86,10 +85,6 @@ def nests(shots: int, queries: int) -> Task:
 def images(shots: int, queries: int, ways: int = 5, channels: int = 1, size: int = 28) -> Task:
     shape = channels, size, size
     return torch.rand(ways * shots, *shape), torch.arange(ways).repeat(shots), torch.rand(queries, *shape)
-
-
-def colours(shots: int, queries: int) -> Task:
-    return images(shots, queries, channels=3, size=32)
 
 
 class Body(nn.Module):
@@ -210,7 +205,6 @@ KINDS: dict[str, tuple[str, Callable[[], MetaLearner], Callable[[int, int], Task
         images,
     ),
     "`ProtoNet` of `Conv4`": (ANY, lambda: ProtoNet(Conv4(filters=8)), images),
-    "`ResNet12`": (ANY, lambda: MAML(ResNet12(filters=[4, 4, 8, 8], drop=0.1), inner_steps=1), colours),
     "a transformer": (ANY, lambda: maml(Attention()), sequences),
 }
 
