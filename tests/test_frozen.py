@@ -148,6 +148,49 @@ def test_features_of_other_weights_are_forgotten() -> None:
     assert error(after, FOMAML(network, inner_steps=2).meta_gradient(tasks)[0]) < EXACT
 
 
+class Scaled(nn.Module):
+    """Has a mean that no state dict holds, and a plain number."""
+
+    mean: Tensor
+
+    def __init__(self, mean: float, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * (x - self.mean)
+
+
+@pytest.mark.parametrize(("mean", "scale"), [(1.0, 2.0), (0.0, 3.0)])
+@pytest.mark.parametrize("container", [nn.Sequential, lambda *parts: Folder(*parts)])
+def test_features_depend_on_all_that_modules_compute_with(
+    container: Callable[..., nn.Sequential], mean: float, scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    body, head, tasks = frozen_network()[0], nn.Linear(4, 5), batch()
+    learner = FOMAML(container(Scaled(0.0, 2.0), body, head))
+    learner.meta_gradient(tasks)
+    other = nn.Sequential(Scaled(mean, scale), body, head)
+    expected = FOMAML(other).meta_gradient(tasks)[0]
+    assert error(FOMAML(container(*other)).meta_gradient(tasks)[0], expected) < EXACT
+    learner.network[0].scale = scale
+    learner.network[0].mean.fill_(mean)
+    assert error(learner.meta_gradient(tasks)[0], expected) < EXACT
+
+
+def test_frozen_modules_may_write_into_their_input() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sub_(1.0).mul_(2.0)
+
+    network, tasks = frozen_network(), batch()
+    expected = FOMAML(nn.Sequential(Scaled(1.0, 2.0), *network)).meta_gradient(tasks)[0]
+    before = tasks.support_x.clone()
+    assert error(FOMAML(nn.Sequential(InPlace(), *network)).meta_gradient(tasks)[0], expected) < EXACT
+    assert torch.equal(tasks.support_x, before)
+
+
 class Folder(nn.Sequential):
     cache_dir = "features"
 

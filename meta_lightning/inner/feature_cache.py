@@ -11,6 +11,9 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from meta_lightning.checks import plain
+from meta_lightning.files import write_json
+
 DIGEST = 16  # bytes
 UNMAPPED = 1024  # new features that are in memory beside the file
 PATIENCE = 10_000  # different samples, none of which came twice, after which features are no longer kept
@@ -20,15 +23,17 @@ CHUNK, CHUNK_ON_GPU = 8, 64
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 
 
+OF_TORCH = vars(nn.Module()).keys()  # attributes of every module
 class FeatureCache:
     """Features of samples by a digest of their contents, which holds what transforms made of them.
 
-    They are forgotten when weights change. With a folder there is a file per weights and form of samples.
+    They are forgotten when tensors or plain attributes of the modules change. With a folder there is a file for each of
+    these and form of samples.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = None if folder is None else Path(folder)
-        self.of: Any = None  # the weights and the form of samples
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self.of: Any = None  # the modules and the form of samples
         self.known: dict[bytes, Tensor] = {}
         self.path: Path | None = None  # of the file
         self.unmapped, self.repeated, self.keeps = 0, False, True
@@ -54,11 +59,11 @@ class FeatureCache:
         return unflat(torch.stack([rows[key] for key in keys]).to(x.device), x)
 
     def take(self, frozen: nn.Module, samples: Tensor) -> None:
-        """Forget the features of other weights, or of samples of another form."""
-        device, state = samples.device.type, [*frozen.state_dict().values()]
+        """Forget the features of other weights or attributes, or of samples of another form."""
+        device, state = samples.device.type, [*frozen.parameters(), *frozen.buffers()]
         casts = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         sums = torch.stack([sum_of_bits(value) for value in state]).tolist()
-        form = repr(frozen), device, casts, samples.dtype, samples.shape[1:]
+        form = repr(frozen), attributes_of(frozen), device, casts, samples.dtype, samples.shape[1:]
         if (form, sums) == self.of:
             return
         self.of, self.known, self.path = (form, sums), {}, None
@@ -132,13 +137,20 @@ def unflat(features: Tensor, x: Tensor) -> Tensor:
 
 
 def sum_of_bits(values: Tensor) -> Tensor:
-    """A sum that any change of a value changes; modulo 2 to the number of bits, which is fast."""
+    """A sum that a change of any one value changes; modulo 2 to the number of bits, which is fast."""
     integers = BITS[values.element_size()]
     return values.view(integers).sum(dtype=integers).long()
 
 
 @torch.no_grad()
 def bytes_of(samples: Tensor) -> np.ndarray[Any, Any]:
+def attributes_of(frozen: nn.Module) -> str:
+    """The plain attributes of modules, such as the mean and the scale of a normalisation."""
+    own = ({name: plain(v) for name, v in vars(part).items() if name not in OF_TORCH} for part in frozen.modules())
+    return repr([*own])
+
+
+@torch.no_grad()
     """The bytes of each sample.  # S ... -> S bytes"""
     array: np.ndarray[Any, Any] = samples.reshape(len(samples), -1).cpu().contiguous().view(torch.uint8).numpy()
     return array

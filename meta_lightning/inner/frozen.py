@@ -49,9 +49,9 @@ def reason_against(frozen: nn.Module, x: Tensor) -> str | None:
     """Why frozen modules cannot run once per sample, empty if they can; None if they do not take it.  # S ..."""
     one, states = copied(frozen), random_states(x.device)
     before = contents(one)
-    others = torch.cat([x, 0.9 * x]) if x.is_floating_point() else x
+    others = torch.cat([x, 0.9 * x]) if x.is_floating_point() else x.clone()
     try:
-        together, alone = one(others), one(x[:1])
+        together, alone = one(others), one(x[:1].clone())  # which may be written into
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
         return None  # an error of the network, which its examination shows
     finally:
