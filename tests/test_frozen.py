@@ -239,6 +239,18 @@ def test_features_of_samples_that_never_come_twice_are_not_kept(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
+def test_validation_does_not_hide_that_samples_of_training_never_come_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meta_lightning.inner.feature_cache.PATIENCE", 200)
+    learner, same = FOMAML(frozen_network()), batch()
+
+    def train() -> None:
+        for tasks in [same, same, *(batch() for _ in range(12))]:
+            learner.meta_gradient(tasks)
+
+    with pytest.warns(UserWarning, match=r"no longer kept.*transforms"):
+        train()
+
+
         (lambda: nn.BatchNorm2d(4, track_running_stats=False), "mix samples"),
         (lambda: Noise(), "draw random numbers"),
         (lambda: Count(), r"change 0\.3\.count"),

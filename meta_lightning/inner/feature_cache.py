@@ -16,7 +16,9 @@ from meta_lightning.files import write_json
 
 DIGEST = 16  # bytes
 UNMAPPED = 1024  # new features that are in memory beside the file
-PATIENCE = 10_000  # different samples, none of which came twice, after which features are no longer kept
+# new samples after which features are no longer kept if less than this share of them came again: not none, since the
+# first task is examined before it trains, and validation repeats its tasks
+PATIENCE, AGAIN = 10_000, 0.001
 MOST_BYTES = 2**30  # of features in memory
 # samples per forward: always as many, since rounding depends on it, and a resumed run computes others at once
 CHUNK, CHUNK_ON_GPU = 8, 64
@@ -36,7 +38,8 @@ class FeatureCache:
         self.of: Any = None  # the modules and the form of samples
         self.known: dict[bytes, Tensor] = {}
         self.path: Path | None = None  # of the file
-        self.unmapped, self.repeated, self.keeps = 0, False, True
+        self.unmapped, self.keeps = 0, True
+        self.new = self.again = 0  # samples, since they were last compared
 
     def __reduce__(self) -> tuple[type["FeatureCache"], tuple[Path | None]]:
         """Copy without features."""
@@ -51,7 +54,7 @@ class FeatureCache:
         keys = [blake2b(sample, digest_size=DIGEST).digest() for sample in bytes_of(samples)]
         rows = {key: self.known[key] for key in keys if key in self.known}
         new = {key: row for row, key in enumerate(keys) if key not in rows}
-        self.repeated = self.repeated or bool(rows)
+        self.again += len(rows)
         if new:
             computed = dict(zip(new, in_chunks(frozen, samples[[*new.values()]]).cpu().unbind(), strict=True))
             self.keep(computed)
@@ -79,11 +82,14 @@ class FeatureCache:
 
     def keep(self, rows: dict[bytes, Tensor]) -> None:
         """Keep new features."""
-        if len(self.known) > PATIENCE and not self.repeated:
-            seen = f"no sample came twice among {len(self.known)}: transforms are probably random"
-            rank_zero_warn(f"Features of frozen modules are no longer kept, since {seen}")
-            self.keeps, self.known = False, {}
-            return
+        if self.new > PATIENCE:
+            if self.again < AGAIN * self.new:
+                seen = f"{self.again} of {self.again + self.new} samples came again: transforms are probably random"
+                rank_zero_warn(f"Features of frozen modules are no longer kept, since {seen}")
+                self.keeps, self.known = False, {}
+                return
+            self.new = self.again = 0
+        self.new += len(rows)
         if self.path is not None and self.write(rows):
             self.unmapped += len(rows)
             if self.unmapped > UNMAPPED:
