@@ -23,9 +23,9 @@ MOST_BYTES = 2**30  # of features in memory
 # samples per forward: always as many, since rounding depends on it, and a resumed run computes others at once
 CHUNK, CHUNK_ON_GPU = 8, 64
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
-
-
 OF_TORCH = vars(nn.Module()).keys()  # attributes of every module
+
+
 class FeatureCache:
     """Features of samples by a digest of their contents, which holds what transforms made of them.
 
@@ -108,13 +108,14 @@ class FeatureCache:
         one = next(iter(rows.values()))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path.with_suffix(".lock")), self.path.open("ab") as file:
-                if not form.exists():
-                    form.write_text(json.dumps({"shape": list(one.shape), "dtype": str(one.dtype)}))
-                size = DIGEST + one.numel() * one.element_size()
-                file.truncate(file.tell() // size * size)  # of a process that was killed
-                file.write(b"".join(key + bytes_of(row[None])[0].tobytes() for key, row in rows.items()))
-        except OSError as error:
+            with FileLock(self.path.with_suffix(".lock")):
+                if not form.exists():  # before the file, since other processes read both without the lock
+                    write_json(form, {"shape": list(one.shape), "dtype": str(one.dtype)})
+                with self.path.open("ab") as file:
+                    size = DIGEST + one.numel() * one.element_size()
+                    file.truncate(file.tell() // size * size)  # of a process that was killed
+                    file.write(b"".join(key + bytes_of(row[None])[0].tobytes() for key, row in rows.items()))
+        except (OSError, NotImplementedError) as error:  # the latter of a file system without locks
             rank_zero_warn(f"cache_dir must be writable, got {self.folder} ({error}): features are kept in memory only")
             self.path = None
         return self.path is not None
@@ -122,9 +123,10 @@ class FeatureCache:
     def read(self) -> dict[bytes, Tensor]:
         """The features in the file, mapped."""
         assert self.path is not None
-        if not self.path.exists():
+        described = self.path.with_suffix(".json")
+        if not (self.path.exists() and described.exists()):
             return {}
-        form = json.loads(self.path.with_suffix(".json").read_text())
+        form = json.loads(described.read_text())
         shape, dtype = form["shape"], getattr(torch, form["dtype"].removeprefix("torch."))
         size = torch.zeros(shape, dtype=dtype).nbytes
         record = np.dtype([("key", np.uint8, DIGEST), ("value", np.uint8, size)])
@@ -142,6 +144,13 @@ def unflat(features: Tensor, x: Tensor) -> Tensor:
     return features.view(*x.shape[:2], *features.shape[1:])
 
 
+def attributes_of(frozen: nn.Module) -> str:
+    """The plain attributes of modules, such as the mean and the scale of a normalisation."""
+    own = ({name: plain(v) for name, v in vars(part).items() if name not in OF_TORCH} for part in frozen.modules())
+    return repr([*own])
+
+
+@torch.no_grad()
 def sum_of_bits(values: Tensor) -> Tensor:
     """A sum that a change of any one value changes; modulo 2 to the number of bits, which is fast."""
     integers = BITS[values.element_size()]
@@ -150,13 +159,6 @@ def sum_of_bits(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bytes_of(samples: Tensor) -> np.ndarray[Any, Any]:
-def attributes_of(frozen: nn.Module) -> str:
-    """The plain attributes of modules, such as the mean and the scale of a normalisation."""
-    own = ({name: plain(v) for name, v in vars(part).items() if name not in OF_TORCH} for part in frozen.modules())
-    return repr([*own])
-
-
-@torch.no_grad()
     """The bytes of each sample.  # S ... -> S bytes"""
     array: np.ndarray[Any, Any] = samples.reshape(len(samples), -1).cpu().contiguous().view(torch.uint8).numpy()
     return array
