@@ -558,6 +558,16 @@ def test_the_checkpoint_keeps_plain_data_that_tests_use(
     assert torch.cdist(seen, rows).min(1).values.max() < 1e-3
 
 
+def test_the_last_checkpoint_is_of_the_same_tables(machines: Path) -> None:
+    fit, same = FIT.split(), str(machines.resolve())
+    main(fit)
+    main(["test", *fit[1:], "--ckpt_path", "last", "--data.path", same])
+    machines.rename("others")
+    said = fails("test", *fit[1:], "--ckpt_path", "last", "--data.path", "others")
+    assert "of another experiment, with data.path" in said
+    assert "others instead of" in said
+
+
 @pytest.mark.usefixtures("machines")
 def test_the_preprocessing_of_a_checkpoint_holds_with_other_training_tasks() -> None:
     data, other = tasks(), tasks(split_seed=1)

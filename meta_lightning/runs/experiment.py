@@ -13,7 +13,9 @@ from meta_lightning.checks import InputError
 from meta_lightning.runs.checkpoint_file import LAST, PREVIOUS, load, read_checkpoint
 
 # the options that tell experiments apart: checkpoints of other classes, networks or data are not this run's
-IDENTITY = r"(model|data)\.class_path|model\.init_args\.(network|inner_rule|head_start)\.|data\.init_args\.root"
+IDENTITY = r"(model|data)\.class_path|model\.init_args\.(network|inner_rule|head_start)\."
+IDENTITY += r"|data\.init_args\.(root|path|target)$"
+PATHS = (".root", ".path")  # ends of names of options
 
 # classes of options that are described only if they are given
 DEFAULTS = {"inner_rule": "SGD", "head_start": "LearntRows"}
@@ -69,7 +71,7 @@ def leaves_of(options: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves_of({"class_path": DEFAULTS[name.rpartition(".")[2]]}, name)
     elif isinstance(options, str) and name.endswith(".class_path"):
         yield name, options.rpartition(".")[2]  # modules may move
-    elif isinstance(options, str) and name.endswith(".root"):
+    elif isinstance(options, str) and name.endswith(PATHS):
         yield name, str(Path(options).expanduser().resolve())
     else:
         yield name, list(options) if isinstance(options, tuple) else options
