@@ -68,6 +68,13 @@ def fomaml_loop(network: nn.Module, batch: TaskBatch, steps: int, loss: Loss = F
     return mean
 
 
+def adapted_mean(network: nn.Module, batch: TaskBatch, steps: int, loss: Loss = F.cross_entropy) -> Params:
+    """Reptile's mean θ' over the tasks."""
+    tasks = zip(batch.support_x, batch.support_y, strict=True)
+    copies = [trained(adapted_copy(network, x, y, steps, loss)) for x, y in tasks]
+    return {name: torch.stack([fast[name].detach() for fast in copies]).mean(0) for name in copies[0]}
+
+
 def learn2learn_gradient(network: nn.Module, batch: TaskBatch, steps: int, first_order: bool) -> Params:
     algorithms = pytest.importorskip("learn2learn.algorithms")  # takes seconds to import
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import EXACT, TASKS_FROM_A_LIST, classification, error, fomaml_loop, maml_loop, trained
+from references import EXACT, TASKS_FROM_A_LIST, adapted_mean, classification, error, fomaml_loop, maml_loop, trained
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -68,17 +68,7 @@ def test_reptile_moves_the_adapters_alone() -> None:
     learner = Reptile(network, inner_lr=0.1, inner_steps=3)
     support = learner.support(batch.support_x, batch.support_y, 3)
     mean = learner.in_passes(learner.adapt_pass, support, compiled=False)[0]
-    expected = {name: torch.zeros_like(p) for name, p in trained(network).items()}
-    for x, y in zip(*batch[:2], strict=True):
-        fast = copy.deepcopy(network)
-        optimizer = torch.optim.SGD([p for p in fast.parameters() if p.requires_grad], 0.1)
-        for _ in range(3):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(fast(x), y).backward()
-            optimizer.step()
-        for name, p in trained(fast).items():
-            expected[name] += p.detach() / len(batch.support_x)
-    assert error(mean, expected) < EXACT
+    assert error(mean, adapted_mean(network, batch, 3)) < EXACT
 
 
 def test_a_predictor_of_adapters() -> None:
