@@ -173,12 +173,13 @@ def run(name: str, args: list[str]) -> None:
         parser.add_argument("--config", action="config", help="Path to a configuration file.")
     help_texts = {p.arg_name: p.description for p in docs.params}
     lists = {p.name: p for p in parameters.values() if get_origin(p.annotation) is tuple}
-    parser.add_function_arguments(function, skip={"overwrite", *lists})
+    flags = [name for name, p in parameters.items() if p.annotation is bool]
+    parser.add_function_arguments(function, skip={*flags, *lists})
     for p in lists.values():  # as --seeds 0 1 2, for which jsonargparse wants [0,1,2]
         element = get_args(p.annotation)[0]
         parser.add_argument(f"--{p.name}", nargs="+", type=element, default=list(p.default), help=help_texts[p.name])
-    if "overwrite" in parameters:
-        parser.add_argument("--overwrite", action="store_true", help="Replace files that exist.")
+    for flag in flags:
+        parser.add_argument(f"--{flag}", action="store_true", help=help_texts[flag])
     options = parser.instantiate(parser.parse_args(args)).as_dict()
     if "config" in parameters:
         options["config"] = find_config(options["config"])

@@ -10,12 +10,15 @@ import pytest
 import torch
 from conftest import TINY, fails
 from PIL import Image
+from safetensors.torch import load_file
 from scipy.stats import binomtest
 
-from meta_lightning import Glyphs, Predictor, load_learner
+from meta_lightning import Conv4, Glyphs, Predictor, load_learner
+from meta_lightning.checks import InputError
 from meta_lightning.cli import main
 
 NAMES = ["aleph", "beth", "gimel"]
+FROZEN = "--model.inner_freeze [features.*] --model.outer_freeze [features.*]"
 
 
 @pytest.fixture
@@ -161,6 +164,9 @@ def test_nothing_is_left_half_written(checkpoint: str, monkeypatch: pytest.Monke
         (["--out", "nowhere/a.csv"], r"\bout .*nowhere/a\.csv"),
         (["--save", "a.pkl"], r"\bsave .*'\.onnx'.*'\.pkl'"),
         (["--save", "nowhere/a.pt2"], r"\bsave .*nowhere/a\.pt2"),
+        (["--save", "a.pt2", "--delta"], r"\bsave of a delta .*\.safetensors.* a\.pt2"),
+        (["--save", "a.safetensors", "--delta"], r"\bdelta must be False .*frozen parameters, got True"),
+        (["--delta"], r"\bdelta needs save, .*got None"),
         (["--steps", "0"], r"\bsteps .* 0"),
         (["--ckpt_path", "nothing.ckpt"], r"path .*nothing\.ckpt"),
     ],
@@ -200,6 +206,21 @@ def test_queries_that_do_not_read_are_left_out_with_a_warning(
 
 
 @pytest.mark.usefixtures("photos")
+def test_a_delta_loads_onto_the_network_of_the_checkpoint() -> None:
+    main(f"fit --config {TINY} --trainer.max_steps 1 {FROZEN} --checkpoint.dirpath frozen".split())
+    for name, options in (("whole", []), ("delta", ["--delta", "--overwrite"])):
+        adapt("frozen/last.ckpt", "--save", f"{name}.safetensors", *options)
+    x = torch.rand(4, 1, 28, 28)
+    loaded = Predictor.load("delta.safetensors", load_learner("frozen/last.ckpt").network)
+    assert torch.equal(loaded(x), Predictor.load("whole.safetensors")(x))
+    whole, delta = (load_file(f"{name}.safetensors") for name in ("whole", "delta"))
+    statistics = {name for name in whole if re.search(r"running_|num_batches", name)}  # of the support set
+    assert delta.keys() == statistics | {"network.head.weight", "network.head.bias"}
+    with pytest.raises(InputError, match=r"network must be the base of delta\.safetensors, of checksum "):
+        Predictor.load("delta.safetensors", Conv4(filters=4))
+
+
+@pytest.mark.usefixtures("photos")
 def test_a_checkpoint_of_regression_is_refused(tmp_path: Path) -> None:
     options = "--data Sinusoid --model.network meta_lightning.MLP --checkpoint.monitor val/mse --trainer.max_steps 1"
     main(f"fit --config {TINY} {options} --checkpoint.dirpath {tmp_path / 'sine'}".split())
@@ -213,7 +234,7 @@ def test_help_lists_adapt(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["adapt", "--help"])
     shown = capsys.readouterr().out
-    options = ("--ckpt_path", "--support", "--query", "--out", "--steps", "--save", "--overwrite")
+    options = ("--ckpt_path", "--support", "--query", "--out", "--steps", "--save", "--delta", "--overwrite")
     assert all(option in shown for option in options)
     with pytest.raises(SystemExit) as error:
         main(["adapt", "--suport", "x"])

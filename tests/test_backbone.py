@@ -200,5 +200,6 @@ def test_a_backbone_on_the_command_line(fit: Callable[..., Path]) -> None:
     predictor.save("delta.safetensors", delta=True)
     with pytest.raises(InputError, match=r"weights must be .*weights\.pt, which is not a file"):
         Predictor.load("delta.safetensors")
+    assert torch.equal(Predictor.load("delta.safetensors", load_learner(path).network)(x), predictor(x))
     torch.save(expected, weights)
     assert torch.equal(Predictor.load("delta.safetensors")(x), predictor(x))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import fails, trainer
+from safetensors.torch import load_file
 
 from meta_lightning import MAML, MLP, Predictor, Prototypes, TableForm, TableTasks, load_learner
 from meta_lightning.checks import InputError
@@ -390,6 +391,8 @@ FIT += "--data.meta_batch_size 4 --data.epoch_length 5 --data.val_tasks 4 --data
 FIT += "--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.enable_model_summary false"
 CLASSES = ["--data.target=mode", "--data.shots=1", "--data.queries=2", "--model.network.out_features=3"]
 CLASSES += ["--model.network.in_features=5", "--checkpoint.monitor=val/accuracy", "--checkpoint.mode=max"]
+FROZEN = ["--model.inner_freeze", "[features.1.*]", "--model.outer_freeze", "[features.1.*]"]
+DELTA = ["--save", "adapted.safetensors", "--delta"]
 ADAPT = ["adapt", "--support", "support.csv", "--query", "query.csv"]
 
 
@@ -497,6 +500,21 @@ def test_bad_tables_at_adapt(fitted: tuple[str, str], support: Any, query: Any, 
     before = sorted(Path().iterdir())
     assert re.search(message, fails(*ADAPT, "--ckpt_path", fitted[0]))
     assert sorted(Path().iterdir()) == before
+
+
+def test_a_delta_of_a_table_at_adapt(fitted: tuple[str, str]) -> None:
+    write(support=machine(31, 8), query=machine(32, 15))
+    before = sorted(Path().iterdir())
+    assert re.search(r"delta must be False .*, got True", fails(*ADAPT, "--ckpt_path", fitted[0], *DELTA))
+    assert sorted(Path().iterdir()) == before
+    path = Path(fitted[0])
+    main([*FIT.split(), "--data.path", str(path.parents[1] / "machines"), *FROZEN, "--checkpoint.dirpath", "frozen"])
+    answers = adapt("frozen/last.ckpt", *DELTA)["predicted_power"]
+    predictor = Predictor.load("adapted.safetensors", load_learner("frozen/last.ckpt").network)
+    form = TableForm(**predictor.form.table)
+    again = form.decode(predictor(form.inputs(machine(32, 15))))["predicted_power"]
+    assert again.tolist() == pytest.approx(answers.tolist())
+    assert all(".features.1." not in name for name in load_file("adapted.safetensors"))
 
 
 def test_bad_classes_and_paths_at_adapt(fitted: tuple[str, str]) -> None:

@@ -36,6 +36,7 @@ def adapt(
     out: Path = Path("predictions.csv"),
     steps: int | None = None,
     save: Path | None = None,
+    delta: bool = False,
     overwrite: bool = False,
 ) -> str:
     """Adapt a checkpoint to a few pictures per class or rows of a table, and predict others.
@@ -54,6 +55,8 @@ def adapt(
         out: Path of the table of answers, a CSV file.
         steps: Number of inner steps. Default: the checkpoint's test_inner_steps.
         save: Where to save the adapted predictor, a .safetensors, .pt2 (torch.export) or .onnx file.
+        delta: Leave out of the saved predictor, a .safetensors file, what was frozen: Predictor.load takes it from a
+            network with the same weights, such as that of the checkpoint.
         overwrite: Replace existing files.
 
     Returns:
@@ -64,11 +67,12 @@ def adapt(
     """
     require_choice((".csv",), **{"the suffix of out": out.suffix})
     require_writable(out, overwrite, "out")
+    require(save is not None or not delta, "delta needs save, the path of a .safetensors file, got None")
     if save is not None:
-        require_target(save, overwrite, "save")
+        require_target(save, overwrite, "save", delta)
     learner = restore(ckpt_path, "ckpt_path")
     if learner.form.table is not None:
-        return adapt_to_table(learner, support, query, out, steps, save, overwrite)
+        return adapt_to_table(learner, support, query, out, steps, save, delta, overwrite)
     sheet = out.with_suffix(".png")
     require_writable(sheet, overwrite, "the contact sheet next to out")
     classes, queries = list_support(support), list_queries(query, support)
@@ -76,6 +80,7 @@ def adapt(
     x, y = example_of(pictures)
     start = time.perf_counter()
     predictor = learner.adapt(x, y, steps)
+    predictor.require_base(delta)
     adapted = time.perf_counter()
     with written_whole(out) as table, written_whole(sheet) as drawing:
         number, right, shown = write_answers(predictor, queries, query, table, {image.tobytes() for image in x.numpy()})
@@ -86,7 +91,7 @@ def adapt(
         f"Classified {number} pictures in {answered - adapted:.1f} s: {out}, drawn in {sheet}.",
     ]
     if save is not None:
-        predictor.save(save, overwrite)
+        predictor.save(save, overwrite, delta)
         summary.append(f"Saved the predictor to {save}.")
     if right:
         summary.append(accuracy(right, "queries in folders named after classes", "pictures"))

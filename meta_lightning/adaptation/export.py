@@ -45,9 +45,11 @@ def write_onnx(predictor: nn.Module, path: Path, metadata: dict[str, str], examp
 WRITERS = {".safetensors": write_safetensors, ".pt2": write_program, ".onnx": write_onnx}
 
 
-def require_target(path: Path, overwrite: bool, argument: str) -> None:
-    """Refuse a path to which a predictor cannot be saved."""
+def require_target(path: Path, overwrite: bool, argument: str, delta: bool = False) -> None:
+    """Refuse a path to which a predictor, or what adaptation changed of it, cannot be saved."""
     require_choice(WRITERS, **{f"the suffix of {argument}": path.suffix})
+    safe = path.suffix == ".safetensors"
+    require(safe or not delta, f"{argument} of a delta must be a .safetensors file, got {path}")
     if path.suffix == ".onnx":
         with optional(f"{argument} {path}", "export"):
             import onnx  # noqa: F401  # torch needs both

@@ -140,11 +140,10 @@ class Predictor(nn.Module):
             values |= {"groups": len(self.network.networks), "keywords": self.network.keywords}
         metadata = {name: json.dumps(value) for name, value in (values | {"form": asdict(self.form)}).items()}
         path = Path(path)
-        require_target(path, overwrite, "path")
+        require_target(path, overwrite, "path", delta)
+        self.require_base(delta)
         state = self.cpu_state()
         if delta:
-            require(path.suffix == ".safetensors", f"path of a delta must be a .safetensors file, got {path}")
-            require(bool(self.base), "delta must be False for a network without frozen parameters, got True")
             metadata["base"] = checksum({name: state[name] for name in self.base})
         with written_whole(path) as part:
             if delta:
@@ -152,6 +151,11 @@ class Predictor(nn.Module):
                 return
             twice = tree_map(lambda t: torch.cat([t, t]), scale_pixels(self.example))
             WRITERS[path.suffix](copy.deepcopy(self).cpu(), part, metadata, twice)
+
+    def require_base(self, delta: bool) -> None:
+        """Refuse a delta of a predictor without a base."""
+        frozen = bool(self.base)
+        require(frozen or not delta, "delta must be False for a network without frozen parameters, got True")
 
     def cpu_state(self) -> dict[str, Tensor]:
         """The state dict as separate tensors on the CPU."""

@@ -11,7 +11,14 @@ from meta_lightning.files import written_whole
 
 
 def adapt_to_table(
-    learner: Any, support: Path, query: Path, out: Path, steps: int | None, save: Path | None, overwrite: bool
+    learner: Any,
+    support: Path,
+    query: Path,
+    out: Path,
+    steps: int | None,
+    save: Path | None,
+    delta: bool,
+    overwrite: bool,
 ) -> str:
     """Implement ``command.adapt`` for a learner of tables, with its arguments, result and errors."""
     form = TableForm(**learner.form.table)
@@ -24,6 +31,7 @@ def adapt_to_table(
         require(column not in queries.columns, free)
     start = time.perf_counter()
     predictor = learner.adapt(x, y, steps)
+    predictor.require_base(delta)
     took = time.perf_counter() - start
     answers = form.decode(predictor(inputs), predictor.class_names)
     summary = [
@@ -36,6 +44,6 @@ def adapt_to_table(
     with written_whole(out) as part:
         queries.reset_index(drop=True).join(answers).to_csv(part, index=False)
     if save is not None:
-        predictor.save(save, overwrite)
+        predictor.save(save, overwrite, delta)
         summary.append(f"Saved the predictor to {save}.")
     return "\n".join(summary)
