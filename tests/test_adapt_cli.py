@@ -37,10 +37,11 @@ def adapt(checkpoint: str, *args: str) -> None:
     main(["adapt", "--ckpt_path", checkpoint, "--support", "my_photos", "--query", "queries", *args])
 
 
-def refused(checkpoint: str, *args: str) -> str:
-    """The sentence with which adapt is refused, having written nothing."""
+def refused(checkpoint: str, *args: str, command: str = "adapt") -> str:
+    """The sentence with which adapt or export is refused, having written nothing."""
     before = sorted(Path().rglob("*"))
-    said = fails("adapt", "--ckpt_path", checkpoint, "--support", "my_photos", "--query", "queries", *args)
+    given = ["--ckpt_path", checkpoint, "--support", "my_photos", *(["--query", "queries"] * (command == "adapt"))]
+    said = fails(command, *given, *args)
     assert sorted(Path().rglob("*")) == before
     return said
 
@@ -224,7 +225,55 @@ def test_a_delta_loads_onto_the_network_of_the_checkpoint() -> None:
 def test_a_checkpoint_of_regression_is_refused(tmp_path: Path) -> None:
     options = "--data Sinusoid --model.network meta_lightning.MLP --checkpoint.monitor val/mse --trainer.max_steps 1"
     main(f"fit --config {TINY} {options} --checkpoint.dirpath {tmp_path / 'sine'}".split())
-    assert re.search(r"\bckpt_path .*images.*sine/last\.ckpt", refused("sine/last.ckpt"))
+    for command in ("adapt", "export"):
+        said = refused("sine/last.ckpt", command=command)
+        assert re.search(r"\bckpt_path .*images, got sine/last\.ckpt, which was trained on other samples", said)
+
+
+@pytest.mark.usefixtures("photos")
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--support", "nowhere"], r"\bsupport .*\bnowhere\b"),
+        (["--support", "my_photos/aleph"], r"\bsupport must hold at least 2 classes, .* got 0 in my_photos/aleph$"),
+        (["--support", "many"], r"support set must hold no more classes than the network has outputs.* got 6"),
+        (["--out", "a.onnx"], r"the suffix of out must be one of '\.pt2', got '\.onnx'"),
+        (["--out", "nowhere/a.pt2"], r"\bout .*writable folder, got nowhere/a\.pt2"),
+        (["--out", "mine.pt2"], r"\bout .*overwrite.*mine\.pt2"),
+        (["--steps", "0"], r"\bsteps must be at least 1, got 0"),
+        (["--ckpt_path", "nothing.ckpt"], r"\bckpt_path .*nothing\.ckpt, which is not a file"),
+        (["--ckpt_path", "hub:nothing"], r"\bckpt_path .*hub:maml.* got hub:nothing"),
+        (
+            ["--ckpt_path", "text.ckpt"],
+            r"\bckpt_path .*text\.ckpt, which is corrupt: it is no whole file of torch\.save",
+        ),
+        (
+            ["--ckpt_path", "half.ckpt"],
+            r"\bckpt_path .*half\.ckpt, which is corrupt: it is no whole file of torch\.save",
+        ),
+        (["--ckpt_path", "noisy.ckpt"], r"must not draw random numbers.* got random numbers of torch"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*adaptations to groups of the classes")
+def test_impossible_arguments_of_export(args: list[str], message: str, checkpoint: str) -> None:
+    Path("mine.pt2").write_text("mine")
+    Path("text.ckpt").write_text("text")
+    Path("half.ckpt").write_bytes(Path(checkpoint).read_bytes()[:5000])
+    for name in "abcdef":
+        shutil.copytree("my_photos/beth", f"many/{name}")
+    if "noisy.ckpt" in args:
+        main(
+            f"fit --config {TINY} --model.network {__name__}.Noisy --trainer.max_steps 1 --checkpoint.dirpath n".split()
+        )
+        Path("n/last.ckpt").rename("noisy.ckpt")
+    assert re.search(message, refused(checkpoint, *args, command="export"))
+
+
+class Noisy(Conv4):
+    """A network with dropout that is active in evaluation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(super().forward(x), 0.1, training=True)
 
 
 def test_help_lists_adapt(capsys: pytest.CaptureFixture[str]) -> None:

@@ -283,7 +283,7 @@ REFUSED: dict[str, tuple[Callable[[], MetaLearner], str]] = {
     "a network that changes itself in forward": (lambda: maml(Counting()), r"must be of a network.*changes calls"),
     "learnt rows for fewer classes than the task has": (
         lambda: maml(MLP(FEATURES, [8], 2)),
-        r"y must hold no more classes than the network has outputs.*got 3",
+        r"y of the support set must hold no more classes than the network has outputs.*got 3",
     ),
 }
 

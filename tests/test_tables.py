@@ -533,6 +533,8 @@ def test_bad_classes_and_paths_at_adapt(fitted: tuple[str, str]) -> None:
         (["--out", "query.csv"], r"out must name a new file.*query\.csv"),
     ):
         assert re.search(message, fails(*ADAPT, "--ckpt_path", fitted[1], *args))
+    said = fails("export", "--support", "pictures", "--ckpt_path", fitted[1])
+    assert re.search(r"ckpt_path .*images, got .*classes/last\.ckpt, which was trained on tables; in Python ", said)
 
 
 def test_a_computed_head_takes_some_of_the_classes(fitted: tuple[str, str]) -> None:

@@ -75,8 +75,9 @@ def adapt(
         return adapt_to_table(learner, support, query, out, steps, save, delta, overwrite)
     sheet = out.with_suffix(".png")
     require_writable(sheet, overwrite, "the contact sheet next to out")
+    require_images(learner, ckpt_path)
     classes, queries = list_support(support), list_queries(query, support)
-    pictures = prepared(learner, classes, ckpt_path)
+    pictures = prepared(learner, classes)
     x, y = example_of(pictures)
     start = time.perf_counter()
     predictor = learner.adapt(x, y, steps)
@@ -125,7 +126,8 @@ def export(
     """
     require_program_target(out, overwrite, "out")
     learner = restore(ckpt_path, "ckpt_path")
-    pictures = prepared(learner, list_support(support), ckpt_path)
+    require_images(learner, ckpt_path)
+    pictures = prepared(learner, list_support(support))
     start = time.perf_counter()
     made = learner.export_adaptation(out, *example_of(pictures), steps, overwrite)
     taken, size = time.perf_counter() - start, out.stat().st_size / 1e6
@@ -136,10 +138,16 @@ def export(
     return f"Exported the adaptation to {made['classes']} classes, of {counts}, in {taken:.0f} s: {out}, {size:.1f} MB."
 
 
-def prepared(learner: Any, classes: Mapping[str, Sequence[Path]], ckpt_path: Path) -> dict[str, list[Array]]:
-    """The pictures of each class as a learner takes them."""
+def require_images(learner: Any, ckpt_path: Path) -> None:
+    """Refuse a learner of other samples."""
     of_images = learner.form.image_size is not None
-    require(of_images, f"ckpt_path must be of a learner that was trained on images, got {ckpt_path}")
+    other = f"got {ckpt_path}, which was trained on {'tables' if learner.form.table else 'other samples'}"
+    hint = "load_learner(path).adapt and .export_adaptation take any"
+    require(of_images, f"ckpt_path must be of a learner that was trained on images, {other}; in Python {hint}")
+
+
+def prepared(learner: Any, classes: Mapping[str, Sequence[Path]]) -> dict[str, list[Array]]:
+    """The pictures of each class as a learner takes them."""
     return {name: [learner.form.prepare(path) for path in paths] for name, paths in classes.items()}
 
 
@@ -154,7 +162,8 @@ def list_support(folder: Path) -> dict[str, list[Path]]:
     require(folder.is_dir(), f"support must be a folder with one subfolder per class, got {folder}, which is not one")
     classes = {entry.name: [*files_below(entry)] for entry in visible(folder) if entry.is_dir()}
     expected = "support must hold at least 2 classes, one subfolder each"
-    require(len(classes) >= 2, f"{expected}, got {len(classes)} in {folder}: {', '.join(classes)}")
+    named = f": {', '.join(classes)}" if classes else ""
+    require(len(classes) >= 2, f"{expected}, got {len(classes)} in {folder}{named}")
     empty = [name for name, paths in classes.items() if not paths]
     require(not empty, f"support must hold at least 1 picture per class, got none of {', '.join(empty)}")
     return classes

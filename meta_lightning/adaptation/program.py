@@ -85,8 +85,9 @@ def save_adaptation(
     predictor = learner.adapt(x, y, steps)
     names, targets = numbered(y, None)
     classes, dtype = len(names or ()), next(learner.network.parameters()).dtype
-    most = "y must hold no more classes than the network has outputs, unless head_start computes rows for any number"
-    require(not isinstance(predictor.network, Combined), f"{most}, got {classes}")
+    most = "y of the support set must hold no more classes than the network has outputs"
+    unless = f"unless head_start computes rows for any number, got {classes}"
+    require(not isinstance(predictor.network, Combined), f"{most}, {unless}")
     x, targets = tree_map(
         lambda t: t.to("cpu", dtype if t.is_floating_point() else t.dtype), (scale_pixels(samples(x, "x")), targets)
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from pkgutil import resolve_name
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from lightning import LightningModule
@@ -72,6 +73,8 @@ def read_checkpoint(path: str | Path, argument: str, resume: bool = False) -> di
 
 def load(path: Path) -> dict[str, Any] | str:
     """Contents of a checkpoint, or the reason why it cannot be read."""
+    if not is_zipfile(path):  # whose errors are about torch.save
+        return "it is no whole file of torch.save"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
@@ -136,7 +139,8 @@ def restore(path: str | Path, argument: str = "path", **objects: Any) -> Any:
     hparams = checkpoint.get("hyper_parameters", {})
     given = {name: value for name, value in objects.items() if value is not None}
     known = "network" in given or network_description(hparams) is not None
-    require(known, f"network must be given: it was built in Python, and {path} does not describe it")
+    given_to = "network must be given, load_learner(path, network)"
+    require(known, f"{given_to}: it was built in Python, and {path} does not describe it")
     class_path = hparams.get("_class_path", f"meta_lightning.{checkpoint.get('algorithm')}")
     try:
         found = resolve_name(class_path)
