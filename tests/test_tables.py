@@ -531,6 +531,7 @@ def test_bad_classes_and_paths_at_adapt(fitted: tuple[str, str]) -> None:
         (["--query", "pictures"], r"query must name a table.*pictures, which is no such file"),
         (["--query", "support.csv"], r"query must be another table than support, got support\.csv"),
         (["--out", "query.csv"], r"out must name a new file.*query\.csv"),
+        (["--out", "query.csv", "--overwrite"], r"out must be another file than support and query, got query\.csv"),
     ):
         assert re.search(message, fails(*ADAPT, "--ckpt_path", fitted[1], *args))
     said = fails("export", "--support", "pictures", "--ckpt_path", fitted[1])
