@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from meta_lightning.checks import InputError, require
 from meta_lightning.hub import located
 from meta_lightning.inner.heads import HeadStart
+from meta_lightning.inner.params import without_prefix
 from meta_lightning.networks.backbone import without_weights
 
 LAST, PREVIOUS = "last", "previous"
@@ -85,10 +86,7 @@ def load(path: Path) -> dict[str, Any] | str:
 def load_network(network: nn.Module, head: HeadStart, path: str | Path) -> None:
     """Load the weights of a network, and of a head start of the same kind, from a checkpoint of any algorithm."""
     checkpoint = read_checkpoint(path, "init_from")
-    weights, start = (
-        {name.removeprefix(part): p for name, p in checkpoint["state_dict"].items() if name.startswith(part)}
-        for part in ("network.", "head_start.")
-    )
+    weights, start = (without_prefix(checkpoint["state_dict"], part) for part in ("network.", "head_start."))
     computed = head.replaced(network.named_parameters()).keys()  # rows that no task uses may differ
     weights, own = ({n: p for n, p in state.items() if n not in computed} for state in (weights, network.state_dict()))
     require_same_state(own, weights, "init_from")
