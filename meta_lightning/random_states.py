@@ -16,6 +16,15 @@ def random_states(device: torch.device) -> dict[str, Any]:
     return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
+def drew_from(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    """The generators whose states differ between two results of ``random_states``."""
+
+    def same(a: Any, b: Any) -> bool:
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+
+    return {kind for kind, state in before.items() if not same(state, after[kind])}
+
+
 def set_random_states(states: dict[str, Any], device: torch.device) -> None:
     """Restore the result of ``random_states``."""
     random.setstate(states["python"])

@@ -25,7 +25,7 @@ from meta_lightning.inner.compiling import ReadingNoMemory, ReadingNoValues
 from meta_lightning.inner.copies import copied
 from meta_lightning.inner.params import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from meta_lightning.inner.samples import Samples, length, one_task
-from meta_lightning.random_states import random_states, set_random_states
+from meta_lightning.random_states import drew_from, random_states, set_random_states
 from meta_lightning.runs.machine import versions
 
 DESCRIPTION = "description"  # name of the extra file
@@ -239,10 +239,9 @@ def require_function(adapting: Adapting, task: Task) -> None:
         raise InputError(f"{expected} be a function of tensors alone, got an error of torch: {error}") from None
     after = random_states(CPU)
     set_random_states(before, CPU)
-    drawn = [kind for kind in after if kind != "torch" and after[kind] != before[kind]]
-    drawn += [] if torch.equal(after["torch"], before["torch"]) else ["torch"]
-    came = f"got random numbers of {', '.join(drawn)}"
-    require(not drawn, f"{expected} not draw random numbers, as dropout does that is active in evaluation, {came}")
+    drew = sorted(drew_from(before, after))
+    came = f"got random numbers of {', '.join(drew)}"
+    require(not drew, f"{expected} not draw random numbers, as dropout does that is active in evaluation, {came}")
 
 
 def unequal(

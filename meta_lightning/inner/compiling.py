@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meta_lightning.inner.params import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from meta_lightning.inner.state import equal
-from meta_lightning.random_states import random_states, set_random_states
+from meta_lightning.random_states import drew_from, random_states, set_random_states
 
 aten = torch.ops.aten
 Pass = Callable[..., Any]  # from containers of tensors to containers of tensors
@@ -59,16 +59,16 @@ class CompiledPasses:
             before, kept = random_states(device), [buffer.clone() for buffer in buffers()]
             result = function(*args)  # raise the pass's own errors, and run its one-time checks, outside the trace
             after = random_states(device)
+            drew = drew_from(before, after)
             # what a graph would repeat, or recording do several times
-            if any(after[generator] != before[generator] for generator in ("python", "numpy")):
+            if drew & {"python", "numpy"}:
                 return self.refuse("the pass draws random numbers of Python or NumPy", result)
-            if device.type == "cuda" and not torch.equal(after["torch"], before["torch"]):
+            if device.type == "cuda" and "torch" in drew:
                 return self.refuse("the pass draws random numbers on the CPU", result)
             if key() != known:
                 return self.refuse("the pass changes attributes of its modules", result)
             if not all(map(equal, buffers(), kept)):
                 return self.refuse("the pass changes buffers", result)
-            drew = any(not torch.equal(after[kind], before[kind]) for kind in ("torch", "cuda") if kind in before)
             fuse = self.fuse and (self.draws or not drew)
             if self.fuse and not fuse:
                 rank_zero_warn("Passes are recorded and not compiled, since they draw random numbers")

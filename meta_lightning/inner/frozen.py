@@ -3,14 +3,14 @@
 from collections import OrderedDict
 from collections.abc import Collection
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from meta_lightning.inner.copies import HOOKS, copied
 from meta_lightning.inner.state import changes, contents, greatest, has_backward_hooks, listed
-from meta_lightning.random_states import random_states, set_random_states
+from meta_lightning.random_states import drew_from, random_states, set_random_states
 
 RTOL = 1e-3  # differences below this, relative to the greatest value, are rounding
 
@@ -55,17 +55,12 @@ def reason_against(frozen: nn.Module, x: Tensor) -> str | None:
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
         return None  # an error of the network, which its examination shows
     finally:
-        drawn = random_states(x.device)
+        after = random_states(x.device)
         set_random_states(states, x.device)
     if not isinstance(together, Tensor) or len(together) != len(others):
         return None
     if changed := changes(before, contents(one)):
         return f"change {listed(changed)}"
-    if any(not same(drawn[kind], state) for kind, state in states.items()):
+    if drew_from(states, after):
         return "draw random numbers"
     return "mix samples" if greatest(together[:1] - alone) > RTOL * greatest(together) else ""
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two states of a random generator are equal."""
-    return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)

@@ -42,7 +42,7 @@ from meta_lightning.inner.state import (
     taken_back,
 )
 from meta_lightning.inner.task_loss import TaskLoss, TaskPredictor
-from meta_lightning.random_states import random_states, set_random_states
+from meta_lightning.random_states import drew_from, random_states, set_random_states
 
 MISSING = object()
 # whose derivatives have a wrong rule for vmap
@@ -391,6 +391,6 @@ def reason_to_loop(network: nn.Module, before: dict[str, Any], after: dict[str, 
     """Why vmap would be wrong, from the hooks of a network and the random states before and after its forward."""
     if has_backward_hooks(network.modules()):
         return "the network has backward hooks, which vmap does not call"
-    if any(after[generator] != before[generator] for generator in ("python", "numpy")):
+    if drew_from(before, after) & {"python", "numpy"}:
         return "the network draws random numbers of Python or NumPy, which would be the same for all tasks"
     return ""
