@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Self
@@ -54,6 +55,12 @@ def optional(user: str, extra: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         raise MissingPackageError(f"{user} needs {package}: pip install 'meta-lightning[{extra}]'") from error
+
+
+def require_installed(user: str, extra: str, *packages: str) -> None:
+    """Raise MissingPackageError unless optional packages of an extra can be imported; they are not imported yet."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise MissingPackageError(f"{user} needs {', '.join(missing)}: pip install 'meta-lightning[{extra}]'")
 
 
 def require(condition: bool, message: str) -> None:

@@ -13,7 +13,7 @@ from conftest import fails, trainer
 from safetensors.torch import load_file
 
 from meta_lightning import MAML, MLP, Predictor, Prototypes, TableForm, TableTasks, load_learner
-from meta_lightning.checks import InputError
+from meta_lightning.checks import InputError, MissingPackageError
 from meta_lightning.cli import main
 
 pd = pytest.importorskip("pandas", reason="pandas is not installed")
@@ -376,8 +376,8 @@ def test_a_missing_package_is_a_line_that_names_the_extra(missing: str, monkeypa
     def find_spec(name: str) -> object | None:
         return None if name == missing else object()
 
-    monkeypatch.setattr("meta_lightning.data.table_form.find_spec", find_spec)
-    with pytest.raises(InputError, match=rf"tables need {missing}, not installed: pip install 'meta-lightning\[tables"):
+    monkeypatch.setattr("meta_lightning.checks.find_spec", find_spec)
+    with pytest.raises(MissingPackageError, match=rf"needs {missing}: pip install 'meta-lightning\[tables"):
         tasks()
 
 

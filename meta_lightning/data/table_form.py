@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meta_lightning.checks import InputError, nearest, require
+from meta_lightning.checks import InputError, nearest, require, require_installed
 
 Frame = Any  # a DataFrame; pandas ships no types
 Column = Any  # a Series
@@ -59,7 +58,7 @@ class TableForm:
         Raises:
             InputError: If a table lacks a column, or a column holds neither numbers nor names.
         """
-        require_installed("pandas", "sklearn")
+        require_installed("TableForm", "tables", "pandas", "sklearn")
         from sklearn.impute import SimpleImputer
         from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
@@ -110,7 +109,7 @@ class TableForm:
         Raises:
             InputError: If a column is missing, or holds what is no number or none of the categories of training.
         """
-        require_installed("pandas", "sklearn")
+        require_installed("TableForm", "tables", "pandas", "sklearn")
         from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder
 
         names = [*self.ordinal, *self.onehot]
@@ -189,12 +188,6 @@ class TableForm:
         return [*(answer == as_names(truth).to_numpy())]
 
 
-def require_installed(*packages: str) -> None:
-    """Refuse to go on without these packages."""
-    missing = [name for name in packages if find_spec(name) is None]
-    require(not missing, f"tables need {', '.join(missing)}, not installed: pip install 'meta-lightning[tables]'")
-
-
 def is_table(path: Path) -> bool:
     """Whether a file is a table by its name."""
     return path.suffix.lower() in READERS and not path.name.startswith(".")
@@ -205,7 +198,7 @@ def read_table(path: Path, options: Mapping[str, Any], argument: str) -> Frame:
     expected = f"{argument} must name a table, {' or '.join(READERS)}, got {path}"
     require(is_table(path) and path.is_file(), f"{expected}, which is no such file")
     csv = path.suffix.lower() == ".csv"
-    require_installed("pandas", *(() if csv else ("pyarrow",)))
+    require_installed(f"{argument} {path}", "tables", "pandas", *(() if csv else ("pyarrow",)))
     import pandas
 
     try:

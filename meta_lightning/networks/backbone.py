@@ -4,7 +4,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from pkgutil import resolve_name
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from meta_lightning.checks import InputError, nearest, require, require_at_least, require_matches
+from meta_lightning.checks import InputError, nearest, require, require_at_least, require_installed, require_matches
 from meta_lightning.inner.copies import copied
 
 DEFAULT = "default"
@@ -94,8 +93,7 @@ def built(backbone: str | nn.Module, pretrained: bool) -> tuple[nn.Module, str]:
     library, _, name = backbone.partition("/")
     if library not in LIBRARIES:
         return built(of_class_path(backbone), pretrained)
-    installed = find_spec(library) is not None
-    require(installed, f"backbone {backbone!r} needs {library}: pip install 'meta-lightning[backbones]'")
+    require_installed(f"backbone {backbone!r}", "backbones", library)
     make, names = (of_timm if library == "timm" else of_torchvision)()
     near = nearest(name, names)
     hint = "" if near is None else f"; did you mean {library}/{near}?"
