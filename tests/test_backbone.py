@@ -103,6 +103,7 @@ def test_weights_of_ones_own(suffix: str, tmp_path: Path) -> None:
     [
         ({"backbone": "torchvision/resnet81"}, r"backbone must name .*torchvision/resnet81.*mean torchvision/resnet"),
         ({"backbone": "nowhere.Net"}, r"backbone must be .*nowhere\.Net"),
+        ({"backbone": "torch.nn.Linear"}, r"backbone must be .*without required arguments, got 'torch.nn.Linear': .*"),
         ({"backbone": "torch.relu"}, r"backbone must be .*class path .*torch\.relu"),
         ({"backbone": "torchvision/squeezenet1_0"}, r"backbone must end with a linear classifier.*squeezenet"),
         ({"backbone": nn.Linear(3, 4)}, r"features must be given"),

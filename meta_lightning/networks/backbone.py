@@ -120,7 +120,10 @@ def of_class_path(path: str) -> nn.Module:
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"{expected}, got {path!r}: {error}") from None
     require(isinstance(found, type) and issubclass(found, nn.Module), f"{expected}, got {path!r}")
-    module: nn.Module = found()
+    try:
+        module: nn.Module = found()
+    except TypeError as error:
+        raise InputError(f"{expected} without required arguments, got {path!r}: {error}") from None
     return module
 
 
