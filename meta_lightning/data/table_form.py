@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from meta_lightning.checks import InputError, nearest, require, require_installed
+from meta_lightning.checks import InputError, nearest, require, require_choice, require_installed
 
 Frame = Any  # a DataFrame; pandas ships no types
 Column = Any  # a Series
@@ -56,8 +56,12 @@ class TableForm:
         """Fit the preprocessing to tables by name; for the other arguments see ``TableTasks``.
 
         Raises:
-            InputError: If a table lacks a column, or a column holds neither numbers nor names.
+            InputError: If an option has an unknown value, a table lacks a column, or a column holds neither numbers nor
+                names.
         """
+        require_choice(get_args(Kind), kind=kind)
+        require_choice(get_args(Missing), missing=missing)
+        require_choice(get_args(Unknown), unknown=unknown)
         require_installed("TableForm", "tables", "pandas", "sklearn")
         from sklearn.impute import SimpleImputer
         from sklearn.preprocessing import OneHotEncoder, StandardScaler

@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from meta_lightning.checks import InputError, require, require_choice
+from meta_lightning.checks import InputError, require
 from meta_lightning.data.form import SampleForm
 from meta_lightning.data.module import FewShotDataModule, options
 from meta_lightning.data.regression import PointTasks
@@ -85,9 +85,6 @@ class TableTasks(GivenSplit, FewShotDataModule):
     def __post_init__(self) -> None:
         """Read the tables, split them, and fit the preprocessing to the training tasks."""
         super().__post_init__()
-        require_choice(get_args(Kind), kind=self.kind)
-        require_choice(get_args(Missing), missing=self.missing)
-        require_choice(get_args(Unknown), unknown=self.unknown)
         tables, given = read_tasks(Path(self.path).expanduser(), self.task, self.read or {})
         self.names, self.tables = [*tables], [*tables.values()]
         if given and self.splits is None:
