@@ -22,16 +22,21 @@ class Split(NamedTuple):
     rest: nn.Module
 
 
+def is_chain(network: nn.Module) -> bool:
+    """Whether a network does nothing but call its children one after another."""
+    hooked = has_backward_hooks([network]) or any(vars(network)[kind] for kind in HOOKS)
+    return type(network).forward is nn.Sequential.forward and not hooked
+
+
 def split(network: nn.Module, trained: Collection[int]) -> Split | None:
-    """Split ``nn.Sequential`` before its first module with a parameter among ``trained``, which are ids.
+    """Split a chain before its first module with a parameter among ``trained``, which are ids.
 
     The first part ends with a module that has parameters: dropout that follows belongs to the rest. None if there is no
     first part, or no rest.
     """
-    hooked = has_backward_hooks([network]) or any(vars(network)[kind] for kind in HOOKS)
-    if type(network).forward is not nn.Sequential.forward or hooked:
+    if not is_chain(network):
         return None
-    children = [(n, part) for n, part in network.named_modules(remove_duplicate=False) if n and "." not in n]
+    children = [*vars(network)["_modules"].items()]  # named_children leaves out the second of two equal ones
     first = [*takewhile(lambda child: not any(id(p) in trained for p in child[1].parameters()), children)]
     rest = children[len(first) :]
     if not rest:

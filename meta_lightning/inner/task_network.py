@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from meta_lightning.checks import require
 from meta_lightning.inner.exact import Exact, differentiable_attention
 from meta_lightning.inner.feature_cache import FeatureCache
-from meta_lightning.inner.frozen import Split, reason_against, split
+from meta_lightning.inner.frozen import Split, is_chain, reason_against, split
 from meta_lightning.inner.heads import ways_of
 from meta_lightning.inner.params import Params, of_network, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from meta_lightning.inner.samples import (
@@ -86,9 +86,10 @@ class TaskNetwork:
 
     def split(self) -> Split | None:
         """The frozen modules that run first, and the rest of the network."""
-        fixed = getattr(self.owner, "fixed", ())
-        named = self.owner.network.named_parameters()
-        self.parts = split(self.owner.network, {id(p) for name, p in named if p.requires_grad and name not in fixed})
+        network, self.parts = self.owner.network, None
+        if is_chain(network):  # others have no parts, which costs no time then
+            fixed, named = getattr(self.owner, "fixed", ()), network.named_parameters()
+            self.parts = split(network, {id(p) for name, p in named if p.requires_grad and name not in fixed})
         return self.parts
 
     def ahead(self, x: Samples) -> Samples:
