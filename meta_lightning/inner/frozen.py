@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from meta_lightning.inner.copies import HOOKS, copied
-from meta_lightning.inner.state import changes, contents, greatest, has_backward_hooks, listed
+from meta_lightning.inner.state import RTOL, changes, contents, greatest, has_backward_hooks, listed
 from meta_lightning.random_states import drew_from, random_states, set_random_states
-
-RTOL = 1e-3  # differences below this, relative to the greatest value, are rounding
 
 
 class Split(NamedTuple):

@@ -19,6 +19,7 @@ OF_TORCH = {"_buffers", "_parameters", "_modules", "_flat_weights", "_flat_weigh
 PLAIN = int | float | str | torch.device | torch.dtype
 MOST = 1000  # members of a container that are looked at
 Place = tuple[str, ...]  # kind, module and name
+RTOL = 1e-3  # differences below this, relative to the greatest value, are rounding, as of the kernels of a GPU
 
 
 class Content(NamedTuple):
@@ -176,6 +177,11 @@ def put_back(value: Any, members: Any) -> None:
 def greatest(x: Tensor) -> float:
     """Max |x|."""
     return float(x.abs().max()) if x.numel() else 0.0
+
+
+def apart(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors differ by more than rounding."""
+    return greatest(a - b) > RTOL * greatest(b)
 
 
 def set_values(network: nn.Module, params: Params) -> None:

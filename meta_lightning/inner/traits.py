@@ -29,8 +29,10 @@ from meta_lightning.inner.samples import (
     valid,
 )
 from meta_lightning.inner.state import (
+    RTOL,
     Contents,
     adopt,
+    apart,
     changes,
     contents,
     greatest,
@@ -50,7 +52,6 @@ NORMALISATIONS = {
     *(F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm, F.rms_norm, torch.batch_norm, torch.instance_norm),
     *(torch.layer_norm, torch.group_norm),
 }
-RTOL = 1e-3  # differences below this, relative to the greatest value, are rounding, as of the kernels of a GPU
 
 
 class Calls(TorchFunctionMode):
@@ -185,9 +186,8 @@ class Traits(NamedTuple):
             set_random_states(drawn, device)
             predicted = self.forward(copied(network), params, seen)
             outputs.append(flat(tree_map(lambda t: t[:kept], predicted)).detach())
-        affects = greatest(outputs[0] - outputs[1]) > RTOL * greatest(outputs[1])
         # one or two samples show nothing
-        if not affects and F.batch_norm not in called and len(rows) > kept:
+        if not apart(*outputs) and F.batch_norm not in called and len(rows) > kept:
             return self
         reason = "tasks are of unequal size, and in the network the samples of a task affect each other"
         return self._replace(mixes=True, looped=self.looped or reason)
@@ -216,9 +216,8 @@ class Traits(NamedTuple):
                 outputs.append(flat(self.forward(copy, params, other)).detach())
             except (RuntimeError, TypeError, ValueError, IndexError):
                 return self._replace(in_turn=f"the network's forward changes {listed(changed)}" if changed else "")
-        depends = greatest(outputs[0] - outputs[1]) > RTOL * greatest(outputs[1])
         moving = changes(after, contents(one))
-        if depends or not all(taken_back(one, place, place in moving) for place in changed):
+        if apart(*outputs) or not all(taken_back(one, place, place in moving) for place in changed):
             reason = f"changes {listed(changed)}" if changed else "depends on earlier ones"
             return self._replace(in_turn=f"the network's forward {reason}")
         adopt(one, network, changed)
