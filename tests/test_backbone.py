@@ -126,9 +126,11 @@ def test_weights_that_do_not_fit_or_cannot_be_read(tmp_path: Path) -> None:
     torch.save([1], path)
     with pytest.raises(InputError, match=r"weights must be .*something else"):
         Backbone(Encoder(), weights=str(path))
-    path.write_bytes(b"nothing")
-    with pytest.raises(InputError, match=r"weights must be .*weights\.pt, which cannot be read"):
-        Backbone(Encoder(), weights=str(path))
+    for contents in (b"nothing", b"hi", b""):  # each another error of the unpickler
+        for name in ("weights.pt", "weights.safetensors"):
+            (tmp_path / name).write_bytes(contents)
+            with pytest.raises(InputError, match=rf"weights must be .*{name}, which cannot be read: \w+: "):
+                Backbone(Encoder(), weights=str(tmp_path / name))
 
 
 def test_weights_that_are_not_there_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -212,6 +212,22 @@ def test_features_are_kept_in_a_folder(tmp_path: Path, monkeypatch: pytest.Monke
     FOMAML(network).meta_gradient(tasks)
 
 
+@pytest.mark.parametrize("contents", [None, "", "[]", '{"shape": [4], "dtype": 3}'])
+def test_features_without_their_description_are_computed_again(
+    contents: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    network, tasks = Folder(*frozen_network()), batch()
+    expected = FOMAML(network).meta_gradient(tasks)[0]
+    (path,) = Path("features").glob("*.json")
+    held = path.read_text()
+    path.unlink() if contents is None else path.write_text(contents)
+    with pytest.warns(UserWarning, match=rf"cache_dir features .* got {path.name}, which cannot be read .* computed"):
+        again = FOMAML(network).meta_gradient(tasks)[0]
+    assert error(again, expected) < EXACT
+    assert path.read_text() == held
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("features").write_text("")

@@ -126,8 +126,15 @@ class FeatureCache:
         described = self.path.with_suffix(".json")
         if not (self.path.exists() and described.exists()):
             return {}
-        form = json.loads(described.read_text())
-        shape, dtype = form["shape"], getattr(torch, form["dtype"].removeprefix("torch."))
+        try:
+            form = json.loads(described.read_text())
+            shape, dtype = form["shape"], getattr(torch, form["dtype"].removeprefix("torch."))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            came = f"got {described.name}, which cannot be read ({error})"
+            rank_zero_warn(f"cache_dir {self.folder} must describe its features, {came}: they are computed again")
+            self.path.unlink()
+            described.unlink(missing_ok=True)
+            return {}
         size = torch.zeros(shape, dtype=dtype).nbytes
         record = np.dtype([("key", np.uint8, DIGEST), ("value", np.uint8, size)])
         count = self.path.stat().st_size // record.itemsize
