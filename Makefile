@@ -15,13 +15,15 @@ DEMO_FIT = fit --config maml.yaml --trainer.default_root_dir $(DEMO_ROOT) --chec
 DEMO_TEST = test --ckpt_path $(DEMO_ROOT)/checkpoints/best.ckpt --trainer.default_root_dir $(DEMO_ROOT)
 
 PYTEST_ARGS =
+# of make test; each takes one thread and 2 GB
+TEST_PROCESSES = 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test smoke lint docs format clean same-python
 
 help:
 	@echo 'make demo    install, meta-train on the default data, test the best checkpoint'
-	@echo 'make test    install, run the tests (PYTEST_ARGS="-m slow" for the slow ones)'
+	@echo 'make test    install, run the tests in two processes (PYTEST_ARGS="-m slow" for the slow ones)'
 	@echo 'make smoke   install the wheel by plain pip in empty environments, fit and adapt: PYTHONS="..." (gigabytes each)'
 	@echo 'make lint    install, check with ruff and mypy'
 	@echo 'make docs    install, build the documentation site in build/site'
@@ -36,7 +38,8 @@ demo: $(INSTALLED)
 	@echo 'To look at the curves: $(VENV)/bin/tensorboard --logdir $(DEMO_ROOT), then open the address that it prints.'
 
 test: $(INSTALLED)
-	$(call step,run the tests,$(PY) -m pytest $(PYTEST_ARGS))
+	$(call step,run the tests in $(TEST_PROCESSES) processes,OMP_NUM_THREADS=1 \
+	  $(PY) -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS))
 
 smoke: $(INSTALLED)
 	$(call step,check the wheel on $(PYTHONS),$(PY) tests/smoke.py $(PYTHONS))
