@@ -124,7 +124,7 @@ class FeatureCache:
         """The features in the file, mapped."""
         assert self.path is not None
         described = self.path.with_suffix(".json")
-        if not (self.path.exists() and described.exists()):
+        if not self.path.exists():
             return {}
         try:
             form = json.loads(described.read_text())
