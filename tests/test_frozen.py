@@ -228,6 +228,21 @@ def test_features_without_their_description_are_computed_again(
     assert path.read_text() == held
 
 
+def test_features_in_a_folder_of_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Code(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.abs()
+
+    monkeypatch.chdir(tmp_path)
+    network, tasks = [Code(), *frozen_network()], batch()
+    FOMAML(Folder(*network)).meta_gradient(tasks)
+    monkeypatch.setattr(Code, "forward", lambda self, x: x.tanh())
+    expected = FOMAML(nn.Sequential(*network)).meta_gradient(tasks)[0]
+    with pytest.warns(UserWarning, match=r"cache_dir features .*no longer make"):
+        assert error(FOMAML(Folder(*network)).meta_gradient(tasks)[0], expected) < EXACT
+    assert error(FOMAML(Folder(*network)).meta_gradient(tasks)[0], expected) < EXACT
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("features").write_text("")

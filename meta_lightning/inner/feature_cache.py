@@ -1,6 +1,7 @@
 """Features of frozen modules by the contents of samples, in memory or in a memory-mapped file."""
 
 import json
+from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from meta_lightning.checks import plain
 from meta_lightning.files import write_json
+from meta_lightning.inner.state import apart
 
 DIGEST = 16  # bytes
 UNMAPPED = 1024  # new features that are in memory beside the file
@@ -39,6 +41,7 @@ class FeatureCache:
         self.known: dict[bytes, Tensor] = {}
         self.path: Path | None = None  # of the file
         self.unmapped, self.keeps = 0, True
+        self.unverified = False  # whether features are from a file that this process has not compared
         self.new = self.again = 0  # samples, since they were last compared
 
     def __reduce__(self) -> tuple[type["FeatureCache"], tuple[Path | None]]:
@@ -53,6 +56,8 @@ class FeatureCache:
         self.take(frozen, samples)
         keys = [blake2b(sample, digest_size=DIGEST).digest() for sample in bytes_of(samples)]
         rows = {key: self.known[key] for key in keys if key in self.known}
+        if rows and self.unverified:
+            rows = self.verified(frozen, dict(zip(keys, samples, strict=True)), rows)
         new = {key: row for row, key in enumerate(keys) if key not in rows}
         self.again += len(rows)
         if new:
@@ -79,6 +84,27 @@ class FeatureCache:
         if [path for path in self.folder.glob("*.features") if path != self.path] and not self.path.exists():
             rank_zero_warn(f"cache_dir {self.folder} has features of other weights or samples: these are computed")
         self.known = self.read()
+        self.unverified = bool(self.known)
+
+    def verified(
+        self, frozen: nn.Module, samples: Mapping[bytes, Tensor], rows: dict[bytes, Tensor]
+    ) -> dict[bytes, Tensor]:
+        """Features from the file; none, without the file, if the modules make others since their code has changed."""
+        self.unverified = False
+        keys = [*rows][:CHUNK]
+        kept = torch.stack([rows[key] for key in keys])
+        made = in_chunks(frozen, torch.stack([samples[key] for key in keys])).cpu()
+        if kept.shape == made.shape and not apart(kept, made):
+            return rows
+        rank_zero_warn(f"cache_dir {self.folder} has features that the modules no longer make: these are computed")
+        assert self.path is not None
+        try:
+            for file in (self.path, self.path.with_suffix(".json")):
+                file.unlink(missing_ok=True)
+        except OSError:
+            self.path = None
+        self.known = {}
+        return {}
 
     def keep(self, rows: dict[bytes, Tensor]) -> None:
         """Keep new features."""
