@@ -29,7 +29,7 @@ OF_TORCH = vars(nn.Module()).keys()  # attributes of every module
 
 
 class FeatureCache:
-    """Features of samples by a digest of their contents, which holds what transforms made of them.
+    """Features of samples by a digest of their contents, after transforms.
 
     They are forgotten when tensors or plain attributes of the modules change. With a folder there is a file for each of
     these and form of samples.
@@ -37,7 +37,7 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = None if folder is None else Path(folder).expanduser()
-        self.of: Any = None  # the modules and the form of samples
+        self.source: Any = None  # the modules and the form of samples
         self.known: dict[bytes, Tensor] = {}
         self.path: Path | None = None  # of the file
         self.unmapped, self.keeps = 0, True
@@ -49,11 +49,11 @@ class FeatureCache:
         return FeatureCache, (self.folder,)
 
     def features(self, frozen: nn.Module, x: Tensor) -> Tensor:
-        """The outputs of frozen modules, which run for new samples only.  # T S ... -> T S ..."""
+        """Outputs of frozen modules, which are computed for new samples only.  # T S ... -> T S ..."""
         samples = x.flatten(0, 1)
         if x.requires_grad or not self.keeps:
-            return unflat(in_chunks(frozen, samples), x)
-        self.take(frozen, samples)
+            return as_tasks(in_chunks(frozen, samples), x)
+        self.select(frozen, samples)
         keys = [blake2b(sample, digest_size=DIGEST).digest() for sample in bytes_of(samples)]
         rows = {key: self.known[key] for key in keys if key in self.known}
         if rows and self.unverified:
@@ -64,17 +64,17 @@ class FeatureCache:
             computed = dict(zip(new, in_chunks(frozen, samples[[*new.values()]]).cpu().unbind(), strict=True))
             self.keep(computed)
             rows |= computed
-        return unflat(torch.stack([rows[key] for key in keys]).to(x.device), x)
+        return as_tasks(torch.stack([rows[key] for key in keys]).to(x.device), x)
 
-    def take(self, frozen: nn.Module, samples: Tensor) -> None:
-        """Forget the features of other weights or attributes, or of samples of another form."""
+    def select(self, frozen: nn.Module, samples: Tensor) -> None:
+        """Select the features of these weights, attributes and form of samples; forget those of others."""
         device, state = samples.device.type, [*frozen.parameters(), *frozen.buffers()]
         casts = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         sums = torch.stack([sum_of_bits(value) for value in state]).tolist()
         form = repr(frozen), attributes_of(frozen), device, casts, samples.dtype, samples.shape[1:]
-        if (form, sums) == self.of:
+        if (form, sums) == self.source:
             return
-        self.of, self.known, self.path = (form, sums), {}, None
+        self.source, self.known, self.path = (form, sums), {}, None
         if self.folder is None:
             return
         weights = blake2b(repr(form).encode(), digest_size=DIGEST)
@@ -172,7 +172,7 @@ class FeatureCache:
         return {key.tobytes(): value for key, value in zip(records["key"], values.unbind(), strict=True)}
 
 
-def unflat(features: Tensor, x: Tensor) -> Tensor:
+def as_tasks(features: Tensor, x: Tensor) -> Tensor:
     """Features of all samples by task.  # T*S ... -> T S ..."""
     return features.view(*x.shape[:2], *features.shape[1:])
 
@@ -198,7 +198,7 @@ def bytes_of(samples: Tensor) -> np.ndarray[Any, Any]:
 
 
 def in_chunks(frozen: nn.Module, samples: Tensor) -> Tensor:
-    """The outputs of frozen modules, of as many samples at once always.  # S ... -> S ..."""
+    """Outputs of frozen modules, in chunks of a fixed size, the last one padded.  # S ... -> S ..."""
     size = CHUNK_ON_GPU if samples.device.type == "cuda" else CHUNK
     with torch.set_grad_enabled(samples.requires_grad):
         rows = torch.arange(-(-len(samples) // size) * size, device=samples.device).clamp(max=len(samples) - 1)

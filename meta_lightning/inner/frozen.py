@@ -1,4 +1,4 @@
-"""Frozen modules that run first: what they make of a sample does not depend on θ, and is computed once per sample."""
+"""Frozen modules that run first: their features of a sample do not depend on θ, and are computed once per sample."""
 
 from collections import OrderedDict
 from collections.abc import Collection
@@ -49,7 +49,7 @@ def split(network: nn.Module, trained: Collection[int]) -> Split | None:
 
 @torch.no_grad()
 def reason_against(frozen: nn.Module, x: Tensor) -> str | None:
-    """Why frozen modules cannot run once per sample, empty if they can; None if they do not take it.  # S ..."""
+    """Why frozen modules cannot run once per sample; empty if they can, None if they raise an error.  # S ..."""
     one, states = copied(frozen), random_states(x.device)
     before = contents(one)
     others = torch.cat([x, 0.9 * x]) if x.is_floating_point() else x.clone()

@@ -25,7 +25,7 @@ class Padded(NamedTuple):
 
 
 class FrozenFeatures(NamedTuple):
-    """What the frozen modules that run first make of samples, in their place."""
+    """Features that the frozen modules that run first make of samples, in place of these."""
 
     values: Tensor  # T S ...
 

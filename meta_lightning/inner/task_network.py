@@ -93,9 +93,9 @@ class TaskNetwork:
         return self.parts
 
     def ahead(self, x: Samples) -> Samples:
-        """Run the frozen modules that come first, if any, once per sample.  # T S ... -> T S ...
+        """Features of the frozen modules that run first; the samples where there are none.  # T S ... -> T S ...
 
-        What they return takes the place of the samples in all methods, which else call this themselves.
+        Other methods take either, and call this for samples: at every inner step, unless the features were made before.
         """
         if isinstance(x, Padded):
             return x._replace(values=self.ahead(x.values))
