@@ -2,12 +2,24 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from references import EXACT, TASKS_FROM_A_LIST, adapted_mean, classification, error, fomaml_loop, maml_loop, trained
+from references import (
+    EXACT,
+    TASKS_FROM_A_LIST,
+    adapted_copy,
+    adapted_mean,
+    classification,
+    error,
+    fomaml_loop,
+    maml_loop,
+    trained,
+)
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meta_lightning import FOMAML, MAML, Backbone, Reptile, TaskBatch
@@ -78,3 +90,26 @@ def test_a_predictor_of_adapters() -> None:
     before, after = network.state_dict(), predictor.network.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {*trained(network)}
+
+
+@pytest.mark.parametrize("adapters_are_frozen", [False, True])
+def test_adapters_inside_transformer_layers_count_in_evaluation(adapters_are_frozen: bool, tmp_path: Path) -> None:
+    network = NETWORKS["transformer"]()
+    if adapters_are_frozen:  # what is in front of the head runs once per sample
+        network = nn.Sequential(network.requires_grad_(False), nn.Linear(5, 5))
+    x, y = torch.randn(10, 24), torch.arange(5).repeat(2)
+    learner = FOMAML(network, inner_lr=0.1, inner_steps=1)
+    learner.meta_gradient(TaskBatch(x[None], y[None], x[None], y[None]))
+    predictor = learner.eval().adapt(x, y)
+    predictor.save(tmp_path / "adapted.pt2")
+    program = torch.export.load(tmp_path / "adapted.pt2").module()
+
+    def literal(network: nn.Module) -> torch.Tensor:
+        """Without dropout, training mode is evaluation mode without torch's fast path."""
+        return copy.deepcopy(network).train()(x)
+
+    start = adapted_copy(network.train(), x, y, 1, F.cross_entropy)
+    with torch.no_grad():
+        for ours in (predictor(x), program(x)):
+            assert (ours - literal(start)).abs().max() < EXACT
+        assert (learner(x) - literal(network)).abs().max() < EXACT

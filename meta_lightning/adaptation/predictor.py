@@ -22,6 +22,7 @@ from meta_lightning.data.tasks import Array, scale_pixels
 from meta_lightning.data.tensors import samples
 from meta_lightning.files import written_whole
 from meta_lightning.inner.copies import copied
+from meta_lightning.inner.exact import without_fast_path
 from meta_lightning.inner.params import tree_map
 from meta_lightning.inner.samples import Output, Samples, call, length, structure_of
 from meta_lightning.networks.backbone import without_weights
@@ -150,7 +151,8 @@ class Predictor(nn.Module):
                 save_file({name: value for name, value in state.items() if name not in self.base}, part, metadata)
                 return
             twice = tree_map(lambda t: torch.cat([t, t]), scale_pixels(self.example))
-            WRITERS[path.suffix](copy.deepcopy(self).cpu(), part, metadata, twice)
+            with without_fast_path():
+                WRITERS[path.suffix](copy.deepcopy(self).cpu(), part, metadata, twice)
 
     def require_base(self, delta: bool) -> None:
         """Refuse a delta of a predictor without a base."""

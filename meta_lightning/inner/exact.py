@@ -44,12 +44,21 @@ EXACT: dict[Any, Any] = {torch._weight_norm: weight_norm, F.embedding: embedding
 
 
 @contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """Use attention kernels with a second derivative, also in evaluation mode, where torch has a fast path."""
+def without_fast_path() -> Iterator[None]:
+    """Call the modules inside transformer layers in evaluation mode too.
+
+    torch's fast path reads their weights instead, and so misses adapters, which peft puts in the place of modules.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Use attention kernels with a second derivative."""
+    with without_fast_path(), sdpa_kernel(SDPBackend.MATH):
+        yield

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from meta_lightning.checks import plain
 from meta_lightning.files import write_json
+from meta_lightning.inner.exact import without_fast_path
 from meta_lightning.inner.state import apart
 
 DIGEST = 16  # bytes
@@ -200,6 +201,6 @@ def bytes_of(samples: Tensor) -> np.ndarray[Any, Any]:
 def in_chunks(frozen: nn.Module, samples: Tensor) -> Tensor:
     """Outputs of frozen modules, in chunks of a fixed size, the last one padded.  # S ... -> S ..."""
     size = CHUNK_ON_GPU if samples.device.type == "cuda" else CHUNK
-    with torch.set_grad_enabled(samples.requires_grad):
+    with torch.set_grad_enabled(samples.requires_grad), without_fast_path():
         rows = torch.arange(-(-len(samples) // size) * size, device=samples.device).clamp(max=len(samples) - 1)
         return torch.cat([frozen(samples[part]) for part in rows.split(size)])[: len(samples)]

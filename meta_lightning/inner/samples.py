@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from meta_lightning.checks import require
+from meta_lightning.inner.exact import without_fast_path
 from meta_lightning.inner.params import tree_leaves, tree_map
 
 Samples = Any  # Tensor, or dicts and tuples of Samples
@@ -120,7 +122,10 @@ def call(
 ) -> Samples:
     """Predictions of a network, or of a ``functional_call`` of one.  # S ... -> S ..."""
     args, kwargs = ((), x) if keywords else ((x,), {})
-    return prediction_of(network(args, kwargs) if functional else network(*args, **kwargs), output)
+    # an export, which cannot record a global setting, stands in this context itself
+    with nullcontext() if torch.compiler.is_compiling() else without_fast_path():
+        returned = network(args, kwargs) if functional else network(*args, **kwargs)
+    return prediction_of(returned, output)
 
 
 def collated(tasks: Sequence[Samples]) -> Samples:
