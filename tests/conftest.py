@@ -1,6 +1,7 @@
 """What the tests share."""
 
 import logging
+import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,10 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache folder of the tests' own, so that they neither use nor leave anything in the user's."""
-    home = tmp_path_factory.mktemp("cache")
+    base = tmp_path_factory.getbasetemp()
+    # all processes of pytest-xdist share it
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    home.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home))
         yield home
