@@ -50,7 +50,7 @@ lint: $(INSTALLED)
 	$(call step,mypy,$(PY) -m mypy)
 
 docs: $(INSTALLED)
-	$(call step,build the site,$(PY) -m mkdocs build --strict --quiet -f docs/site/mkdocs.yml)
+	$(call step,build the site,NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet -f docs/site/mkdocs.yml)
 
 format: $(INSTALLED)
 	$(call step,ruff check --fix,$(PY) -m ruff check --fix)

@@ -43,7 +43,7 @@ SHORT = {
     "test": [*PLAIN, "--data.test_tasks=4"],
     "predict": [*CPU, "--data.test_tasks=4"],
     "compare": ["--max_steps=4", "--grid=0", "--seeds=0", "--options.all=--data.val_tasks 2 --data.test_tasks 4"],
-    "adapt": ["--overwrite"],
+    "adapt": [],
     "hub": [],
 }
 NEEDS_DATA = (
@@ -89,10 +89,12 @@ def commands() -> Iterator[Command]:
 ALL = [*commands()]
 
 
-@pytest.fixture(scope="session")
-def prepared(glyphs: Glyphs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the commands name: a finished run and its checkpoints, drawings, photographs."""
-    place = tmp_path_factory.mktemp("prepared")
+# a newcomer goes through these from top to bottom, in one folder
+IN_ORDER = ("README.md", "docs/getting_started.md")
+
+
+def pictures(place: Path) -> None:
+    """Drawings and photographs of the reader's own."""
     rng = np.random.default_rng(0)
     for name in ("a", "b", "c", "d", "e"):
         pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
@@ -105,6 +107,13 @@ def prepared(glyphs: Glyphs, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for photo in range(3):
             pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).resize((84, 84)).save(folder / f"{photo}.png")
+
+
+@pytest.fixture(scope="session")
+def prepared(glyphs: Glyphs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the commands name: pictures, a finished run and its checkpoints."""
+    place = tmp_path_factory.mktemp("prepared")
+    pictures(place)
     options = ["--trainer.max_steps=5", "--data.epoch_length=1", "--data.val_tasks=2", "--checkpoint.save_top_k=5"]
     before = Path.cwd()
     os.chdir(place)
@@ -160,8 +169,25 @@ def marks(command: Command) -> list[Any]:
     return [pytest.mark.slow] if slow else []
 
 
-@pytest.mark.parametrize("command", [pytest.param(c, id=c.place, marks=marks(c)) for c in ALL])
+@pytest.mark.usefixtures("glyphs")
+@pytest.mark.parametrize("page", IN_ORDER)
+def test_the_commands_of_a_page_follow_one_another(page: str, tmp_path: Path) -> None:
+    pictures(tmp_path)
+    for command in ALL:
+        if command.place.startswith(page) and not marks(command):
+            follow(command, tmp_path)
+
+
+ALONE = [c for c in ALL if marks(c) or not c.place.startswith(IN_ORDER)]
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, id=c.place, marks=marks(c)) for c in ALONE])
 def test_a_command(command: Command, place: Path) -> None:
+    follow(command, place)
+
+
+def follow(command: Command, place: Path) -> None:
+    """Run a command, shortened, or check what it names."""
     words, module = command.words, command.module
     if module:
         subcommand = next(word for word in module if word in SHORT)
