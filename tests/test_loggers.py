@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import TINY, trainer
+import torch
+from conftest import TINY, fails, trainer
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from PIL import Image
 
@@ -23,8 +24,10 @@ FIGURES = ["adaptation", "answers"]
 class Kept:
     """What a logger is called with."""
 
-    def __init__(self, save_dir: str = ".", id: str = "a") -> None:
-        self._save_dir, self._project, self._id, self._experiment = save_dir, "sines", id, None
+    def __init__(
+        self, save_dir: str = ".", id: str = "a", project: str = "sines", tracking_uri: str = "sqlite:///m.db"
+    ) -> None:
+        self._save_dir, self._project, self._id, self._experiment = save_dir, project, id, None
         self.images: list[tuple[str, int | None]] = []
         self.metrics: dict[str, list[int | None]] = {}
         self.params: dict[str, Any] = {}
@@ -121,6 +124,25 @@ def test_every_run_has_a_folder_of_its_own(kind: str, root: str) -> None:
     assert {path.name for path in Path(root, "c").iterdir()} == {"config.yaml", "test.json"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "root", "elsewhere"),
+    [("Wandb", "sines", ("project", "cosines")), ("MLflow", "0", ("tracking_uri", "file:cosines"))],
+)
+def test_the_last_checkpoint_is_found(
+    kind: str, root: str, elsewhere: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = ["--trainer.logger", f"test_loggers.{kind}"]
+    for steps, run, said in ((2, "a", "starting anew"), (4, "b", f"{root}/a"), (6, "c", f"{root}/b")):
+        caplog.clear()
+        with caplog.at_level("INFO", "lightning.pytorch"):
+            main([*FIT, *logger, f"--trainer.logger.id={run}", f"--trainer.max_steps={steps}", "--ckpt_path=last"])
+        assert said in caplog.text
+        assert torch.load(f"{root}/{run}/checkpoints/last.ckpt", weights_only=True)["global_step"] == steps
+    name, folder = elsewhere
+    test = ["test", *FIT[1:], *logger, f"--trainer.logger.{name}={folder}", "--ckpt_path=last"]
+    assert "must find a checkpoint of this experiment in cosines, got none" in fails(*test)
+
+
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_the_calls_are_those_of_the_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     library = pytest.importorskip(name)
@@ -128,12 +150,12 @@ def test_the_calls_are_those_of_the_library(name: str, monkeypatch: pytest.Monke
         pytest.importorskip("sqlalchemy")
     monkeypatch.setenv("WANDB_MODE", "offline")
     options = {"wandb": ["WandbLogger"], "mlflow": ["MLFlowLogger", "--trainer.logger.tracking_uri=sqlite:///m.db"]}
-    for _ in range(2):
-        main([*FIT, "--trainer.logger", *options[name]])
+    for steps in (2, 4):
+        main([*FIT, "--trainer.logger", *options[name], f"--trainer.max_steps={steps}", "--ckpt_path=last"])
         if name == "wandb":
             library.finish()  # Lightning goes on with a run of the same process
     records = [path for path in Path().rglob("fit.json") if path.with_name("config.yaml").exists()]
-    assert len(records) == 2
+    assert sorted(json.loads(path.read_text())["steps"] for path in records) == [2, 4]
     if name == "wandb":
         pictures = [*Path("wandb").glob("offline-run-*/files/media/images/val/*.png")]
         assert len(pictures) == 2 * len(FIGURES)

@@ -1,12 +1,16 @@
 """The experiment that a checkpoint belongs to: its hyperparameters beside those of a configuration."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from meta_lightning.checks import InputError
@@ -27,13 +31,9 @@ def newest_checkpoint(config: Namespace, subcommand: str) -> str | None:
     Raises:
         InputError: If there is none for a command that needs one, or ``checkpoint.dirpath`` holds only those of others.
     """
-    logger = config.trainer.logger
-    logger = logger[0] if isinstance(logger, list) and logger else logger
-    arguments = logger.get("init_args", {}) if isinstance(logger, Namespace) else {}
-    root = Path(arguments.get("save_dir") or config.trainer.default_root_dir or "")
-    logs = root / (arguments.get("name", "lightning_logs") or "")
+    root, logs, pattern = log_folders(config.trainer)
     folder = config.checkpoint.dirpath
-    folders = [Path(folder)] if folder else [root / "checkpoints", *logs.glob("*/checkpoints")]
+    folders = [Path(folder)] if folder else [root / "checkpoints", *logs.glob(f"{pattern}/checkpoints")]
     found = [path for folder in folders for name in (LAST, PREVIOUS) for path in folder.glob(f"{name}*.ckpt")]
     others = []
     newest = {of.parent: max(path.stat().st_mtime for path in found if path.parent == of.parent) for of in found}
@@ -53,6 +53,23 @@ def newest_checkpoint(config: Namespace, subcommand: str) -> str | None:
         raise InputError(came)
     (rank_zero_warn if others else rank_zero_info)(f"{came}: starting anew")
     return None
+
+
+def log_folders(trainer: Namespace) -> tuple[Path, Path, str]:
+    """Root of the first logger's files, folder of its runs there, and the pattern of a run's, as of ``run_folder``."""
+    logger = trainer.logger[0] if isinstance(trainer.logger, list) and trainer.logger else trainer.logger
+    given = isinstance(logger, Namespace)
+    kind, options = (locate(logger.class_path), logger.get("init_args", {})) if given else (None, {})
+    subclass = partial(issubclass, kind if isinstance(kind, type) else object)
+    root = Path(trainer.default_root_dir or "")
+    if subclass(MLFlowLogger):  # an experiment's folder has its number
+        uri = options.get("tracking_uri") or f"file:{options.get('save_dir')}"
+        root = Path(uri.removeprefix("file:")) if uri.startswith("file:") else root
+        return root, root, "[0-9]*/*"
+    root = Path(options.get("save_dir") or options.get("dir") or root)
+    if subclass(WandbLogger):
+        return root, root / (options.get("project") or os.environ.get("WANDB_PROJECT", "lightning_logs")), "*"
+    return root, root / (options.get("name", "lightning_logs") or ""), "*"
 
 
 def differences(checkpoint: dict[str, Any], config: Namespace, of: str = "") -> list[str]:
