@@ -43,6 +43,7 @@ PUBLISHED = {
     "omniglot-maml_20way_5shot": ("98.9 ± 0.2", None),
     "omniglot-maml_20way_5shot-FOMAML": ("97.9 ± 0.1", None),
     "omniglot-reptile_20way_5shot": ("97.12 ± 0.32", "96.65 ± 0.33"),
+    "omniglot-mamlpp_20way_1shot": ("97.65 ± 0.05", None),  # Antoniou et al. (2019), table 1, five checkpoints together
     "mini_imagenet-maml_5way_1shot": ("48.70 ± 1.84", None),
     "mini_imagenet-maml_5way_1shot-FOMAML": ("48.07 ± 1.75", None),
     "mini_imagenet-reptile_5way_1shot": ("49.97 ± 0.32", "47.07 ± 0.26"),
