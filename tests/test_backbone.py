@@ -73,13 +73,19 @@ def test_unfrozen_blocks_of_a_chain_and_of_another_module() -> None:
     assert all(name.startswith(("body.layer4.", "head.")) for name in trained)
     assert len(trained) == 17
     assert isinstance(chain.body, nn.Sequential)
-    with pytest.warns(UserWarning, match=r"backbone runs at every inner step .*second\.\*.* Branching"):
-        Backbone(Branching(), unfreeze=["second.*"])
+    for kind in (Branching, Dropping):
+        with pytest.warns(UserWarning, match=rf"backbone runs at every inner step .*second\.\*.* {kind.__name__}"):
+            Backbone(kind(), unfreeze=["second.*"])
 
 
 class Branching(Encoder):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.pool(self.second(2 * self.norm(self.first(x)))).flatten(1)
+
+
+class Dropping(Encoder):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])

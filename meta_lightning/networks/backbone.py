@@ -193,17 +193,27 @@ def outputs_of(body: nn.Module) -> int | None:
     return None
 
 
+def made_of(x: Tensor, module: nn.Module, training: bool) -> Tensor:
+    """The output of a copy in this mode, with the same random numbers always."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        output: Tensor = copied(module).train(training)(x)
+        return output
+
+
 @torch.no_grad()
 def chain_of(body: nn.Module, unfreeze: Sequence[str]) -> nn.Module:
     """A body as the chain of its children, perhaps flattened at the end, if that computes the same; else the body."""
     children = [*body.named_children()]
-    body.eval()
     for chain in (children, [*children, ("flatten", nn.Flatten())]):
-        sequence = nn.Sequential(OrderedDict(chain)).eval()
+        sequence = nn.Sequential(OrderedDict(chain))
+        if sequence.state_dict().keys() != body.state_dict().keys():
+            continue
         for size in PICTURES:
             with suppress(RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError):
                 x = picture_of(body, size)
-                if torch.equal(sequence(x), body(x)) and sequence.state_dict().keys() == body.state_dict().keys():
+                # in both modes: a forward may call functions that are active in training only, such as dropout
+                if all(torch.equal(made_of(x, sequence, mode), made_of(x, body, mode)) for mode in (False, True)):
                     return sequence
     rank_zero_warn(
         f"All of the backbone runs at every inner step with unfreeze {', '.join(unfreeze)}, since "
