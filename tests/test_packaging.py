@@ -84,6 +84,12 @@ def test_what_is_imported_is_required() -> None:
     assert {"torch", "numpy", "pillow"} <= of_all
 
 
+def test_getting_started_lists_the_extras() -> None:
+    page = (ROOT / "docs/getting_started.md").read_text()
+    listed = {name for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert listed == setup_cfg()["options.extras_require"].keys() - {"screenshots", "test", "dev"}
+
+
 def test_setup_cfg_lists_every_package_and_all_configs() -> None:
     setup = setup_cfg()
     packages = {path.parent.relative_to(ROOT) for path in (ROOT / "meta_lightning").rglob("__init__.py")}
