@@ -124,7 +124,7 @@ def learner_of(options: argparse.Namespace, norm: bool) -> MAML:
         inner_rule=LSLR(5),
         inner_freeze=["head.0.*"] if norm else [],
         head_start=Prototypes(0.01),
-        outer_lr=0.01,
+        outer_lr=0.01 if norm else 0.001,
     )
 
 

@@ -242,7 +242,8 @@ def check_kind(serves: str, make: Callable[[], MetaLearner], task: Callable[[int
     tasks = [task(*counts) for counts in zip(shots, queries, strict=True)]
     for (x, y, query_x), answer in zip(tasks, run_fresh("adapt.pt2", tasks), strict=True):
         expected = learner.adapt(x, y)(query_x)
-        assert (answer.shape, answer.dtype) == (expected.shape, expected.dtype)
+        assert answer.shape == expected.shape
+        assert answer.dtype == expected.dtype
         assert (answer - expected).abs().max() < (1e-9 if answer.dtype == torch.float64 else 1e-5)
 
 
