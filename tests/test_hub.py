@@ -227,6 +227,15 @@ def test_what_cannot_be_released(
     refused(r"checkpoint .*\b1000 .* \d+$", checkpoint, "maml", overwrite=True)
 
 
+def test_a_checkpoint_of_a_later_torch_whose_optimizer_has_more_options(checkpoint: str, tmp_path: Path) -> None:
+    whole: dict[str, Any] = torch.load(checkpoint, weights_only=True)
+    whole["hyper_parameters"]["optimizer"]["init_args"] |= {"later": False, "later_still": None}
+    torch.save(whole, tmp_path / "later.ckpt")
+    learner, x = load_learner(tmp_path / "later.ckpt"), torch.rand(3, 1, 28, 28)
+    assert torch.equal(learner(x), load_learner(checkpoint)(x))
+    main(["test", "--ckpt_path", str(tmp_path / "later.ckpt"), "--trainer.logger", "false"])
+
+
 def test_paths_of_the_machine_are_left_out_at_any_depth(release: ModuleType, checkpoint: str) -> None:
     whole = torch.load(checkpoint, weights_only=True)
     parts = [{"class_path": "Omniglot", "init_args": {"root": "/home/me/data", "ways": 3}}]

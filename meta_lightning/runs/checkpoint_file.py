@@ -3,6 +3,8 @@
 import io
 import os
 from collections.abc import Mapping
+from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 from pickle import UnpicklingError
 from pkgutil import resolve_name
@@ -22,6 +24,7 @@ from meta_lightning.inner.params import without_prefix
 from meta_lightning.networks.backbone import without_weights
 
 LAST, PREVIOUS = "last", "previous"
+HPARAMS = ("hyper_parameters", "datamodule_hyper_parameters")
 STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers")  # required to resume training
 
 
@@ -80,7 +83,29 @@ def load(path: Path) -> dict[str, Any] | str:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
         return str(error).partition("\n")[0] or type(error).__name__
-    return checkpoint if isinstance(checkpoint, dict) else f"it holds a {type(checkpoint).__name__}"
+    if not isinstance(checkpoint, dict):
+        return f"it holds a {type(checkpoint).__name__}"
+    return checkpoint | {key: of_this_version(checkpoint[key]) for key in HPARAMS if key in checkpoint}
+
+
+def of_this_version(value: Any) -> Any:
+    """Descriptions of objects without what their classes do not take here, but do in a later version, if it is off."""
+    if isinstance(value, list):
+        return [*map(of_this_version, value)]
+    if not isinstance(value, dict):
+        return value
+    value = {name: of_this_version(part) for name, part in value.items()}
+    if is_description(value) and isinstance(value.get("init_args"), dict):
+        with suppress(ImportError, AttributeError, ValueError, TypeError):  # of what is no class that can be imported
+            taken = signature(resolve_name(value["class_path"])).parameters
+            if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+                value["init_args"] = {n: part for n, part in value["init_args"].items() if n in taken or part}
+    return value
+
+
+def is_description(value: Any) -> bool:
+    """Whether a hyperparameter describes an object by its class."""
+    return isinstance(value, dict) and isinstance(value.get("class_path"), str)
 
 
 def load_network(network: nn.Module, head: HeadStart, path: str | Path) -> None:
@@ -147,5 +172,6 @@ def restore(path: str | Path, argument: str = "path", **objects: Any) -> Any:
         importable = False
     expected = f"{argument} must name a checkpoint of a learner whose class can be imported"
     require(importable, f"{expected}, got one of {class_path} in {path}")
+    given = {name: value for name, value in hparams.items() if is_description(value)} | given
     with without_weights():
         return found.load_from_checkpoint(located(path), map_location="cpu", weights_only=True, **given).eval()
