@@ -27,7 +27,9 @@ def write_safetensors(predictor: nn.Module, path: Path, metadata: dict[str, str]
 
 def write_program(predictor: nn.Module, path: Path, metadata: dict[str, str], example: Samples) -> None:
     """Write a program for ``torch.export.load``, with the metadata as extra files."""
-    torch.export.save(export(predictor, (example,), dynamic_shapes=batches(example)), path, extra_files=metadata)
+    # strict, a former default, does not take the contexts in which forwards of peft stand
+    program = export(predictor, (example,), dynamic_shapes=batches(example), strict=False)
+    torch.export.save(program, path, extra_files=metadata)
 
 
 def write_onnx(predictor: nn.Module, path: Path, metadata: dict[str, str], example: Samples) -> None:
