@@ -10,6 +10,7 @@ import torch
 from references import EXACT, TASKS_FROM_A_LIST, adapted_mean, classification, error, fomaml_loop, maml_loop
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from meta_lightning import FOMAML, MAML, Predictor, Prototypes, Reptile, TaskBatch, load_learner, pad_tasks, train_maml
 from meta_lightning.checks import InputError
@@ -138,6 +139,18 @@ def test_features_of_other_weights_are_forgotten() -> None:
     assert error(after, FOMAML(network, inner_steps=2).meta_gradient(tasks)[0]) < EXACT
 
 
+@pytest.mark.parametrize("change", [lambda w: w.flip(0), lambda w: -w])
+def test_features_of_permuted_and_of_negated_weights_are_forgotten(change: Callable[[Tensor], Tensor]) -> None:
+    network, tasks = frozen_network(), batch()
+    learner = FOMAML(network, inner_steps=2)
+    before = learner.meta_gradient(tasks)[0]
+    for value in (network[0][0].weight, network[0][0].bias):
+        value.data.copy_(change(value.data))
+    after = learner.meta_gradient(tasks)[0]
+    assert error(after, before) > 1e-3
+    assert error(after, FOMAML(network, inner_steps=2).meta_gradient(tasks)[0]) < EXACT
+
+
 class Scaled(nn.Module):
     """Has a mean that no state dict holds, and a plain number."""
 
@@ -195,9 +208,9 @@ def test_features_are_kept_in_a_folder(tmp_path: Path, monkeypatch: pytest.Monke
     Counted.samples = 0
     torch.testing.assert_close(again.meta_gradient(tasks)[0], expected, rtol=0, atol=0)
     assert Counted.samples < 30  # of the examination
-    (path,) = Path("features").glob("*.features")
-    with path.open("ab") as file:
-        file.write(b"half a record")  # of a process that was killed
+    for path in Path("features").iterdir():
+        with path.open("ab") as file:
+            file.write(b"half a key")  # of a process that was killed
     other = batch()
     torch.testing.assert_close(
         FOMAML(network).meta_gradient(other)[0], FOMAML(nn.Sequential(*network)).meta_gradient(other)[0], rtol=0, atol=0
@@ -206,26 +219,86 @@ def test_features_are_kept_in_a_folder(tmp_path: Path, monkeypatch: pytest.Monke
         network[0][0].weight.mul_(2)
     with pytest.warns(UserWarning, match=r"cache_dir features has features of other weights"):
         FOMAML(network).meta_gradient(tasks)
-    assert len([*Path("features").glob("*.features")]) == 2
-    for described in Path("features").glob("*.json"):
-        described.unlink()  # as of a process that was killed
-    FOMAML(network).meta_gradient(tasks)
+    assert len([*Path("features").glob("*.keys")]) == len([*Path("features").glob("*.values")]) == 2
 
 
-@pytest.mark.parametrize("contents", [None, "", "[]", '{"shape": [4], "dtype": 3}'])
-def test_features_without_their_description_are_computed_again(
-    contents: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("contents", [None, b"", bytes(40)])
+def test_features_in_a_folder_that_lacks_values_are_computed_again(
+    contents: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     network, tasks = Folder(*frozen_network()), batch()
     expected = FOMAML(network).meta_gradient(tasks)[0]
-    (path,) = Path("features").glob("*.json")
-    held = path.read_text()
-    path.unlink() if contents is None else path.write_text(contents)
-    with pytest.warns(UserWarning, match=rf"cache_dir features .* got {path.name}, which cannot be read .* computed"):
+    (path,) = Path("features").glob("*.values")
+    held = path.read_bytes()
+    path.unlink() if contents is None else path.write_bytes(contents)
+    with pytest.warns(UserWarning, match=r"cache_dir features has features .*no longer make"):
         again = FOMAML(network).meta_gradient(tasks)[0]
     assert error(again, expected) < EXACT
-    assert path.read_text() == held
+    assert path.read_bytes() == held
+
+
+def test_processes_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    network, (first, second, third) = Folder(*counting_network()), (batch() for _ in range(3))
+    expected = [FOMAML(nn.Sequential(*network)).meta_gradient(tasks)[0] for tasks in (first, second, third)]
+    one, other = (FOMAML(network, compile_passes=False) for _ in range(2))
+    for learner, tasks, gradient in zip((one, other, one), (first, second, third), expected, strict=True):
+        assert error(learner.meta_gradient(tasks)[0], gradient) < EXACT
+    Counted.samples = 0
+    for tasks, gradient in zip((first, second, third), expected, strict=True):
+        assert error(one.meta_gradient(tasks)[0], gradient) < EXACT
+    assert Counted.samples == 0  # also of those that the other wrote
+    for path in Path("features").iterdir():
+        path.unlink()
+    FOMAML(network).meta_gradient(second)  # has new files, of other rows
+    with pytest.warns(UserWarning, match=r"cache_dir must be writable, got features \(another process has replaced"):
+        one.meta_gradient(batch())
+    for tasks, gradient in zip((first, second, third), expected, strict=True):
+        assert error(one.meta_gradient(tasks)[0], gradient) < EXACT
+
+
+def test_features_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, batches = frozen_network(), [batch() for _ in range(3)]
+    row = network[0](batches[0].support_x[0, :1]).nbytes
+    monkeypatch.setattr("meta_lightning.inner.feature_cache.MOST_BYTES", 100 * row)
+    learner = FOMAML(network)
+    for tasks in batches * 2:
+        expected = FOMAML(nn.Sequential(*network)).meta_gradient(tasks)[0]
+        assert error(learner.meta_gradient(tasks)[0], expected) < EXACT
+        assert len(learner.task_network.cache.rows) <= 160
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, lambda *parts: Folder(*parts)])
+def test_features_of_samples_that_are_served_are_not_kept(
+    kind: Callable[..., nn.Sequential], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tasks = batch()
+    learner = FOMAML(kind(*frozen_network()))
+    predictor = learner.adapt(tasks.support_x[0], tasks.support_y[0])
+    predictor(tasks.query_x[0])
+    learner.eval().inner_update(tasks.support_x[0], tasks.support_y[0])
+    assert not learner.task_network.cache.rows
+    assert not [*tmp_path.iterdir()]
+    trained = train_maml(kind(*frozen_network()), [tasks])[1]
+    count = len(trained.task_network.cache.rows)
+    assert count == 60
+    trained.adapt(tasks.support_x[0] + 1, tasks.support_y[0])
+    assert len(trained.task_network.cache.rows) == count
+    trained.trainer.validate(trained, DataLoader([batch()], batch_size=None), verbose=False)
+    assert len(trained.task_network.cache.rows) == 2 * count
+
+
+def test_the_weights_are_compared_once_per_meta_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, tasks, calls = FOMAML(frozen_network()), batch(), []
+    learner.meta_gradient(tasks)
+    cache = learner.task_network.cache
+    select = cache.select
+    monkeypatch.setattr(cache, "select", lambda *args: (calls.append(1), select(*args)))
+    learner.meta_gradient(tasks)
+    learner.predict_tasks(tasks)
+    assert len(calls) == 2
 
 
 def test_features_in_a_folder_of_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +330,7 @@ def test_features_of_samples_that_never_come_twice_are_not_kept(monkeypatch: pyt
         learner.meta_gradient(batch())
     with pytest.warns(UserWarning, match=r"no longer kept.*transforms"):
         learner.meta_gradient(batch())
-    assert not learner.task_network.cache.known
+    assert not learner.task_network.cache.rows
 
 
 def test_validation_does_not_hide_that_samples_of_training_never_come_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,9 +94,10 @@ class MAML(MetaLearner):
 
     def meta_gradient(self, batch: TaskBatch) -> tuple[Params, Tensor, Samples]:
         """``∇_θ mean_i L_query,i(θ'_i(θ))``, with the query losses and predictions of the tasks.  # ..., T, T R ..."""
-        support = self.support(batch.support_x, batch.support_y, self.inner_steps)
+        support_x, query_x = self.task_network.ahead_of_both(batch.support_x, batch.query_x)
+        support = self.support(support_x, batch.support_y, self.inner_steps)
         self.first_order = not self.second_order or self.global_step < self.first_order_steps
-        queries = [self.task_network.ahead(batch.query_x), batch.query_y]
+        queries = [query_x, batch.query_y]
         if self.global_step < self.multi_step_loss:
             steps = max(1, len(support.steps))  # of an algorithm without inner steps, θ'_0 counts
             weights = torch.tensor(step_weights(steps, self.global_step / self.multi_step_loss))

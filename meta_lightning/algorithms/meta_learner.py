@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -283,6 +283,13 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         for module in self.untrained:
             module.eval()
         return self
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether features of frozen modules are kept: not those of samples that are adapted to or predicted."""
+        with suppress(RuntimeError):  # of a learner without a Trainer
+            return self.training or self.trainer.evaluating
+        return False
 
     @property
     def keywords(self) -> bool | None:
@@ -696,7 +703,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         # Lightning evaluates in inference mode, whose tensors autograd rejects even in enable_grad: hence the clones
         with torch.inference_mode(False), torch.enable_grad():
             batch = tree_map(Tensor.clone, batch)
-            support_x, query_x = map(self.task_network.ahead, (batch.support_x, batch.query_x))
+            support_x, query_x = self.task_network.ahead_of_both(batch.support_x, batch.query_x)
             support = self.support(support_x, batch.support_y, self.test_inner_steps, first)
             _, *answers = self.in_passes(predict, support, support_x, query_x, batch.query_y, compiled=False)
         return answers

@@ -1,7 +1,7 @@
 """Features of frozen modules by the contents of samples, in memory or in a memory-mapped file."""
 
-import json
-from collections.abc import Mapping
+import os
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -13,164 +13,172 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from meta_lightning.checks import plain
-from meta_lightning.files import write_json
 from meta_lightning.inner.exact import without_fast_path
-from meta_lightning.inner.state import apart
+from meta_lightning.inner.state import RTOL, equal, greatest
 
 DIGEST = 16  # bytes
-UNMAPPED = 1024  # new features that are in memory beside the file
 # new samples after which features are no longer kept if less than this share of them came again: not none, since the
 # first task is examined before it trains, and validation repeats its tasks
 PATIENCE, AGAIN = 10_000, 0.001
 MOST_BYTES = 2**30  # of features in memory
 # samples per forward: always as many, since rounding depends on it, and a resumed run computes others at once
 CHUNK, CHUNK_ON_GPU = 8, 64
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 OF_TORCH = vars(nn.Module()).keys()  # attributes of every module
 
 
 class FeatureCache:
     """Features of samples by a digest of their contents, after transforms.
 
-    They are forgotten when tensors or plain attributes of the modules change. With a folder there is a file for each of
-    these and form of samples.
+    They are forgotten when tensors or plain attributes of the modules change. With a folder there are two files for
+    each of these and form of samples, which grow: ``.keys``, a token of the files and the digest of each row, and
+    ``.values``, the rows.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = None if folder is None else Path(folder).expanduser()
         self.source: Any = None  # the modules and the form of samples
-        self.known: dict[bytes, Tensor] = {}
-        self.path: Path | None = None  # of the file
-        self.unmapped, self.keeps = 0, True
-        self.unverified = False  # whether features are from a file that this process has not compared
+        self.state: list[Tensor] = []  # copies of the modules' tensors
+        self.keeps = True
         self.new = self.again = 0  # samples, since they were last compared
+        self.forget()
+
+    def forget(self, path: Path | None = None) -> None:
+        """Forget all features, and use the files at this path, without their suffixes; without one, memory."""
+        self.path, self.token = path, b""  # which begins the keys
+        self.rows: dict[bytes, int] = {}
+        self.values = torch.empty(0)  # the rows that are mapped or in memory, where there is room for more
+        self.unverified = False  # whether rows are from a file that this process has not compared
 
     def __reduce__(self) -> tuple[type["FeatureCache"], tuple[Path | None]]:
         """Copy without features."""
         return FeatureCache, (self.folder,)
 
-    def features(self, frozen: nn.Module, x: Tensor) -> Tensor:
-        """Outputs of frozen modules, which are computed for new samples only.  # T S ... -> T S ..."""
+    def features(self, frozen: nn.Module, x: Tensor, keeps: bool = True) -> Tensor:
+        """Outputs of frozen modules, which are computed for new samples only, if any are kept.  # T S ... -> T S ..."""
         samples = x.flatten(0, 1)
-        if x.requires_grad or not self.keeps:
+        if x.requires_grad or not keeps or not self.pays():
             return as_tasks(in_chunks(frozen, samples), x)
         self.select(frozen, samples)
         keys = [blake2b(sample, digest_size=DIGEST).digest() for sample in bytes_of(samples)]
-        rows = {key: self.known[key] for key in keys if key in self.known}
-        if rows and self.unverified:
-            rows = self.verified(frozen, dict(zip(keys, samples, strict=True)), rows)
-        new = {key: row for row, key in enumerate(keys) if key not in rows}
-        self.again += len(rows)
-        if new:
-            computed = dict(zip(new, in_chunks(frozen, samples[[*new.values()]]).cpu().unbind(), strict=True))
-            self.keep(computed)
-            rows |= computed
-        return as_tasks(torch.stack([rows[key] for key in keys]).to(x.device), x)
+        if self.unverified and (known := {key: number for number, key in enumerate(keys) if key in self.rows}):
+            numbers = [*known.values()][:CHUNK]
+            self.verify([*known][:CHUNK], in_chunks(frozen, samples[numbers]).cpu())
+        new = {key: number for number, key in enumerate(keys) if key not in self.rows}
+        if new and not self.keep([*new], in_chunks(frozen, samples[[*new.values()]]).cpu()):
+            self.forget()
+            return self.features(frozen, x, keeps)
+        self.new, self.again = self.new + len(new), self.again + len({*keys}) - len(new)
+        return as_tasks(self.values[[self.rows[key] for key in keys]].to(x.device), x)
+
+    def pays(self) -> bool:
+        """Whether samples come again; features in memory are forgotten where they are too many."""
+        if self.keeps and self.new > PATIENCE:
+            if self.again < AGAIN * self.new:
+                seen = f"{self.again} of {self.again + self.new} samples came again: transforms are probably random"
+                rank_zero_warn(f"Features of frozen modules are no longer kept, since {seen}")
+                self.keeps = False
+                self.forget()
+            self.new = self.again = 0
+        if self.path is None and self.rows and len(self.rows) * self.values[0].nbytes > MOST_BYTES:
+            self.forget()
+        return self.keeps
 
     def select(self, frozen: nn.Module, samples: Tensor) -> None:
         """Select the features of these weights, attributes and form of samples; forget those of others."""
         device, state = samples.device.type, [*frozen.parameters(), *frozen.buffers()]
         casts = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        sums = torch.stack([sum_of_bits(value) for value in state]).tolist()
         form = repr(frozen), attributes_of(frozen), device, casts, samples.dtype, samples.shape[1:]
-        if (form, sums) == self.source:
+        source = form, [(value.device, value.dtype) for value in state]
+        if source == self.source and all(map(equal, state, self.state)):
             return
-        self.source, self.known, self.path = (form, sums), {}, None
+        self.source, self.state = source, [value.detach().clone() for value in state]
+        self.forget()
         if self.folder is None:
             return
         weights = blake2b(repr(form).encode(), digest_size=DIGEST)
         for value in state:
             weights.update(bytes_of(value.reshape(1, -1))[0])
-        self.path = self.folder / f"{weights.hexdigest()}.features"
-        if [path for path in self.folder.glob("*.features") if path != self.path] and not self.path.exists():
+        self.forget(path := self.folder / weights.hexdigest())
+        if not path.with_suffix(".keys").exists() and [*self.folder.glob("*.keys")]:
             rank_zero_warn(f"cache_dir {self.folder} has features of other weights or samples: these are computed")
-        self.known = self.read()
-        self.unverified = bool(self.known)
+        self.read_keys(path)
+        self.unverified = bool(self.rows)
 
-    def verified(
-        self, frozen: nn.Module, samples: Mapping[bytes, Tensor], rows: dict[bytes, Tensor]
-    ) -> dict[bytes, Tensor]:
-        """Features from the file; none, without the file, if the modules make others since their code has changed."""
-        self.unverified = False
-        keys = [*rows][:CHUNK]
-        kept = torch.stack([rows[key] for key in keys])
-        made = in_chunks(frozen, torch.stack([samples[key] for key in keys])).cpu()
-        if kept.shape == made.shape and not apart(kept, made):
-            return rows
+    def verify(self, keys: Sequence[bytes], made: Tensor) -> None:
+        """Forget and remove the files if the modules make other features since their code has changed."""
+        path, self.unverified = self.path, False
+        assert path is not None
+        try:
+            self.map(path, made)
+            kept = self.values[[self.rows[key] for key in keys]]
+            if greatest(kept - made) <= RTOL * greatest(made):
+                return
+        except (OSError, ValueError):  # no values, or too few
+            pass
         rank_zero_warn(f"cache_dir {self.folder} has features that the modules no longer make: these are computed")
-        assert self.path is not None
-        try:
-            for file in (self.path, self.path.with_suffix(".json")):
-                file.unlink(missing_ok=True)
-        except OSError:
-            self.path = None
-        self.known = {}
-        return {}
+        self.forget(path)
+        for suffix in (".keys", ".values"):
+            path.with_suffix(suffix).unlink(missing_ok=True)
 
-    def keep(self, rows: dict[bytes, Tensor]) -> None:
-        """Keep new features."""
-        if self.new > PATIENCE:
-            if self.again < AGAIN * self.new:
-                seen = f"{self.again} of {self.again + self.new} samples came again: transforms are probably random"
-                rank_zero_warn(f"Features of frozen modules are no longer kept, since {seen}")
-                self.keeps, self.known = False, {}
-                return
-            self.new = self.again = 0
-        self.new += len(rows)
-        if self.path is not None and self.write(rows):
-            self.unmapped += len(rows)
-            if self.unmapped > UNMAPPED:
-                self.unmapped, self.known = 0, self.read()
-                return
-        elif self.known:
-            one = next(iter(self.known.values()))
-            if (len(self.known) + len(rows)) * one.numel() * one.element_size() > MOST_BYTES:
-                self.known = {}
-        self.known |= rows
+    def keep(self, keys: Sequence[bytes], made: Tensor) -> bool:
+        """Keep new features; False, with a warning, where the files cannot be written."""
+        if self.path is not None:
+            try:
+                self.write(self.path, keys, made)
+            except (OSError, ValueError, NotImplementedError) as error:  # the last of a file system without locks
+                expected = f"cache_dir must be writable, got {self.folder} ({error})"
+                rank_zero_warn(f"{expected}: features are kept in memory only")
+                return False
+            return True
+        start, end = len(self.rows), len(self.rows) + len(keys)
+        if len(self.values) < end:
+            old = self.values[:start] if start else made[:0]
+            self.values = torch.cat([old, made.new_empty(2 * end - start, *made.shape[1:])])
+        self.values[start:end] = made
+        self.rows |= zip(keys, range(start, end), strict=True)
+        return True
 
-    def write(self, rows: dict[bytes, Tensor]) -> bool:
-        """Append features to the file; False, with a warning, where it cannot be written."""
-        assert self.path is not None
-        form = self.path.with_suffix(".json")
-        one = next(iter(rows.values()))
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path.with_suffix(".lock")):
-                if not form.exists():  # before the file, since other processes read both without the lock
-                    write_json(form, {"shape": list(one.shape), "dtype": str(one.dtype)})
-                with self.path.open("ab") as file:
-                    size = DIGEST + one.numel() * one.element_size()
-                    file.truncate(file.tell() // size * size)  # of a process that was killed
-                    file.write(b"".join(key + bytes_of(row[None])[0].tobytes() for key, row in rows.items()))
-        except (OSError, NotImplementedError) as error:  # the latter of a file system without locks
-            rank_zero_warn(f"cache_dir must be writable, got {self.folder} ({error}): features are kept in memory only")
-            self.path = None
-        return self.path is not None
+    def write(self, path: Path, keys: Sequence[bytes], made: Tensor) -> None:
+        """Append to the files what no other process has appended meanwhile, the keys last, and map the rows."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            self.read_keys(path)
+            new = [number for number, key in enumerate(keys) if key not in self.rows]
+            with path.with_suffix(".values").open("ab") as file:
+                if file.tell() < (size := len(self.rows) * made[0].nbytes):
+                    raise OSError(f"{path.name}.values is too short")
+                file.truncate(size)  # of a process that was killed
+                file.write(bytes_of(made[new]).tobytes())
+            with path.with_suffix(".keys").open("ab") as file:
+                if not self.token:
+                    self.token = os.urandom(DIGEST)
+                    file.truncate(0)
+                    file.write(self.token)
+                file.truncate(DIGEST * (1 + len(self.rows)))
+                file.write(b"".join(keys[number] for number in new))
+            self.read_keys(path)
+            self.map(path, made)
 
-    def read(self) -> dict[bytes, Tensor]:
-        """The features in the file, mapped."""
-        assert self.path is not None
-        described = self.path.with_suffix(".json")
-        if not self.path.exists():
-            return {}
-        try:
-            form = json.loads(described.read_text())
-            shape, dtype = form["shape"], getattr(torch, form["dtype"].removeprefix("torch."))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            came = f"got {described.name}, which cannot be read ({error})"
-            rank_zero_warn(f"cache_dir {self.folder} must describe its features, {came}: they are computed again")
-            self.path.unlink()
-            described.unlink(missing_ok=True)
-            return {}
-        size = torch.zeros(shape, dtype=dtype).nbytes
-        record = np.dtype([("key", np.uint8, DIGEST), ("value", np.uint8, size)])
-        count = self.path.stat().st_size // record.itemsize
-        if not count:
-            return {}
+    def read_keys(self, path: Path) -> None:
+        """Read the keys behind the known ones; OSError if another process has begun new files."""
+        keys = path.with_suffix(".keys")
+        if not self.token and not keys.exists():
+            return
+        with keys.open("rb") as file:
+            token = file.read(DIGEST)
+            if self.token not in (b"", token):
+                raise OSError(f"another process has replaced {keys.name}")
+            self.token = token if len(token) == DIGEST else b""
+            file.seek(DIGEST * (1 + len(self.rows)))
+            held = file.read()
+        for start in range(0, len(held) // DIGEST * DIGEST, DIGEST):
+            self.rows[held[start : start + DIGEST]] = len(self.rows)
+
+    def map(self, path: Path, like: Tensor) -> None:
+        """Map the rows of the file, whose form is that of others; OSError or ValueError if it lacks some."""
         # copy-on-write, so that torch does not warn of a read-only array
-        records = np.memmap(self.path, record, "c", shape=(count,))
-        values = torch.from_numpy(records["value"]).view(dtype).unflatten(1, shape)
-        return {key.tobytes(): value for key, value in zip(records["key"], values.unbind(), strict=True)}
+        held = np.memmap(path.with_suffix(".values"), np.uint8, "c", shape=len(self.rows) * like[0].nbytes)
+        self.values = torch.from_numpy(held).view(like.dtype).view(-1, *like.shape[1:])
 
 
 def as_tasks(features: Tensor, x: Tensor) -> Tensor:
@@ -182,13 +190,6 @@ def attributes_of(frozen: nn.Module) -> str:
     """The plain attributes of modules, such as the mean and the scale of a normalisation."""
     own = ({name: plain(v) for name, v in vars(part).items() if name not in OF_TORCH} for part in frozen.modules())
     return repr([*own])
-
-
-@torch.no_grad()
-def sum_of_bits(values: Tensor) -> Tensor:
-    """A sum that a change of any one value changes; modulo 2 to the number of bits, which is fast."""
-    integers = BITS[values.element_size()]
-    return values.view(integers).sum(dtype=integers).long()
 
 
 @torch.no_grad()

@@ -106,7 +106,17 @@ class TaskNetwork:
         if present not in self.once:
             self.once[present] = reason_against(parts.frozen, x[0].detach())
             self.say("Frozen modules run at every inner step, since they ", self.once[present] or "")
-        return FrozenFeatures(self.cache.features(parts.frozen, x)) if self.once[present] == "" else x
+        keeps = getattr(self.owner, "keeps_features", True)
+        return FrozenFeatures(self.cache.features(parts.frozen, x, keeps)) if self.once[present] == "" else x
+
+    def ahead_of_both(self, support_x: Samples, query_x: Samples) -> tuple[Samples, Samples]:
+        """``ahead`` of support and query samples, where possible at once: the weights are compared each time."""
+        if isinstance(support_x, Tensor) and isinstance(query_x, Tensor) and self.split():
+            (T, S, *form), others = support_x.shape, (query_x.shape[0], *query_x.shape[2:])
+            if others == (T, *form) and support_x.dtype == query_x.dtype:
+                x = self.ahead(torch.cat([support_x, query_x], 1))
+                return tree_map(lambda t: t[:, :S].contiguous(), x), tree_map(lambda t: t[:, S:].contiguous(), x)
+        return self.ahead(support_x), self.ahead(query_x)
 
     def examine(self, x: Samples, y: Samples | None = None) -> Traits:
         """Find the traits of network and loss in their present setting from the first task.  # T S ..., T S ..."""

@@ -51,7 +51,8 @@ class Backbone(nn.Sequential):
             that it has for a module.
         unfreeze: Name patterns of parameters of the body that are trained: ``layer4.*``, or ``*lora_*`` of peft.
         features: Number of features per sample (D). Default: found by a picture of 64 or 224 pixels.
-        cache_dir: Folder for files of the features, which later runs read. Default: in memory, for one run.
+        cache_dir: Folder for files of the features of training, validation and test, which later runs read. Default: in
+            memory, for one run.
 
     Raises:
         InputError: If an argument cannot be used, or the weights are not there.
