@@ -459,6 +459,21 @@ def test_adapt_answers_in_the_tables_own_terms(fitted: tuple[str, str], capsys: 
     assert f"root mean squared error {(errors**2).mean() ** 0.5:.4g}, on 14 rows of query.csv that have" in said
 
 
+def test_predict_writes_real_targets_in_the_units_of_the_tables(fitted: tuple[str, str]) -> None:
+    tables = str(Path(fitted[0]).parents[1] / "machines")
+    main(["predict", "--ckpt_path", fitted[0], "--data.path", tables])
+    rows = pd.read_csv(next(Path("lightning_logs").glob("*/predictions.csv")))
+    true = {value for number in range(MACHINES) for value in machine(number, 40)["power"].round(3)}
+    assert {*rows["target_0"].round(3)} <= true
+    learner, data = load_learner(fitted[0]), tasks(tables)
+    data.setup("predict")
+    batch = next(iter(data.predict_dataloader()))
+    scaled = learner.predict_tasks(batch)[-1].flatten().double()
+    power = {part: learner.form.table[part]["power"] for part in ("means", "scales")}
+    expected = scaled * power["scales"] + power["means"]
+    assert rows["output_0"].tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+
+
 def test_adapt_to_classes(fitted: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     query = machine(32, 15)
     write(support=machine(31, 12), query=query)

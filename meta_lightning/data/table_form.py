@@ -177,11 +177,15 @@ class TableForm:
         import pandas
 
         if self.classes is None:
-            values = outputs.double().numpy(force=True)[:, 0] * self.scales[self.target] + self.means[self.target]
+            values = self.in_units(outputs).numpy(force=True)[:, 0]
             return pandas.DataFrame(dict(zip(self.answers, [values], strict=True)))
         probabilities, numbers = (part.numpy(force=True) for part in outputs.softmax(1).max(1))
         names = np.array(self.classes if class_names is None else class_names)
         return pandas.DataFrame(dict(zip(self.answers, [names[numbers], probabilities], strict=True)))
+
+    def in_units(self, values: Tensor) -> Tensor:
+        """Scaled values of a real target, in its own units."""
+        return values.double() * self.scales[self.target] + self.means[self.target]
 
     def errors(self, answers: Frame, table: Frame, name: str = "the table") -> list[Any]:
         """Of the rows that have a target: absolute errors or, of classes, whether the answer is right."""

@@ -9,6 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from meta_lightning.data.loading import class_names_of
+from meta_lightning.data.module import TaskDataModule
+from meta_lightning.data.table_form import TableForm
 from meta_lightning.data.tasks import as_task_batch, tasks_of
 from meta_lightning.files import written_whole
 from meta_lightning.inner.params import tree_leaves, tree_map
@@ -17,10 +19,16 @@ from meta_lightning.runs.folders import run_folder
 
 
 class PredictionTable(L.Callback):
-    """Writes ``predictions.csv`` to the run's folder: a row per query with task, target, class name and outputs."""
+    """Writes ``predictions.csv`` to the run's folder: a row per query with task, target, class name and outputs.
+
+    Real targets of tables, and outputs of their shape, are in the units of the tables.
+    """
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start a new table."""
+        data = getattr(trainer, "datamodule", None)
+        table = data.sample_form().table if isinstance(data, TaskDataModule) else None
+        self.form = TableForm(**table) if table and table["classes"] is None else None
         self.tasks: list[tuple[Tensor, Tensor, list[str]]] = []  # outputs R N, targets R D or R 0, class names
 
     def on_predict_batch_end(
@@ -32,6 +40,8 @@ class PredictionTable(L.Callback):
         for number, of_task in enumerate(names):
             answers, y = map(valid, tree_map(lambda t, i=number: t[i].cpu(), (outputs, query_y)))
             values = torch.cat([rows_of(part) for part in tree_leaves(answers)], 1)
+            if self.form is not None and values.shape == y.shape:
+                values, y = map(self.form.in_units, (values, y))
             # targets in nests have no columns of their own
             self.tasks.append((values, rows_of(y) if isinstance(y, Tensor) else values[:, :0], of_task))
 
