@@ -191,7 +191,8 @@ def test_unknown_categories_may_be_zeros() -> None:
 
 @pytest.mark.usefixtures("machines")
 def test_features_leave_columns_out() -> None:
-    data = tasks(features=["speed", "mode"], ordinal={"load": ["low", "mid", "high"]})
+    with pytest.warns(UserWarning, match=r"categories and ordinal must name features, got 'load', which are ignored"):
+        data = tasks(features=["speed", "mode"], ordinal={"load": ["low", "mid", "high"]})
     assert data.form is not None
     assert [*data.form.fills] == ["speed", "mode"]
     assert data.form.ordinal == {}
@@ -368,6 +369,43 @@ def test_dates_are_refused() -> None:
     table = pd.DataFrame({"day": pd.date_range("2020", periods=3), "y": [0.5, 1.5, 2.5]})
     with pytest.raises(InputError, match=r"day must hold numbers or names, got datetime64\[\w+\] in a; features"):
         TableForm.fit({"a": table}, "y")
+
+
+PLAIN = pd.DataFrame({"x": [0.5, 1.0, 2.0], "y": [0.5, 1.5, 2.5]})
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "message"),
+    [
+        (
+            PLAIN.join(PLAIN[["x"]], rsuffix="2").set_axis(["x", "y", "x"], axis=1),
+            {},
+            r"features must be once .*'x' in a",
+        ),
+        (PLAIN.set_axis(["y", "y"], axis=1), {}, r"target must be once .*'y' in a"),
+        (PLAIN.rename(columns={"x": 0}), {}, r"features must name columns by text, got 0 in a; table\.rename"),
+        (PLAIN.assign(x=[1j, 0, 1]), {}, r"x must hold numbers or names, got complex128 in a"),
+        (PLAIN.assign(y=[1j, 0, 1]), {}, r"target must hold numbers or names, got complex128 in a"),
+        (PLAIN.assign(y=pd.Series([1j, 0.5, 1], dtype=object)), {"kind": "regression"}, r"target .*complex128 in a"),
+        (PLAIN, {"features": "x"}, r"features must be a sequence, got the text 'x'"),
+        (PLAIN, {"categories": "x"}, r"categories must be a sequence, got the text 'x'"),
+        (PLAIN, {"ordinal": {"x": "abc"}}, r"ordinal x must be a sequence, got the text 'abc'"),
+    ],
+)
+def test_tables_of_ones_own_that_are_refused(table: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TableForm.fit({"a": table}, "y", **options)
+
+
+def test_an_empty_table_is_refused() -> None:
+    table = PLAIN.assign(site=["a", "b", "a"])
+    form = TableForm.fit({"a": table}, "y")
+    with pytest.raises(InputError, match=r"a table must have at least 1 row, got none in new"):
+        form.inputs(table.iloc[:0], "new")
+
+
+def test_a_feature_that_is_named_twice_is_one() -> None:
+    assert TableForm.fit({"a": PLAIN}, "y", features=["x", "x"]) == TableForm.fit({"a": PLAIN}, "y")
 
 
 @pytest.mark.usefixtures("machines")

@@ -1,12 +1,13 @@
 """How the rows of a table become samples, and predictions become values of its target again."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from meta_lightning.checks import InputError, nearest, require, require_choice, require_installed
@@ -62,6 +63,11 @@ class TableForm:
         require_choice(get_args(Kind), kind=kind)
         require_choice(get_args(Missing), missing=missing)
         require_choice(get_args(Unknown), unknown=unknown)
+        sequences = {"features": features, "categories": categories}
+        for name, value in (
+            sequences | {f"ordinal {column}": order for column, order in (ordinal or {}).items()}
+        ).items():
+            require(not isinstance(value, str), f"{name} must be a sequence, got the text {value!r}")
         require_installed("TableForm", "tables", "pandas", "sklearn")
         from sklearn.impute import SimpleImputer
         from sklearn.preprocessing import OneHotEncoder, StandardScaler
@@ -69,11 +75,13 @@ class TableForm:
         tables = {name: labelled(table, target, name) for name, table in tables.items()}
         orders = {column: [str(value) for value in values] for column, values in (ordinal or {}).items()}
         found = [*dict.fromkeys(c for table in tables.values() for c in table.columns if c != target)]
-        columns = found if features is None else [*features]
+        columns = found if features is None else [*dict.fromkeys(features)]
         require(bool(columns) and target not in columns, f"features must name columns beside target, got {columns}")
         for name, table in tables.items():
             for argument, named in (("features", columns), ("categories", categories), ("ordinal", orders)):
                 require_columns(table, named, argument, name)
+        if ignored := [c for c in dict.fromkeys((*categories, *orders)) if c not in columns]:
+            rank_zero_warn(f"categories and ordinal must name features, got {listed(ignored)}, which are ignored")
         names = [c for c in columns if c in categories or c in orders or not holds_numbers(tables, c)]
         numbers = [c for c in columns if c not in names]
         rows = joined(values_of(table, numbers, names, name) for name, table in tables.items())
@@ -119,6 +127,7 @@ class TableForm:
         names = [*self.ordinal, *self.onehot]
         numbers = [column for column in self.fills if column not in names]
         require_columns(table, [*self.fills], "features", name)
+        require(len(table) > 0, f"a table must have at least 1 row, got none in {name}")
         rows = values_of(table, numbers, names, name).fillna(self.fills)
         scale = [(rows[column] - self.means[column]) / self.scales[column] for column in numbers]
         parts = [np.stack(scale, 1)] if scale else []
@@ -222,8 +231,13 @@ def listed(values: Sequence[Any]) -> str:
     return ", ".join(map(repr, values[:SHOWN])) + ", …" * (len(values) > SHOWN)
 
 
-def require_columns(table: Frame, columns: Iterable[str], argument: str, name: str) -> None:
-    """Refuse a table without these columns."""
+def require_columns(table: Frame, columns: Collection[str], argument: str, name: str) -> None:
+    """Refuse a table without exactly one of each of these columns."""
+    if unnamed := [column for column in columns if not isinstance(column, str)]:
+        hint = "table.rename(columns=str) makes it so"
+        raise InputError(f"{argument} must name columns by text, got {listed(unnamed)} in {name}; {hint}")
+    if repeated := [column for column in columns if [*table.columns].count(column) > 1]:
+        raise InputError(f"{argument} must be once in every table, got several columns {listed(repeated)} in {name}")
     if missing := [column for column in columns if column not in table.columns]:
         near = nearest(missing[0], table.columns)
         hint = f"the nearest to {missing[0]!r} is {near!r}" if near else f"it has {listed([*table.columns])}"
@@ -271,9 +285,11 @@ def as_numbers(column: Column, what: str, name: str) -> Column:
     """Values as floating point; InputError for others, and for infinity."""
     import pandas
 
-    if column.dtype.kind in "mM":
-        raise InputError(f"{what} must hold numbers or names, got {column.dtype} in {name}; features leaves it out")
-    numbers = pandas.to_numeric(column, errors="coerce").astype(float)
+    numbers = pandas.to_numeric(column, errors="coerce")
+    for kind in (column.dtype, numbers.dtype):
+        times_or_complex = f"{what} must hold numbers or names, got {kind} in {name}; features leaves it out"
+        require(kind.kind not in "mMc", times_or_complex)
+    numbers = numbers.astype(float)
     wrong = column[(numbers.isna() & column.notna()) | np.isinf(numbers)].tolist()
     require(not wrong, f"{what} must hold finite numbers, got {listed(wrong)} in {name}")
     return numbers
