@@ -163,8 +163,8 @@ def load_weights(body: nn.Module, path: str, classifier: str) -> None:
         safe = Path(path).suffix == ".safetensors"
         state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises what it likes for other files
-        came = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise InputError(f"{expected}, which cannot be read: {came}") from None
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise InputError(f"{expected}, which cannot be read: {reason}") from None
     tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
     require(tensors, f"{expected}, which holds something else")
     state = {name: value for name, value in state.items() if not classifier or not name.startswith(f"{classifier}.")}
