@@ -582,6 +582,10 @@ def test_bad_classes_and_paths_at_adapt(fitted: tuple[str, str]) -> None:
     for args, message in (
         (["--support", "nowhere.csv"], r"support must name a table.*nowhere\.csv, which is no such file"),
         (["--query", "pictures"], r"query must name a table.*pictures, which is no such file"),
+        (
+            ["--query", "folder", "--support", "folder"],
+            r"support must name a table, .*got folder, which is no such file",
+        ),
         (["--query", "support.csv"], r"query must be another table than support, got support\.csv"),
         (["--out", "query.csv"], r"out must name a new file.*query\.csv"),
         (["--out", "query.csv", "--overwrite"], r"out must be another file than support and query, got query\.csv"),

@@ -22,10 +22,10 @@ def adapt_to_table(
 ) -> str:
     """Implement ``command.adapt`` for a learner of tables, with its arguments, result and errors."""
     form = TableForm(**learner.form.table)
+    table, queries = form.table(support, "support"), form.table(query, "query")
     require(support.resolve() != query.resolve(), f"query must be another table than support, got {query} for both")
     apart = out.resolve() not in (support.resolve(), query.resolve())
     require(apart, f"out must be another file than support and query, got {out}")
-    table, queries = form.table(support, "support"), form.table(query, "query")
     x, y = form.encode(table, str(support), every_class=not learner.head_start.computed)
     inputs = form.inputs(queries, str(query))
     for column in form.answers:
