@@ -114,7 +114,7 @@ class MetaLightningCLI(LightningCLI):
                 with optional(f"trainer.logger {name}", package):
                     import_module(package)
         weights = config.get("model.init_args.init_from") or ""
-        there = weights.startswith(PREFIX) or Path(weights).is_file()
+        there = weights.startswith(PREFIX) or Path(weights).expanduser().is_file()
         if located(config.ckpt_path or "", "--ckpt_path").is_file() and not there:
             config.model.init_args.init_from = None
 

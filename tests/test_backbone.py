@@ -212,3 +212,24 @@ def test_a_backbone_on_the_command_line(fit: Callable[..., Path]) -> None:
     assert torch.equal(Predictor.load("delta.safetensors", load_learner(path).network)(x), predictor(x))
     torch.save(expected, weights)
     assert torch.equal(Predictor.load("delta.safetensors")(x), predictor(x))
+
+
+def test_paths_of_weights_in_the_home_folder_and_another_cache(
+    fit: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    Path("home").mkdir()
+    torch.save(Encoder(1).state_dict(), Path("home/weights.pt"))
+    body = ["--model.network.backbone.class_path", f"{__name__}.Encoder", "--model.network.backbone.channels", "1"]
+    network = ["--model.network", "Backbone", *body, "--model.network.weights", "~/weights.pt"]
+    first = fit(*network, "--model.network.cache_dir", "one")
+    assert [*Path("one").glob("*.keys")]
+    other = ["--model.network.cache_dir", "other", "--ckpt_path", "last", "--trainer.max_steps"]
+    steps = torch.load(first, weights_only=True)["global_step"] + 1
+    fit(*network, *other, str(steps))
+    assert torch.load(first, weights_only=True)["global_step"] == steps
+    assert [*Path("other").glob("*.keys")]
+    first.rename(Path("home/first.ckpt"))
+    started = Backbone(Encoder(1))
+    FOMAML(started, init_from="~/first.ckpt")
+    assert torch.equal(started.head.weight, load_learner("~/first.ckpt").network.head.weight)

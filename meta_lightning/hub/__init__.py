@@ -31,7 +31,7 @@ def located(path: str | Path, argument: str = "path") -> Path:
     """
     given = str(path)
     if not given.startswith(PREFIX):
-        return Path(path)
+        return Path(path).expanduser()
     if given.removeprefix(PREFIX) not in names():
         known = ", ".join(PREFIX + name for name in names()) or "of which there are none"
         raise InputError(f"{argument} must be a path or a checkpoint of the package, {known}; got {given}")

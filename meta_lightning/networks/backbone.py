@@ -157,11 +157,11 @@ def of_torchvision() -> tuple[Make, list[str]]:
 
 def load_weights(body: nn.Module, path: str, classifier: str) -> None:
     """Load a state dict, but for that of the classifier."""
-    expected = f"weights must be {DEFAULT!r} or the path of a state dict, got {path}"
-    require(Path(path).is_file(), f"{expected}, which is not a file")
+    expected, file = f"weights must be {DEFAULT!r} or the path of a state dict, got {path}", Path(path).expanduser()
+    require(file.is_file(), f"{expected}, which is not a file")
     try:
-        safe = Path(path).suffix == ".safetensors"
-        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        safe = file.suffix == ".safetensors"
+        state = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises what it likes for other files
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise InputError(f"{expected}, which cannot be read: {reason}") from None

@@ -17,7 +17,7 @@ from meta_lightning.checks import InputError
 from meta_lightning.runs.checkpoint_file import LAST, PREVIOUS, load, read_checkpoint
 
 # the options that tell experiments apart: checkpoints of other classes, networks or data are not this run's
-IDENTITY = r"(model|data)\.class_path|model\.init_args\.(network|inner_rule|head_start)\."
+IDENTITY = r"(model|data)\.class_path|model\.init_args\.(network|inner_rule|head_start)\.(?!.*\bcache_dir$)"
 IDENTITY += r"|data\.init_args\.(root|path|target)$"
 PATHS = (".root", ".path")  # ends of names of options
 
