@@ -360,6 +360,15 @@ def test_frozen_modules_that_do_not_depend_on_the_sample_alone(module: Callable[
         FOMAML(network).meta_gradient(batch())
 
 
+def test_frozen_modules_that_take_no_integers_are_said_to_run_at_every_inner_step() -> None:
+    network, tasks = frozen_network(), batch()
+    floats = tasks._replace(support_x=tasks.support_x.mul(3).round(), query_x=tasks.query_x.mul(3).round())
+    integers = floats._replace(support_x=floats.support_x.long(), query_x=floats.query_x.long())
+    with pytest.warns(UserWarning, match="Frozen modules run at every inner step, since they take no integers: "):
+        ours = FOMAML(network).meta_gradient(integers)[0]
+    assert error(ours, FOMAML(network).meta_gradient(floats)[0]) < EXACT
+
+
 class Noise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.randn_like(x)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from meta_lightning.inner.copies import HOOKS, copied
+from meta_lightning.inner.samples import as_floats
 from meta_lightning.inner.state import RTOL, changes, contents, greatest, has_backward_hooks, listed
 from meta_lightning.random_states import drew_from, random_states, set_random_states
 
@@ -56,7 +57,9 @@ def reason_against(frozen: nn.Module, x: Tensor) -> str | None:
     try:
         together, alone = one(others), one(x[:1].clone())  # which may be written into
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        return None  # an error of the network, which its examination shows
+        if x.is_floating_point() or reason_against(frozen, as_floats(x)) is None:
+            return None  # an error of the network, which its examination shows
+        return "take no integers: samples of floating point let them run once"
     finally:
         after = random_states(x.device)
         set_random_states(states, x.device)
