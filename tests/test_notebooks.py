@@ -10,6 +10,8 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+# 100 and 65 s; the others together less than four minutes on one thread
+LONG = ("02_your_own_images", "03_maml_fomaml_reptile")
 NEEDS = {"07_tables": ("gapminder", "pandas", "sklearn"), "08_pretrained": ("sklearn",), "09_lora": ("peft",)}
 
 
@@ -25,9 +27,7 @@ def kinds(notebook: nbformat.NotebookNode) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "path",
-    # the longest takes 100 s on two cores; the others together less than four minutes
-    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem == "02_your_own_images")) for p in NOTEBOOKS],
+    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem in LONG)) for p in NOTEBOOKS]
 )
 def test_a_notebook_runs_and_gives_what_it_holds(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, glyphs: object
