@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
-from meta_lightning import LSLR, MAML, Backbone, MiniImagenet, Prototypes
+from meta_lightning import LSLR, MAML, Backbone, MiniImagenet, Prototypes, TaskMean
 from meta_lightning.data.tasks import FewShotTasks, Split, as_task_batch, scale_pixels
 from meta_lightning.quiet import silence
 from meta_lightning.runs.machine import keep_freed_memory
@@ -34,7 +34,9 @@ AUGMENT = v2.Compose([v2.RandomResizedCrop(CROP, (0.3, 1.0)), v2.RandomHorizonta
 
 def interval(values: Tensor) -> str:
     """Mean and half-width of the 95 % interval over tasks, in per cent."""
-    return f"{100 * values.mean():.2f} ± {196 * values.std() / len(values) ** 0.5:.2f}"
+    mean = TaskMean()
+    mean.update(values)
+    return "{:.2f} ± {:.2f}".format(*(100 * value for value in mean.compute()[:2]))
 
 
 def tasks_of(options: argparse.Namespace, split: Split, **sizes: int) -> FewShotTasks:
