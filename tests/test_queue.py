@@ -38,6 +38,8 @@ def changed(path: Path) -> float:
 def same_figures(record: dict[str, Any]) -> dict[str, Any]:
     """What must not depend on interruptions: all figures and curves, and no times."""
     parts = {"fit": record["fit"], **record["tests"]}
+    for part in parts.values():
+        part["curves"].pop("train/tasks_per_second", None)
     return {name: (part["figures"], part["curves"], part.get("of_tasks")) for name, part in parts.items()}
 
 

@@ -4,18 +4,21 @@ import json
 import mmap
 import os
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from conftest import TINY
+from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from meta_lightning.cli import main
 from meta_lightning.runs import machine
 from meta_lightning.runs.machine import PeakMemory, keep_freed_memory
-from meta_lightning.runs.record import finite
+from meta_lightning.runs.record import POINTS, curves, finite
 
 RUN = Path("lightning_logs/version_0")
 FIXED = ["--trainer.logger", "lightning.pytorch.loggers.TensorBoardLogger", "--trainer.logger.save_dir", "logs"]
@@ -64,6 +67,17 @@ def test_a_resumed_run_counts_on() -> None:
     assert second["train_seconds"] > first["train_seconds"]
     assert second["validation_seconds"] >= first["validation_seconds"]
     assert {step for step, _ in second["curves"]["train/loss"]} == {0, 1, 2, 3, 4}
+
+
+def test_long_curves_are_thinned_evenly(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    for step in range(1000):
+        logger.log_metrics({"loss": step / 8}, step)
+    found = curves(L.Trainer(logger=logger, accelerator="cpu"))["loss"]
+    steps = [step for step, _ in found]
+    assert (len(steps), steps[0], steps[-1]) == (POINTS, 0, 999)
+    assert {after - before for before, after in pairwise(steps)} == {5, 6}
+    assert all(value == step / 8 for step, value in found)
 
 
 def test_peak_memory_is_that_since_the_start() -> None:

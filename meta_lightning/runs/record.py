@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,7 +18,7 @@ from meta_lightning.files import write_json
 from meta_lightning.runs.folders import run_folder
 from meta_lightning.runs.machine import PeakMemory, commit, machine, versions
 
-POINTS = 200  # per curve; of longer ones the reader samples this many, including the last
+POINTS = 200  # per curve
 
 
 class RunRecord(SaveConfigCallback):
@@ -144,10 +145,18 @@ def curves(trainer: L.Trainer) -> dict[str, list[tuple[int, float | None]]]:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.flush()
-            events = EventAccumulator(logger.log_dir, {SCALARS: POINTS}).Reload()
+            # all of them: of fewer the reader draws some at random, which differ after an interruption
+            events = EventAccumulator(logger.log_dir, {SCALARS: 0}).Reload()
             for name in events.Tags()[SCALARS]:
-                found[name] = [(event.step, finite(event.value)) for event in events.Scalars(name)]
+                found[name] = [(event.step, finite(event.value)) for event in thinned(events.Scalars(name))]
     return found
+
+
+def thinned(points: Sequence[Any]) -> Sequence[Any]:
+    """At most ``POINTS`` of the points, evenly spaced from the first to the last."""
+    if len(points) <= POINTS:
+        return points
+    return [points[round(number * (len(points) - 1) / (POINTS - 1))] for number in range(POINTS)]
 
 
 def finite(value: float) -> float | None:
