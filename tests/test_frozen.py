@@ -258,6 +258,20 @@ def test_processes_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert error(one.meta_gradient(tasks)[0], gradient) < EXACT
 
 
+def test_samples_that_another_learner_has_kept_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    network = frozen_network()
+    learners = [FOMAML(Folder(*copy.deepcopy(network))) for _ in range(2)]
+    for tasks in (
+        batch(),
+        batch(),
+        batch(),
+    ):  # of the second and third the second learner has no features, but the files do
+        expected = FOMAML(copy.deepcopy(network)).meta_gradient(tasks)[0]
+        for learner in learners:
+            assert error(learner.meta_gradient(tasks)[0], expected) < EXACT
+
+
 def test_features_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     network, batches = frozen_network(), [batch() for _ in range(3)]
     row = network[0](batches[0].support_x[0, :1]).nbytes

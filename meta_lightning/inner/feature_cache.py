@@ -1,5 +1,6 @@
 """Features of frozen modules by the contents of samples, in memory or in a memory-mapped file."""
 
+import math
 import os
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -195,7 +196,8 @@ def attributes_of(frozen: nn.Module) -> str:
 @torch.no_grad()
 def bytes_of(samples: Tensor) -> np.ndarray[Any, Any]:
     """The bytes of each sample.  # S ... -> S bytes"""
-    array: np.ndarray[Any, Any] = samples.reshape(len(samples), -1).cpu().contiguous().view(torch.uint8).numpy()
+    rows = samples.reshape(len(samples), math.prod(samples.shape[1:]))  # of no samples too
+    array: np.ndarray[Any, Any] = rows.cpu().contiguous().view(torch.uint8).numpy()
     return array
 
 
