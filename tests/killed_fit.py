@@ -1,6 +1,6 @@
 """The command line, killed so many seconds into a meta-iteration: killed_fit.py STEP SECONDS fit …; -1 for never.
 
-RECORD_FROM and COMPILE_FROM, where they are set, are the numbers of meta-iterations from which "auto" does so.
+RECORD_FROM, where it is set, is the number of meta-iterations from which "auto" records passes.
 """
 
 import os
@@ -48,7 +48,6 @@ class Terminate(L.Callback):
 
 if __name__ == "__main__":
     step, seconds, *arguments = sys.argv[1:]
-    for name in ("RECORD_FROM", "COMPILE_FROM"):
-        setattr(passes, name, int(os.environ.get(name, getattr(passes, name))))
+    passes.RECORD_FROM = int(os.environ.get("RECORD_FROM", passes.RECORD_FROM))
     callbacks = ["--trainer.callbacks+=killed_fit.Kill", f"--trainer.callbacks.step={step}"]
     main([*arguments, *callbacks, f"--trainer.callbacks.seconds={seconds}"])

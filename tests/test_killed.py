@@ -87,13 +87,17 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     assert killed_again_and_again(tmp_path, 0, 2, *ALGORITHMS["Reptile"]) == 2
 
 
-@pytest.mark.parametrize("how", ["record", pytest.param("compile", marks=pytest.mark.slow)])
-def test_a_killed_run_keeps_how_its_passes_run(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(f"{how.upper()}_FROM", "50")  # of 60: fewer are left when it is resumed
-    network = ["--model.network", "meta_lightning.MLP"]  # draws no random numbers
-    fit(tmp_path / "whole", -1, 0, *network)
-    assert fit(tmp_path / "resumed", 25, 0.01, *network) == -9
-    fit(tmp_path / "resumed", -1, 0, *network)
+@pytest.mark.parametrize(
+    ("option", "how"), [("auto", "record"), pytest.param("true", "compile", marks=pytest.mark.slow)]
+)
+def test_a_killed_run_keeps_how_its_passes_run(
+    option: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECORD_FROM", "50")  # of 60: fewer are left when it is resumed
+    options = ["--model.compile_passes", option]
+    fit(tmp_path / "whole", -1, 0, *options)
+    assert fit(tmp_path / "resumed", 25, 0.01, *options) == -9
+    fit(tmp_path / "resumed", -1, 0, *options)
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
     for folder in ("whole", "resumed"):
         (last,) = (tmp_path / folder).glob("logs/board/*/checkpoints/last.ckpt")

@@ -1,13 +1,15 @@
 """Compiled passes of a meta-batch."""
 
+import warnings
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,19 +26,19 @@ MOST = 32  # graphs: a learning rate that changes at every step would compile on
 class CompiledPasses:
     """Records a pass once per signature of its inputs, and replays it; runs it, with a warning, if that fails.
 
-    The record is a list of torch's own kernels or, if ``fuse``, of those of torch.compile; on a GPU a CUDA graph. What
-    draws random numbers is fused if ``draws`` allows it.
+    The record is a list of torch's own kernels, which TorchScript runs, or, if ``fuse``, of those of torch.compile; on
+    a GPU a CUDA graph.
     """
 
-    def __init__(self, fuse: bool, draws: bool = True) -> None:
-        self.fuse, self.draws = fuse, draws
+    def __init__(self, fuse: bool) -> None:
+        self.fuse = fuse
         self.refused = False
         self.passes: dict[Hashable, Pass] = {}
         self.memory: Any = None  # that all CUDA graphs share: no result outlives the next replay
 
-    def __reduce__(self) -> tuple[type["CompiledPasses"], tuple[bool, bool]]:
+    def __reduce__(self) -> tuple[type["CompiledPasses"], tuple[bool]]:
         """Copy without graphs, which read the tensors of the original learner."""
-        return CompiledPasses, (self.fuse, self.draws)
+        return CompiledPasses, (self.fuse,)
 
     def run(
         self, function: Pass, key: Callable[[], Hashable], buffers: Callable[[], Iterable[Tensor]], *args: Any
@@ -69,19 +71,19 @@ class CompiledPasses:
                 return self.refuse("the pass changes attributes of its modules", result)
             if not all(map(equal, buffers(), kept)):
                 return self.refuse("the pass changes buffers", result)
-            fuse = self.fuse and (self.draws or not drew)
-            if self.fuse and not fuse:
-                rank_zero_warn("Passes are recorded and not compiled, since they draw random numbers")
             best = function
             try:
                 set_random_states(before, device)  # the draws belong to training
-                if fuse or device.type != "cuda":
-                    graph = traced(function, result, before, *args)
-                    best = partial(without_autograd, graph)
-                if fuse:
+                if self.fuse or device.type != "cuda":
+                    graph = traced(function, *args)
+                    best = replaying(graph, result, before, *args)
+                if self.fuse:
                     compiled = partial(without_autograd, compiled_by_torch(graph))
                     compiled(*args)  # compiles
                     best = compiled
+                elif device.type != "cuda":
+                    with suppress(Exception):  # of any kind: the graph itself has the same bits, and takes longer
+                        best = replaying(interpreted(graph), result, before, *args)
                 if device.type == "cuda":
                     best = self.captured(best, *args)
             except Exception as reason:  # any kind: the compiler's, of a missing compiler, or of the device
@@ -153,18 +155,39 @@ class ReadingNoValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def traced(function: Pass, result: Any, states: dict[str, Any], *args: Any) -> GraphModule:
-    """Record torch's kernels in the function; raise RuntimeError unless they have its result in the same states."""
+def traced(function: Pass, *args: Any) -> GraphModule:
+    """Record torch's kernels in the function."""
     # torch.compile has no double backward: make_fx traces the pass, i.e. forward, inner loop and meta-gradient, into a
     # graph that needs no further differentiation. Its Python numbers are constants; tensors are read at each call
     with ReadingNoValues(), ReadingNoMemory():
         graph: GraphModule = make_fx(lambda *args: function(*args))(*args)  # a method's self would count
+    return graph
+
+
+def replaying(graph: Pass, result: Any, states: dict[str, Any], *args: Any) -> Pass:
+    """The graph as a pass; raise RuntimeError unless it has the function's result in the same random states."""
     # a pass that sets random states, as checkpointing with dropout does, or draws from generators of its own
     set_random_states(states, tree_leaves(args)[0].device)
-    pairs = zip(tree_leaves(without_autograd(graph, *args)), tree_leaves(result), strict=True)
+    replay = partial(without_autograd, graph)
+    pairs = zip(tree_leaves(replay(*args)), tree_leaves(result), strict=True)
     if not all(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True) for ours, theirs in pairs):
         raise RuntimeError("the network or loss has another result when its kernels are replayed")
-    return graph
+    return replay
+
+
+def interpreted(graph: GraphModule) -> Pass:
+    """The graph in TorchScript, which calls its kernels from C++ and not from Python."""
+    kernels = Graph()
+    results: Any = kernels.graph_copy(graph.graph, {})
+    kernels.output(tuple(results))
+    for node in kernels.nodes:
+        if str(node.target) == "aten._to_copy.default" and not isinstance(node.args[0], Node):
+            node.target = aten.scalar_tensor.default  # a number, by which vmap multiplies tensors without dimensions
+        node.target = getattr(node.target, "overloadpacket", node.target)  # TorchScript chooses the overload itself
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated; without it the graph runs itself
+        script = torch.jit.script(GraphModule(graph, kernels))
+    return lambda *args: graph.graph.process_outputs(script(*graph.graph.process_inputs(*args)))
 
 
 def without_autograd(graph: Pass, *args: Any) -> Any:

@@ -17,9 +17,9 @@ from meta_lightning.inner.params import tree_leaves, tree_map
 
 # Input values per pass on a CPU; above this the activations exceed the caches (benchmarks/results/speed.md)
 CACHED_VALUES = 2**19
-# Replays of a pass from which compile_passes "auto" records and compiles it on a CPU, and records it on a GPU. What a
-# kernel of the pass costs then, and saves per replay, hardly depends on the network (speed.md, "When compiling pays")
-RECORD_FROM, COMPILE_FROM, RECORD_ON_GPU_FROM = 500, 10_000, 100
+# Replays of a pass from which compile_passes "auto" records it, on a CPU and on a GPU. What a kernel of the pass costs
+# then, and saves per replay, hardly depends on the network (speed.md, "When compiling pays")
+RECORD_FROM, RECORD_ON_GPU_FROM = 300, 100
 
 Compile = bool | Literal["auto", "record"]
 HOW = {"never": "run as they are", "record": "are recorded", "compile": "are compiled"}
@@ -40,11 +40,7 @@ class Passes:
         self.option: Compile = compile_passes
         self.how = {True: "compile", "record": "record"}.get(compile_passes, "never")  # a key of HOW
         self.kept: str | None = None  # what the run that is resumed had chosen
-        self.compiled = self.new()
-
-    def new(self) -> CompiledPasses:
-        """No graphs yet. Compiled dropout draws other masks, for which one has to ask."""
-        return CompiledPasses(fuse=self.how == "compile", draws=self.option is True)
+        self.compiled = CompiledPasses(fuse=self.how == "compile")
 
     def choose(self, steps: float, shapes: int | None, device: torch.device, strategy: Strategy) -> None:
         """Choose what ``"auto"`` does in a training of so many more meta-iterations, the same on all ranks.
@@ -54,14 +50,11 @@ class Passes:
         if self.option != "auto":
             return
         replays = steps / (shapes or 1) if math.isfinite(steps) else 0
-        if device.type == "cuda":
-            how = "record" if replays >= RECORD_ON_GPU_FROM else "never"
-        else:
-            how = "compile" if shapes and replays >= COMPILE_FROM else "record" if replays >= RECORD_FROM else "never"
+        how = "record" if replays >= (RECORD_ON_GPU_FROM if device.type == "cuda" else RECORD_FROM) else "never"
         how, self.kept = strategy.broadcast(self.kept or how), None
         if how != self.how:
             self.how = how
-            self.compiled = self.new()
+            self.compiled = CompiledPasses(fuse=self.how == "compile")
         count = f"{steps:,.0f} meta-iterations" if math.isfinite(steps) else "an unknown number of meta-iterations"
         of_shapes = f" of {shapes} shapes" if shapes and shapes > 1 else ""
         rank_zero_info(f"Passes {HOW[self.how]} (compile_passes auto), for {count}{of_shapes}")
