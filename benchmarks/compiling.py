@@ -18,38 +18,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from workloads import INNER_LR, Workload, interleaved
+from workloads import INNER_LR, Waves, Workload, interleaved
 
-from meta_lightning import FOMAML, MAML, MLP, TaskBatch
+from meta_lightning import FOMAML, MAML
 from meta_lightning.inner import compiling
 from meta_lightning.runs.machine import keep_freed_memory
-
-
-class Waves:
-    """Sinusoids: 25 tasks of 10 samples."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def network(self) -> nn.Module:
-        torch.manual_seed(0)
-        return MLP()
-
-    def batch(self) -> TaskBatch:
-        x = torch.linspace(-5, 5, 20).expand(25, 20).unsqueeze(-1)
-        y = torch.sin(x + torch.arange(25).view(-1, 1, 1))
-        return TaskBatch(x[:, ::2], y[:, ::2], x[:, 1::2], y[:, 1::2])
-
 
 WARM = "…"  # the place of the seconds that a second process takes
 GLYPHS = Workload("maml.yaml", 3, 1, 28, 32, queries=10, steps=3)
 ROWS: dict[str, tuple[type[MAML], Waves | Workload]] = {
-    "sinusoid-1": (MAML, Waves(steps=1)),
-    "sinusoid-5": (MAML, Waves(steps=5)),
+    **{f"sinusoid-{steps}": (MAML, Waves("sinusoid", steps)) for steps in (1, 5)},
     "glyphs": (MAML, GLYPHS),
     "glyphs-FOMAML": (FOMAML, GLYPHS),
     **{f"omniglot-{steps}": (MAML, Workload("Omniglot", 8, 1, 28, 64, steps=steps)) for steps in (1, 5, 20)},
+    "single": (MAML, Workload("single", 1, 1, 28, 64)),
     "photographs": (MAML, Workload("84×84", 2, 1, 84, 32)),
 }
 

@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py [--device cuda] [--repeats 5] [--only omniglot] [--tasks N] [--without JAX]
 
-The same network, initial values and tasks for all, float32 (on a GPU with torch's default of TF32 in convolutions),
-five inner steps; before timing, everyone's gradient is compared with learn2learn's. Each figure is the median of
+The same network, initial values and tasks for all, float32 (on a GPU with torch's default of TF32 in convolutions);
+before timing, everyone's gradient is compared with learn2learn's. Each figure is the median of
 repeats that are taken in turn. "Recorded" is compile_passes record (on a GPU a CUDA graph), "compiled" compile_passes
 true, after compiling, whose seconds stand beside it. JAX is left out where it is not installed. The last
 table has the peak memory of one step, each in a process of its own.
@@ -19,6 +19,7 @@ import time
 import torch
 from workloads import (
     ALGORITHMS,
+    Waves,
     Workload,
     as_tensors,
     interleaved,
@@ -32,18 +33,20 @@ from workloads import (
 
 from meta_lightning.runs.machine import keep_freed_memory
 
-WORKLOADS = {
+WORKLOADS: dict[str, Waves | Workload] = {
     "omniglot": Workload("Omniglot 1-shot, 32 tasks, 64 filters, stride 2", 32, 1, 28, 64),
     "small": Workload("84×84 1-shot, 4 tasks, 32 filters, max-pool", 4, 1, 84, 32),
     "large": Workload("84×84 5-shot, 16 tasks, 32 filters, max-pool", 16, 5, 84, 32),
     "resnet": Workload("ResNet-18, 84×84 1-shot, 2 tasks", 2, 1, 84, 0, queries=3, steps=2),
+    "sinusoid": Waves("Sinusoid MLP 40-40, 25 tasks", 1),
+    "sinusoid-5": Waves("Sinusoid MLP 40-40, 25 tasks", 5),
     "single": Workload("Omniglot 1-shot, a single task, 64 filters, stride 2", 1, 1, 28, 64),
 }
 PEERS = ("learn2learn", "torch.func", "JAX", "ours", "recomputed", "recorded", "compiled")
 VARIANTS = {"graph": {}, "recomputed": {"recompute_inner_steps": True}, "compiled": {"compile_passes": True}}
 
 
-def compare(workload: Workload, device: str, repeats: int, without: list[str]) -> None:
+def compare(workload: Waves | Workload, device: str, repeats: int, without: list[str]) -> None:
     print(f"\n{workload.name}, {workload.steps} steps\n")
     print(f"| | {' | '.join(PEERS)} | compiled in, s | ours, × learn2learn | recorded, × | compiled, × | worst error |")
     print("|---" * (len(PEERS) + 6) + "|")
@@ -101,7 +104,7 @@ if __name__ == "__main__":
     if arguments.device == "cpu":
         keep_freed_memory()  # as fit does; the peers have it too
 
-    def chosen(name: str) -> Workload:
+    def chosen(name: str) -> Waves | Workload:
         workload = WORKLOADS[name]
         return workload._replace(tasks=arguments.tasks) if arguments.tasks else workload
 
@@ -116,4 +119,6 @@ if __name__ == "__main__":
         print(f"torch {torch.__version__}, {where}; ms, medians of {arguments.repeats}")
         for name in arguments.only:
             compare(chosen(name), arguments.device, arguments.repeats, arguments.without)
-        memory(arguments.only[0], arguments.device, arguments.tasks)
+        images = [name for name in arguments.only if isinstance(WORKLOADS[name], Workload)]
+        if images:
+            memory(images[0], arguments.device, arguments.tasks)

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad
 from torch.nn import functional as F
 from torchvision.models import resnet18
 
-from meta_lightning import FOMAML, MAML, Conv4, MetaLearner, Reptile, TaskBatch
+from meta_lightning import FOMAML, MAML, MLP, Conv4, MetaLearner, Reptile, TaskBatch
 from meta_lightning.runs.machine import MEGABYTE, PeakMemory
 
 ALGORITHMS: dict[str, type[MetaLearner]] = {"MAML": MAML, "FOMAML": FOMAML, "Reptile": Reptile}
@@ -20,15 +20,37 @@ Params = dict[str, Tensor]
 Step = Callable[[], Params]  # one meta-iteration's meta-gradient, or Reptile's mean θ'
 
 
+class Waves(NamedTuple):
+    """Sinusoids: 10 support and 10 query samples per task."""
+
+    name: str
+    steps: int
+    tasks: int = 25
+    size: int = 1
+    loss: Callable[..., Any] = F.mse_loss
+
+    def network(self) -> nn.Module:
+        torch.manual_seed(0)
+        return MLP()
+
+    def batch(self, device: str = "cpu") -> TaskBatch:
+        x = torch.linspace(-5, 5, 20, device=device).expand(self.tasks, 20).unsqueeze(-1)
+        y = torch.sin(x + torch.arange(self.tasks, device=device).view(-1, 1, 1))
+        return TaskBatch(x[:, ::2], y[:, ::2], x[:, 1::2], y[:, 1::2])
+
+
 class Workload(NamedTuple):
+    """Images of noise in Conv4 or, of 0 filters, torchvision's ResNet-18."""
+
     name: str
     tasks: int
     shots: int
     size: int
-    filters: int  # of Conv4; 0: torchvision's ResNet-18
+    filters: int
     queries: int = 15
     ways: int = 5
     steps: int = 5
+    loss: Callable[..., Any] = F.cross_entropy
 
     def network(self) -> nn.Module:
         torch.manual_seed(0)
@@ -49,7 +71,7 @@ class Workload(NamedTuple):
         return TaskBatch(*part(self.shots), *part(self.queries))
 
 
-def ours(algorithm: str, workload: Workload, device: str = "cpu", **options: Any) -> Step:
+def ours(algorithm: str, workload: Waves | Workload, device: str = "cpu", **options: Any) -> Step:
     """The algorithm's own training step, less the outer step."""
     options = {"inner_lr": INNER_LR, "inner_steps": workload.steps} | options
     learner = ALGORITHMS[algorithm](workload.network().to(device), **options)
@@ -65,7 +87,7 @@ def ours(algorithm: str, workload: Workload, device: str = "cpu", **options: Any
     return update
 
 
-def learn2learn(algorithm: str, workload: Workload, device: str = "cpu") -> Step:
+def learn2learn(algorithm: str, workload: Waves | Workload, device: str = "cpu") -> Step:
     """learn2learn's MAML, task by task as in its examples; Reptile by its first-order clones."""
     from learn2learn import algorithms
 
@@ -77,14 +99,14 @@ def learn2learn(algorithm: str, workload: Workload, device: str = "cpu") -> Step
     def meta_gradient() -> Params:
         network.zero_grad()
         for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
-            learner = learn2learn_adapted(peer, workload.steps, support_x, support_y)
-            (F.cross_entropy(learner(query_x), query_y) / workload.tasks).backward()
+            learner = learn2learn_adapted(peer, workload.steps, support_x, support_y, workload.loss)
+            (workload.loss(learner(query_x), query_y) / workload.tasks).backward()
         return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
 
     def reptile() -> Params:
         mean: Params = {}
         for x, y in zip(batch.support_x, batch.support_y, strict=True):
-            learner = learn2learn_adapted(peer, workload.steps, x, y)
+            learner = learn2learn_adapted(peer, workload.steps, x, y, workload.loss)
             for name, p in zip(names, learner.module.parameters(), strict=True):
                 mean[name] = mean.get(name, 0) + p.detach() / workload.tasks
         return mean
@@ -92,15 +114,15 @@ def learn2learn(algorithm: str, workload: Workload, device: str = "cpu") -> Step
     return reptile if algorithm == "Reptile" else meta_gradient
 
 
-def learn2learn_adapted(peer: Any, steps: int, x: Tensor, y: Tensor) -> Any:
+def learn2learn_adapted(peer: Any, steps: int, x: Tensor, y: Tensor, loss: Callable[..., Any] = F.cross_entropy) -> Any:
     """A clone of learn2learn's MAML after inner steps on a task."""
     learner = peer.clone()
     for _ in range(steps):
-        learner.adapt(F.cross_entropy(learner(x), y))
+        learner.adapt(loss(learner(x), y))
     return learner
 
 
-def torch_func(algorithm: str, workload: Workload, device: str = "cpu") -> Step:
+def torch_func(algorithm: str, workload: Waves | Workload, device: str = "cpu") -> Step:
     """A plain torch.func loop: grad inside grad, over one task after another.
 
     Not vmapped: vmap over gradients is wrong at second order for batch norm whose scale and shift are adapted.
@@ -110,7 +132,7 @@ def torch_func(algorithm: str, workload: Workload, device: str = "cpu") -> Step:
     batch = workload.batch(device)
 
     def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(network, params, (x,)), y)
+        return workload.loss(functional_call(network, params, (x,)), y)
 
     def adapt(params: Params, x: Tensor, y: Tensor) -> Params:
         for _ in range(workload.steps):
@@ -135,7 +157,7 @@ def torch_func(algorithm: str, workload: Workload, device: str = "cpu") -> Step:
     return update
 
 
-def jax_vmap(algorithm: str, workload: Workload) -> Step:
+def jax_vmap(algorithm: str, workload: Waves | Workload) -> Step:
     """JAX, vmap over tasks of grad of the whole inner loop, jitted."""
     import jax
     import jax.numpy as jnp
@@ -146,7 +168,12 @@ def jax_vmap(algorithm: str, workload: Workload) -> Step:
     batch = [jnp.asarray(part.numpy()) for part in workload.batch()]
     order = ("NCHW", "OIHW", "NCHW")
 
-    def forward(params: Any, x: Any) -> Any:
+    def mlp(params: Any, x: Any) -> Any:
+        for layer in ("features.1", "features.3"):
+            x = jax.nn.relu(x @ params[f"{layer}.weight"].T + params[f"{layer}.bias"])
+        return x @ params["head.weight"].T + params["head.bias"]
+
+    def conv4(params: Any, x: Any) -> Any:
         for block in range(4):
             layer = block * (3 if strided else 4)
             weight, bias = params[f"features.{layer}.weight"], params[f"features.{layer}.bias"]
@@ -163,7 +190,9 @@ def jax_vmap(algorithm: str, workload: Workload) -> Step:
         return x @ params["head.weight"].T + params["head.bias"]
 
     def loss(params: Any, x: Any, y: Any) -> Any:
-        return -jnp.take_along_axis(jax.nn.log_softmax(forward(params, x)), y[:, None], 1).mean()
+        if isinstance(workload, Waves):
+            return ((mlp(params, x) - y) ** 2).mean()
+        return -jnp.take_along_axis(jax.nn.log_softmax(conv4(params, x)), y[:, None], 1).mean()
 
     def adapt(params: Any, x: Any, y: Any) -> Any:
         for _ in range(workload.steps):

@@ -77,7 +77,8 @@ class Passes:
         cached = max(1, CACHED_VALUES // max(parameters // 4, values)) if tensors[0].device.type == "cpu" else tasks
         while True:
             size = min(tasks, most or self.tasks_per_pass or cached, self.tasks_that_fit or tasks)
-            parts = [tree_map(operator.itemgetter(slice(i, i + size)), stacked) for i in range(0, tasks, size)]
+            cuts = [operator.itemgetter(slice(i, i + size)) for i in range(0, tasks, size)]
+            parts = [tree_map(cut, stacked) for cut in cuts] if len(cuts) > 1 else [stacked]
             try:
                 means, *results = zip(*(function(*part) for part in parts), strict=True)
                 break
