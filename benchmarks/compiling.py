@@ -43,14 +43,14 @@ def first_passes(name: str) -> tuple[dict[str, Callable[[], Any]], dict[str, flo
     """Each form of a pass, the seconds of its first run, and the kernels of the record."""
     algorithm, workload = ROWS[name]
     batch, passes, seconds, graphs = workload.batch(), {}, {}, []
-    make, compiling.traced = compiling.traced, lambda *args: graphs.append(make(*args)) or graphs[-1]
+    traced, compiling.traced = compiling.traced, lambda *args: graphs.append(traced(*args)) or graphs[-1]
     for form, option in FORMS.items():
         learner = algorithm(workload.network(), inner_lr=INNER_LR, inner_steps=workload.steps, compile_passes=option)
         passes[form] = partial(learner.meta_gradient, batch)
         start = time.perf_counter()
         passes[form]()
         seconds[form] = time.perf_counter() - start
-    return passes, seconds, sum(node.op == "call_function" for node in graphs[0].graph.nodes)
+    return passes, seconds, sum(node.op == "call_function" for node in graphs[0][0].graph.nodes)
 
 
 def measure(name: str) -> str:

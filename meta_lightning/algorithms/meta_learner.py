@@ -132,12 +132,12 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         tasks_per_pass: Tasks of a meta-batch that are computed at once; affects time, memory and dropout masks only.
             Default: on a CPU as many as fit into its caches, elsewhere all; halved on OOM.
         compile_passes: ``"record"`` records the kernels of a training pass once and replays them: on a GPU as a CUDA
-            graph, many times faster for small networks; on a CPU without the cost of autograd and ``vmap``. The numbers
-            stay the same. ``True`` also compiles them with ``torch.compile``: affects time, rounding and dropout masks
-            only, takes seconds to minutes, and needs a C++ compiler or, on a GPU, Triton. ``"auto"`` does what pays for
-            the number of meta-iterations to come; a resumed run does what the first chose. Where passes are recorded or
-            compiled, the network and loss must be functions of their inputs, parameters and buffers: what else their
-            Python code does is done once.
+            graph, many times faster for small networks; on a CPU without the cost of Python, autograd and ``vmap``. The
+            numbers stay the same. ``True`` also compiles them with ``torch.compile``: affects time, rounding and
+            dropout masks only, takes seconds to minutes, and needs a C++ compiler or, on a GPU, Triton. ``"auto"``
+            records where that pays for the number of meta-iterations to come; a resumed run does what the first chose.
+            Where passes are recorded or compiled, the network and loss must be functions of their inputs, parameters
+            and buffers: what else their Python code does is done once.
         transductive: Whether evaluation predicts all queries of a task in one batch, which share batch-norm statistics
             (Finn et al., 2017), or each query with the support set only (Nichol et al., 2018, section 6.1).
         init_from: Checkpoint, of any algorithm, to load the network's weights from.

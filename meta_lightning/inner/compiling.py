@@ -1,18 +1,19 @@
 """Compiled passes of a meta-batch."""
 
-import warnings
-from collections.abc import Callable, Hashable, Iterable
+import math
+import operator
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from meta_lightning.inner.params import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from meta_lightning.inner.state import equal
@@ -20,6 +21,7 @@ from meta_lightning.random_states import drew_from, random_states, set_random_st
 
 aten = torch.ops.aten
 Pass = Callable[..., Any]  # from containers of tensors to containers of tensors
+Kernels = Callable[..., Sequence[Any]]  # from tensors to tensors
 MOST = 32  # graphs: a learning rate that changes at every step would compile one per step
 
 
@@ -75,15 +77,15 @@ class CompiledPasses:
             try:
                 set_random_states(before, device)  # the draws belong to training
                 if self.fuse or device.type != "cuda":
-                    graph = traced(function, *args)
-                    best = replaying(graph, result, before, *args)
+                    graph, structure = traced(function, *args)
+                    best = checked(as_pass(graph, structure), result, before, *args)
+                if device.type != "cuda":
+                    with suppress(Exception):  # of any kind: the graph itself has the same bits, and takes longer
+                        best = checked(as_pass(interpreted(graph), structure), result, before, *args)
                 if self.fuse:
-                    compiled = partial(without_autograd, compiled_by_torch(graph))
+                    compiled = as_pass(compiled_by_torch(graph), structure)
                     compiled(*args)  # compiles
                     best = compiled
-                elif device.type != "cuda":
-                    with suppress(Exception):  # of any kind: the graph itself has the same bits, and takes longer
-                        best = replaying(interpreted(graph), result, before, *args)
                 if device.type == "cuda":
                     best = self.captured(best, *args)
             except Exception as reason:  # any kind: the compiler's, of a missing compiler, or of the device
@@ -155,53 +157,115 @@ class ReadingNoValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def traced(function: Pass, *args: Any) -> GraphModule:
-    """Record torch's kernels in the function."""
-    # torch.compile has no double backward: make_fx traces the pass, i.e. forward, inner loop and meta-gradient, into a
-    # graph that needs no further differentiation. Its Python numbers are constants; tensors are read at each call
-    with ReadingNoValues(), ReadingNoMemory():
-        graph: GraphModule = make_fx(lambda *args: function(*args))(*args)  # a method's self would count
-    return graph
+class Recorder(ReadingNoValues):
+    """Writes torch's kernels down as a graph of the tensors that it is given.
+
+    As ``make_fx`` does, which simulates every kernel for what compilers need to know, at ten times the cost.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.graph, self.constants = Graph(), nn.Module()
+        self.nodes = WeakTensorKeyDictionary()
+        for i, tensor in enumerate(inputs):
+            self.nodes[tensor] = self.graph.placeholder(f"input_{i}")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function and write it down."""
+        if func is aten.lift_fresh.default:  # a number of Python's, on which in-place kernels may work
+            func = aten.lift_fresh_copy.default
+        arguments, keywords = tree_map(self.node_of, (tuple(args), kwargs or {}))
+        results = super().__torch_dispatch__(func, types, args, kwargs)
+        node = self.graph.call_function(func, arguments, keywords)
+        if isinstance(results, Tensor):
+            self.nodes[results] = node
+        elif isinstance(results, tuple | list):
+            for i, result in enumerate(results):
+                if isinstance(result, Tensor):
+                    self.nodes[result] = self.graph.call_function(operator.getitem, (node, i))
+        return results
+
+    def node_of(self, value: Any) -> Any:
+        """What stands for a value in the graph; what no kernel has made is a constant, read at each call."""
+        if not isinstance(value, Tensor):
+            return value
+        if value not in self.nodes:
+            name = f"constant_{len(self.nodes)}"
+            setattr(self.constants, name, value)
+            self.nodes[value] = self.graph.get_attr(name)
+        return self.nodes[value]
 
 
-def replaying(graph: Pass, result: Any, states: dict[str, Any], *args: Any) -> Pass:
-    """The graph as a pass; raise RuntimeError unless it has the function's result in the same random states."""
+def traced(function: Pass, *args: Any) -> tuple[GraphModule, Any]:
+    """Record torch's kernels in the function, from tensors to a tuple, and the structure of its result."""
+    # torch.compile has no double backward: the record has forward, inner loop and meta-gradient, and needs no further
+    # differentiation. Its Python numbers are constants
+    tensors, structure = tree_flatten(args)
+    inputs = [tensor.detach() for tensor in tensors]  # of which no two are the same
+    with Recorder(inputs) as recorder, ReadingNoMemory():
+        results, of_results = tree_flatten(function(*tree_unflatten(inputs, structure)))
+    recorder.graph.output(tuple(map(recorder.node_of, results)))
+    return GraphModule(recorder.constants, recorder.graph), of_results
+
+
+def interpreted(graph: GraphModule) -> Kernels:
+    """The graph in TorchScript, which calls its kernels from C++ and not from Python."""
+    constants = [node for node in graph.graph.nodes if node.op == "get_attr"]
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    lines = [f"def kernels({', '.join(map(in_torchscript, constants + inputs))}):"]
+    for node in graph.graph.nodes:
+        arguments = list(map(in_torchscript, node.args)) + [f"{k}={in_torchscript(v)}" for k, v in node.kwargs.items()]
+        if node.target is operator.getitem:
+            lines.append(f"    {node} = {arguments[0]}[{arguments[1]}]")
+        elif node.op == "call_function":
+            kernel = node.target.overloadpacket  # of which TorchScript chooses the overload
+            if str(kernel) == "aten._to_copy" and not isinstance(node.args[0], Node):
+                kernel = aten.scalar_tensor  # a number, by which vmap multiplies tensors without dimensions
+            lines.append(f"    {node} = torch.ops.{kernel}({', '.join(arguments)})")
+        elif node.op == "output":
+            lines.append(f"    return ({''.join(f'{in_torchscript(part)}, ' for part in node.args[0])})")
+    kernels: Kernels = torch.jit.CompilationUnit("\n".join([*lines, ""])).kernels
+    return partial(kernels, *(getattr(graph, node.target) for node in constants))
+
+
+def in_torchscript(value: Any) -> str:
+    """How TorchScript writes a value of a graph."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(in_torchscript, value))}]"
+    if isinstance(value, torch.device):
+        return f"torch.device('{value}')"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
+    return value.name if isinstance(value, Node) else repr(value)
+
+
+def as_pass(kernels: Kernels, structure: Any) -> Pass:
+    """A pass that runs kernels, which need no autograd and no casts besides their own."""
+
+    def run(*args: Any) -> Any:
+        tensors = tree_leaves(args)
+        with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+            return tree_unflatten([*kernels(*tensors)], structure)
+
+    return run
+
+
+def checked(replay: Pass, result: Any, states: dict[str, Any], *args: Any) -> Pass:
+    """The replay; raise RuntimeError unless it has the function's result in the same random states."""
     # a pass that sets random states, as checkpointing with dropout does, or draws from generators of its own
     set_random_states(states, tree_leaves(args)[0].device)
-    replay = partial(without_autograd, graph)
     pairs = zip(tree_leaves(replay(*args)), tree_leaves(result), strict=True)
     if not all(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True) for ours, theirs in pairs):
         raise RuntimeError("the network or loss has another result when its kernels are replayed")
     return replay
 
 
-def interpreted(graph: GraphModule) -> Pass:
-    """The graph in TorchScript, which calls its kernels from C++ and not from Python."""
-    kernels = Graph()
-    results: Any = kernels.graph_copy(graph.graph, {})
-    kernels.output(tuple(results))
-    for node in kernels.nodes:
-        if str(node.target) == "aten._to_copy.default" and not isinstance(node.args[0], Node):
-            node.target = aten.scalar_tensor.default  # a number, by which vmap multiplies tensors without dimensions
-        node.target = getattr(node.target, "overloadpacket", node.target)  # TorchScript chooses the overload itself
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated; without it the graph runs itself
-        script = torch.jit.script(GraphModule(graph, kernels))
-    return lambda *args: graph.graph.process_outputs(script(*graph.graph.process_inputs(*args)))
-
-
-def without_autograd(graph: Pass, *args: Any) -> Any:
-    """Run a graph, which needs no autograd and no casts besides its own."""
-    with torch.no_grad(), torch.autocast(tree_leaves(args)[0].device.type, enabled=False):
-        return graph(*args)
-
-
-def compiled_by_torch(graph: GraphModule) -> Pass:
+def compiled_by_torch(graph: GraphModule) -> Kernels:
     """The graph as torch.compile compiles it at the first call."""
     rank_zero_info("Compiling a pass, which takes seconds to minutes …")
     for node in graph.graph.nodes:
         if node.target is aten.view.default:  # compiled kernels return other strides than traced
             node.target = aten.reshape.default
     graph.recompile()
-    compiled: Pass = torch.compile(graph, fullgraph=True, dynamic=False)
+    compiled: Kernels = torch.compile(graph, fullgraph=True, dynamic=False)
     return compiled
