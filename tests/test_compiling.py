@@ -370,23 +370,23 @@ def test_recomputed_steps_are_not_recorded(network: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("steps", "shapes", "how"),
     [
-        (299, 1, "never"),
-        (300, 1, "record"),
-        (599, 2, "never"),  # each of which is recorded
-        (300, None, "record"),
+        (99, 1, "never"),
+        (100, 1, "record"),
+        (199, 2, "never"),  # each of which is recorded
+        (100, None, "record"),
         (math.inf, 1, "never"),
     ],
 )
 def test_what_pays_is_chosen(steps: float, shapes: int | None, how: str) -> None:
     passes = Passes(None, "auto")
-    passes.choose(steps, shapes, torch.device("cpu"), trainer(max_steps=1).strategy)
+    passes.choose(steps, shapes, trainer(max_steps=1).strategy)
     assert passes.how == how
 
 
 @pytest.mark.parametrize(("option", "how"), [(False, "never"), ("record", "record"), (True, "compile")])
 def test_what_is_given_is_kept(option: Compile, how: str) -> None:
     passes = Passes(None, option)
-    passes.choose(10**6, 1, torch.device("cpu"), trainer(max_steps=1).strategy)
+    passes.choose(10**6, 1, trainer(max_steps=1).strategy)
     assert passes.how == how
 
 

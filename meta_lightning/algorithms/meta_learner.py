@@ -564,7 +564,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         to_come = math.inf if timed else self.outer_update.steps - self.trainer.global_step
         data = self.data_module()
         shapes = data.train_shapes() if isinstance(data, TaskDataModule) else None
-        self.passes.choose(to_come, shapes, self.device, self.trainer.strategy)
+        self.passes.choose(to_come, shapes, self.trainer.strategy)
 
     def on_train_batch_start(self, batch: TaskBatch, batch_idx: int) -> None:
         """Complete the form of the samples, and warn once about parameters without gradient."""

@@ -4,7 +4,6 @@ import math
 import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -225,7 +224,14 @@ def interpreted(graph: GraphModule) -> Kernels:
         elif node.op == "output":
             lines.append(f"    return ({''.join(f'{in_torchscript(part)}, ' for part in node.args[0])})")
     kernels: Kernels = torch.jit.CompilationUnit("\n".join([*lines, ""])).kernels
-    return partial(kernels, *(getattr(graph, node.target) for node in constants))
+    values = [getattr(graph, node.target) for node in constants]
+
+    def run(*tensors: Tensor) -> Sequence[Any]:
+        # optimised execution takes up to half of a pass's memory again, and gains nothing
+        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            return kernels(*values, *tensors)
+
+    return run
 
 
 def in_torchscript(value: Any) -> str:

@@ -17,9 +17,9 @@ from meta_lightning.inner.params import tree_leaves, tree_map
 
 # Input values per pass on a CPU; above this the activations exceed the caches (benchmarks/results/speed.md)
 CACHED_VALUES = 2**19
-# Replays of a pass from which compile_passes "auto" records it, on a CPU and on a GPU. What a kernel of the pass costs
-# then, and saves per replay, hardly depends on the network (speed.md, "When compiling pays")
-RECORD_FROM, RECORD_ON_GPU_FROM = 300, 100
+# Replays of a pass from which compile_passes "auto" records it. What a kernel of the pass costs then, and saves per
+# replay, hardly depends on the network (speed.md, "When compiling pays")
+RECORD_FROM = 100
 
 Compile = bool | Literal["auto", "record"]
 HOW = {"never": "run as they are", "record": "are recorded", "compile": "are compiled"}
@@ -42,7 +42,7 @@ class Passes:
         self.kept: str | None = None  # what the run that is resumed had chosen
         self.compiled = CompiledPasses(fuse=self.how == "compile")
 
-    def choose(self, steps: float, shapes: int | None, device: torch.device, strategy: Strategy) -> None:
+    def choose(self, steps: float, shapes: int | None, strategy: Strategy) -> None:
         """Choose what ``"auto"`` does in a training of so many more meta-iterations, the same on all ranks.
 
         ``shapes`` is the number of shapes that its batches have, None if that is not known.
@@ -50,7 +50,7 @@ class Passes:
         if self.option != "auto":
             return
         replays = steps / (shapes or 1) if math.isfinite(steps) else 0
-        how = "record" if replays >= (RECORD_ON_GPU_FROM if device.type == "cuda" else RECORD_FROM) else "never"
+        how = "record" if replays >= RECORD_FROM else "never"
         how, self.kept = strategy.broadcast(self.kept or how), None
         if how != self.how:
             self.how = how
