@@ -462,6 +462,35 @@ def test_torchscript_runs_records(network: nn.Module, monkeypatch: pytest.Monkey
     assert len(ran) == 3  # compared, and twice replayed
 
 
+def test_a_record_tells_equal_inputs_apart(network: nn.Module) -> None:
+    """Recorded where support and query set are one tensor, replayed where they are two."""
+    first, other = (next(iter(batches(6))) for _ in range(2))
+    one = TaskBatch(first.support_x, first.support_y, first.support_x, first.support_y)
+    learner = MAML(network, inner_lr=0.1, inner_steps=2, compile_passes="record")
+    learner.meta_gradient(one)
+    grads = learner.meta_gradient(other)[0]
+    assert compiled(learner) == 1
+    expected = MAML(network, inner_lr=0.1, inner_steps=2, compile_passes=False).meta_gradient(other)[0]
+    for name, value in grads.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.filterwarnings(f"error:{REFUSAL}")
+def test_a_number_that_the_loss_counts_up_starts_anew_in_every_replay(network: nn.Module) -> None:
+    def loss(predictions: Tensor, y: Tensor) -> Tensor:
+        weight = torch.tensor(0.5)
+        weight += 1
+        return weight * nn.functional.cross_entropy(predictions, y)
+
+    batch = next(iter(batches(6)))
+    learner = MAML(network, loss, inner_lr=0.1, inner_steps=2, compile_passes="record")
+    expected = MAML(network, loss, inner_lr=0.1, inner_steps=2, compile_passes=False).meta_gradient(batch)[0]
+    for _ in range(3):
+        for name, value in learner.meta_gradient(batch)[0].items():
+            assert torch.equal(value, expected[name]), name
+    assert compiled(learner) == 1
+
+
 def test_without_a_compiler_passes_are_recorded(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(graph: Any, **options: Any) -> Any:
         raise RuntimeError("no C++ compiler")
