@@ -1,7 +1,4 @@
-"""The command line, killed so many seconds into a meta-iteration: killed_fit.py STEP SECONDS fit …; -1 for never.
-
-RECORD_FROM, where it is set, is the number of meta-iterations from which "auto" records passes.
-"""
+"""The command line, killed so many seconds into a meta-iteration: killed_fit.py STEP SECONDS fit …; -1 for never."""
 
 import os
 import signal
@@ -13,7 +10,6 @@ import lightning as L
 from torch import Tensor, nn
 
 from meta_lightning.cli import main
-from meta_lightning.inner import passes
 
 
 class DropoutMLP(nn.Module):
@@ -48,6 +44,5 @@ class Terminate(L.Callback):
 
 if __name__ == "__main__":
     step, seconds, *arguments = sys.argv[1:]
-    passes.RECORD_FROM = int(os.environ.get("RECORD_FROM", passes.RECORD_FROM))
     callbacks = ["--trainer.callbacks+=killed_fit.Kill", f"--trainer.callbacks.step={step}"]
     main([*arguments, *callbacks, f"--trainer.callbacks.seconds={seconds}"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -164,8 +164,10 @@ class Recorder(ReadingNoValues):
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self.graph, self.constants = Graph(), nn.Module()
-        self.nodes = WeakTensorKeyDictionary()
+        self.graph, self.nodes = Graph(), WeakTensorKeyDictionary()
+        self.constants: dict[str, Tensor] = {}
+        self.given = {memory(tensor) for tensor in inputs}  # and that of constants
+        self.made: set[int] = set()  # memory that kernels have allocated
         for i, tensor in enumerate(inputs):
             self.nodes[tensor] = self.graph.placeholder(f"input_{i}")
 
@@ -173,26 +175,46 @@ class Recorder(ReadingNoValues):
         """Call the function and write it down."""
         if func is aten.lift_fresh.default:  # a number of Python's, on which in-place kernels may work
             func = aten.lift_fresh_copy.default
+            self.add_constant(args[0])
         arguments, keywords = tree_map(self.node_of, (tuple(args), kwargs or {}))
         results = super().__torch_dispatch__(func, types, args, kwargs)
         node = self.graph.call_function(func, arguments, keywords)
         if isinstance(results, Tensor):
-            self.nodes[results] = node
+            self.add_result(results, node)
         elif isinstance(results, tuple | list):
             for i, result in enumerate(results):
                 if isinstance(result, Tensor):
-                    self.nodes[result] = self.graph.call_function(operator.getitem, (node, i))
+                    self.add_result(result, self.graph.call_function(operator.getitem, (node, i)))
         return results
 
     def node_of(self, value: Any) -> Any:
-        """What stands for a value in the graph; what no kernel has made is a constant, read at each call."""
+        """What stands for a value in the graph."""
+        if isinstance(value, torch.Generator):
+            raise RuntimeError("the network or loss draws from a generator of its own")
         if not isinstance(value, Tensor):
             return value
         if value not in self.nodes:
-            name = f"constant_{len(self.nodes)}"
-            setattr(self.constants, name, value)
-            self.nodes[value] = self.graph.get_attr(name)
+            if memory(value) in self.made:  # it would be read at each call, as it was
+                raise RuntimeError("a tensor of the pass comes from no kernel")
+            self.add_constant(value)
         return self.nodes[value]
+
+    def add_result(self, tensor: Tensor, node: Node) -> None:
+        """A tensor that a kernel has made."""
+        self.nodes[tensor] = node
+        self.made |= {memory(tensor)} - self.given
+
+    def add_constant(self, tensor: Tensor) -> None:
+        """A tensor from outside of the pass, such as a parameter, which is read at each call."""
+        name = f"constant_{len(self.constants)}"
+        self.constants[name] = tensor
+        self.given.add(memory(tensor))
+        self.nodes[tensor] = self.graph.get_attr(name)
+
+
+def memory(tensor: Tensor) -> int:
+    """Where the memory of a tensor and its views starts; 0 if it has none."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def traced(function: Pass, *args: Any) -> tuple[GraphModule, Any]:

@@ -19,7 +19,7 @@ from meta_lightning.inner.params import tree_leaves, tree_map
 CACHED_VALUES = 2**19
 # Replays of a pass from which compile_passes "auto" records it. What a kernel of the pass costs then, and saves per
 # replay, hardly depends on the network (speed.md, "When compiling pays")
-RECORD_FROM = 100
+RECORD_FROM = 50
 
 Compile = bool | Literal["auto", "record"]
 HOW = {"never": "run as they are", "record": "are recorded", "compile": "are compiled"}
