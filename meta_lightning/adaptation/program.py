@@ -21,7 +21,7 @@ from meta_lightning.data.form import SampleForm
 from meta_lightning.data.tasks import Array, scale_pixels
 from meta_lightning.data.tensors import samples
 from meta_lightning.files import require_writable, written_whole
-from meta_lightning.inner.compiling import ReadingNoMemory, ReadingNoValues
+from meta_lightning.inner.compiling import ReadingNoMemory, ReadingNoValues, UnrecordableError
 from meta_lightning.inner.copies import copied
 from meta_lightning.inner.params import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from meta_lightning.inner.samples import Samples, length, one_task
@@ -235,7 +235,7 @@ def require_function(adapting: Adapting, task: Task) -> None:
     try:
         with ReadingNoValues(), ReadingNoMemory():
             adapting(*task)
-    except RuntimeError as error:
+    except (RuntimeError, UnrecordableError) as error:
         raise InputError(f"{expected} be a function of tensors alone, got an error of torch: {error}") from None
     after = random_states(CPU)
     set_random_states(before, CPU)
