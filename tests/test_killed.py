@@ -88,7 +88,12 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "how"), [("auto", "record"), pytest.param("true", "compile", marks=pytest.mark.slow)]
+    ("option", "how"),
+    [
+        ("auto", "record"),
+        pytest.param("true", "compile", marks=pytest.mark.slow),
+        pytest.param("false", "never", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_keeps_how_its_passes_run(option: str, how: str, tmp_path: Path) -> None:
     """Of its 60 meta-iterations fewer are left when it is resumed than ``auto`` would record."""
