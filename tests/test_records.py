@@ -135,7 +135,7 @@ def test_what_no_record_can_follow_runs_as_it_is(name: str) -> None:
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML])
 def test_draws_that_nobody_reads_are_drawn(algorithm: Any) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "uncompiled")
+        warnings.filterwarnings("error", ".*uncompiled")
         ours = meta_gradients(network(unused_draws), algorithm)
     assert_same(ours, meta_gradients(network(unused_draws), algorithm, record=False))
 

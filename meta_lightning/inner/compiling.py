@@ -101,6 +101,11 @@ class CompiledPasses:
         self.replays[signature] += 1
         if replay == function or self.fuse or self.replays[signature].bit_count() > 1:
             return replay(*args)
+        return self.compared(replay, function, *args)
+
+    def compared(self, replay: Pass, function: Pass, *args: Any) -> Any:
+        """Return ``function(*args)``, and forget all records if that is not what the replay returns."""
+        device = tree_leaves(args)[0].device
         before = random_states(device)
         try:
             result = function(*args)
