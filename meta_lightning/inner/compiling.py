@@ -56,52 +56,67 @@ class CompiledPasses:
         tensors, structure = tree_flatten(args)
         device = tensors[0].device
         casts = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        known = key()
-        signature = (known, casts, str(structure), *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
+        signature = (key(), casts, str(structure), *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
         if signature not in self.passes:
-            if self.refused:
-                return function(*args)
-            if len(self.passes) == MOST:
-                return self.refuse(f"{MOST} graphs of other shapes or settings exist already", function(*args))
-            before, kept = random_states(device), [buffer.clone() for buffer in buffers()]
-            result = function(*args)  # raise the pass's own errors, and run its one-time checks, outside the trace
-            after = random_states(device)
-            drew = drew_from(before, after)
-            # what a graph would repeat, or recording do several times
-            if drew & {"python", "numpy"}:
-                return self.refuse("the pass draws random numbers of Python or NumPy", result)
-            if device.type == "cuda" and "torch" in drew:
-                return self.refuse("the pass draws random numbers on the CPU", result)
-            if key() != known:
-                return self.refuse("the pass changes attributes of its modules", result)
-            if not all(map(equal, buffers(), kept)):
-                return self.refuse("the pass changes buffers", result)
-            best = function
-            try:
-                set_random_states(before, device)  # the draws belong to training
-                if self.fuse or device.type != "cuda":
-                    graph, structure = traced(function, *args)
-                    best = self.checked(as_pass(graph, structure), result, before, after, *args)
-                if device.type != "cuda":
-                    with suppress(Exception):  # of any kind: the graph itself has the same bits, and takes longer
-                        best = self.checked(as_pass(interpreted(graph), structure), result, before, after, *args)
-                if self.fuse:
-                    compiled = as_pass(compiled_by_torch(graph), structure)
-                    compiled(*args)  # compiles
-                    best = compiled
-                if device.type == "cuda":
-                    best = self.captured(best, *args)
-            except Exception as reason:  # any kind: the compiler's, of a missing compiler, or of the device
-                rank_zero_warn(f"A pass runs uncompiled, since compiling failed: {reason}")
-            finally:
-                set_random_states(before if self.fuse else after, device)
-            self.passes[signature], self.replays[signature] = best, 0
-            return best(*args) if self.fuse else result  # a resumed run starts with compiled kernels too
+            return function(*args) if self.refused else self.record(signature, function, key, buffers, *args)
         replay = self.passes[signature]
         self.replays[signature] += 1
         if replay == function or self.fuse or self.replays[signature].bit_count() > 1:
             return replay(*args)
         return self.compared(replay, function, *args)
+
+    def record(
+        self,
+        signature: Hashable,
+        function: Pass,
+        key: Callable[[], Hashable],
+        buffers: Callable[[], Iterable[Tensor]],
+        *args: Any,
+    ) -> Any:
+        """Return ``function(*args)``, and keep what replays it."""
+        if len(self.passes) == MOST:
+            return self.refuse(f"{MOST} graphs of other shapes or settings exist already", function(*args))
+        device = tree_leaves(args)[0].device
+        before, known, kept = random_states(device), key(), [buffer.clone() for buffer in buffers()]
+        result = function(*args)  # raise the pass's own errors, and run its one-time checks, outside the trace
+        after = random_states(device)
+        drew = drew_from(before, after)
+        # what a graph would repeat, or recording do several times
+        if drew & {"python", "numpy"}:
+            return self.refuse("the pass draws random numbers of Python or NumPy", result)
+        if device.type == "cuda" and "torch" in drew:
+            return self.refuse("the pass draws random numbers on the CPU", result)
+        if key() != known:
+            return self.refuse("the pass changes attributes of its modules", result)
+        if not all(map(equal, buffers(), kept)):
+            return self.refuse("the pass changes buffers", result)
+        try:
+            set_random_states(before, device)  # the draws belong to training
+            replay = self.fastest(function, result, before, after, *args)
+        finally:
+            set_random_states(before if self.fuse else after, device)
+        self.passes[signature], self.replays[signature] = replay, 0
+        return replay(*args) if self.fuse else result  # a resumed run starts with compiled kernels too
+
+    def fastest(self, function: Pass, result: Any, before: dict[str, Any], after: dict[str, Any], *args: Any) -> Pass:
+        """The fastest form of a pass that can be made, if none the function itself, with a warning."""
+        device, best = tree_leaves(args)[0].device, function
+        try:
+            if self.fuse or device.type != "cuda":
+                graph, structure = traced(function, *args)
+                best = self.checked(as_pass(graph, structure), result, before, after, *args)
+            if device.type != "cuda":
+                with suppress(Exception):  # of any kind: the graph itself has the same bits, and takes longer
+                    best = self.checked(as_pass(interpreted(graph), structure), result, before, after, *args)
+            if self.fuse:
+                compiled = as_pass(compiled_by_torch(graph), structure)
+                compiled(*args)  # compiles
+                best = compiled
+            if device.type == "cuda":
+                best = self.captured(best, *args)
+        except Exception as reason:  # any kind: the compiler's, of a missing compiler, or of the device
+            rank_zero_warn(f"A pass runs uncompiled, since compiling failed: {reason}")
+        return best
 
     def compared(self, replay: Pass, function: Pass, *args: Any) -> Any:
         """Return ``function(*args)``, and forget all records if that is not what the replay returns."""
