@@ -1,4 +1,4 @@
-"""Whole commands by compile_passes: what auto chooses, and what the command takes with it, with false and with record.
+"""Whole commands by compile_passes: what they take with false, auto and record.
 
     python benchmarks/commands.py [--omniglot DATA] [--photographs CALTECH] [--only demo] [--repeats 1]
 
@@ -9,7 +9,6 @@ data and, in brackets, of its processors. The commands of a data set that is not
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -30,18 +29,17 @@ COMMANDS = {
 OPTIONS = ("false", "auto", "record")
 
 
-def run(command: str, option: str) -> tuple[float, float, str]:
-    """Seconds of the command and of its processors, and what auto says."""
+def run(command: str, option: str) -> tuple[float, float]:
+    """Seconds of the command and of its processors."""
     quiet = "--trainer.enable_progress_bar false --trainer.accelerator cpu"
     with tempfile.TemporaryDirectory() as folder:
         arguments = f"{command} {quiet} --model.compile_passes {option} --trainer.default_root_dir {folder}"
         start, before = time.perf_counter(), os.times()
         line = [sys.executable, "-m", "meta_lightning", "fit", *arguments.split()]
-        done = subprocess.run(line, check=True, capture_output=True, text=True)
+        subprocess.run(line, check=True, capture_output=True)
         seconds, after = time.perf_counter() - start, os.times()
     processors = sum(after[2:4]) - sum(before[2:4])  # of the processes that have ended
-    choice = re.search(r"Passes (.*) \(compile_passes auto\)", done.stdout + done.stderr)
-    return seconds, processors, choice[1] if choice else ""
+    return seconds, processors
 
 
 if __name__ == "__main__":
@@ -51,8 +49,8 @@ if __name__ == "__main__":
     parser.add_argument("--only", choices=COMMANDS, nargs="*", default=[*COMMANDS])
     parser.add_argument("--repeats", type=int, default=1)
     arguments = parser.parse_args()
-    print(f"| command | {' | '.join(OPTIONS)} | auto: passes |")
-    print("|---" * (len(OPTIONS) + 2) + "|")
+    print(f"| command | {' | '.join(OPTIONS)} |")
+    print("|---" * (len(OPTIONS) + 1) + "|")
     for name in arguments.only:
         roots = {part: root for part, root in vars(arguments).items() if part in ("omniglot", "photographs")}
         if any(f"{{{part}}}" in COMMANDS[name] and root is None for part, root in roots.items()):
@@ -60,5 +58,5 @@ if __name__ == "__main__":
         command = COMMANDS[name].format(**roots)
         runs = [[run(command, option) for option in OPTIONS] for _ in range(arguments.repeats)]
         best = [min(of_option) for of_option in zip(*runs, strict=True)]
-        cells = [f"{seconds:.1f} ({processors:.1f})" for seconds, processors, _ in best]
-        print(f"| `fit {COMMANDS[name]}` | {' | '.join(cells)} | {best[OPTIONS.index('auto')][2]} |", flush=True)
+        cells = [f"{seconds:.1f} ({processors:.1f})" for seconds, processors in best]
+        print(f"| `fit {COMMANDS[name]}` | {' | '.join(cells)} |", flush=True)

@@ -46,7 +46,7 @@ def updates(network: nn.Module, batch: TaskBatch, inner_lr: float, inner_steps: 
     ]
     reptile = Reptile(network, inner_lr=inner_lr, inner_steps=inner_steps)
     support = reptile.support(batch.support_x, batch.support_y, inner_steps)
-    mean, _ = reptile.in_passes(reptile.adapt_pass, support, compiled=False)
+    mean, _ = reptile.in_passes(reptile.adapt_pass, support)
     return torch.stack([*gradients, flat(reptile.meta_parameters()) - flat(mean)])
 
 

@@ -80,7 +80,7 @@ def update(algorithm: str, network: nn.Module, dtype: torch.dtype, device: str, 
             result = learner.meta_gradient(tasks)[0]
         else:
             support = learner.support(tasks.support_x, tasks.support_y, learner.inner_steps)
-            result = learner.in_passes(learner.adapt_pass, support, compiled=True)[0]
+            result = learner.in_passes(learner.adapt_pass, support)[0]
     return {name: p.detach().cpu().double() for name, p in result.items()}
 
 

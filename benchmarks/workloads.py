@@ -82,7 +82,7 @@ def ours(algorithm: str, workload: Waves | Workload, device: str = "cpu", **opti
 
     def update() -> Params:
         support = learner.support(batch.support_x, batch.support_y, learner.inner_steps)
-        return learner.in_passes(learner.adapt_pass, support, compiled=True)[0]
+        return learner.in_passes(learner.adapt_pass, support)[0]
 
     return update
 

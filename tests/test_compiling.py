@@ -1,7 +1,6 @@
 """Compiled passes: the same training to rounding, whatever changes in between."""
 
 import copy
-import math
 import random
 import warnings
 from collections.abc import Callable
@@ -17,16 +16,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from meta_lightning import FOMAML, IMAML, MAML, Adam, Glyphs, MetaLearner, Reptile, Sinusoid, TaskBatch
+from meta_lightning import FOMAML, IMAML, MAML, Adam, MetaLearner, Prototypes, Reptile, Sinusoid, TaskBatch
 from meta_lightning.checks import InputError
 from meta_lightning.inner import compiling
-from meta_lightning.inner.passes import Compile, Passes
+from meta_lightning.inner.passes import Compile
 
 ALGORITHMS: list[tuple[type[MetaLearner], dict[str, Any]]] = [
     (MAML, {"learn_inner_lr": True}),
     (Reptile, {"inner_optimizer": "adam", "inner_batch_size": 2, "inner_lr": 0.01}),
 ]
-REFUSAL = "A pass runs uncompiled"
+REFUSAL = "A pass (runs as it is|is recorded), since"
 
 
 def batches(*shape: int) -> DataLoader[TaskBatch]:
@@ -182,12 +181,12 @@ def test_moments_that_moving_to_a_device_replaced_are_seen(network: nn.Module) -
     learner = Reptile(network, inner_lr=0.1, inner_steps=2, inner_optimizer="adam", compile_passes=True)
     batch = next(iter(batches(6)))
     support = learner.support(batch.support_x, batch.support_y, 2)
-    before, _ = learner.in_passes(learner.adapt_pass, support, compiled=True)
+    before, _ = learner.in_passes(learner.adapt_pass, support)
     assert isinstance(learner.inner_rule, Adam)
     second = learner.inner_rule.second
     for name, buffer in list(second.named_buffers()):
         second.register_buffer(name, torch.ones_like(buffer))
-    after, expected = (learner.in_passes(learner.adapt_pass, support, compiled=c)[0] for c in (True, False))
+    after, expected = learner.in_passes(learner.adapt_pass, support)[0], learner.adapt_pass(support)[0]
     for name, value in expected.items():
         torch.testing.assert_close(after[name], value)
         assert not torch.equal(before[name], value)
@@ -310,9 +309,9 @@ def test_what_a_graph_would_repeat_is_refused(kind: str, compile_passes: Compile
         random.seed(0)
         return [learner.meta_gradient(batch)[1] for _ in range(3)]
 
-    with pytest.warns(UserWarning, match=f"uncompiled: the pass .*{kind}") as caught:
+    with pytest.warns(UserWarning, match=f"as they are: the pass .*{kind}") as caught:
         ours = losses(compile_passes=compile_passes)
-    assert len([w for w in caught if "uncompiled" in str(w.message)]) == 1
+    assert len([w for w in caught if "as they are" in str(w.message)]) == 1
     for one, expected in zip(ours, losses(), strict=True):
         assert torch.equal(one, expected)
 
@@ -343,7 +342,7 @@ def test_what_sets_random_states_is_not_recorded(how: str, network: nn.Module) -
         torch.manual_seed(0)
         return [learner.meta_gradient(batch)[1] for _ in range(3)]
 
-    with pytest.warns(UserWarning, match="uncompiled"):
+    with pytest.warns(UserWarning, match="runs? as (it is|they are)"):
         ours = losses("record")
     if how != "a generator":  # which examining and recording have moved
         assert all(map(torch.equal, ours, losses(False)))
@@ -367,43 +366,71 @@ def test_recomputed_steps_are_not_recorded(network: nn.Module) -> None:
     assert compiled(learner) == 0
 
 
-@pytest.mark.parametrize(
-    ("steps", "shapes", "how"),
-    [
-        (49, 1, "never"),
-        (50, 1, "record"),
-        (99, 2, "never"),  # each of which is recorded
-        (50, None, "record"),
-        (math.inf, 1, "never"),
-    ],
-)
-def test_what_pays_is_chosen(steps: float, shapes: int | None, how: str) -> None:
-    passes = Passes(None, "auto")
-    passes.choose(steps, shapes, trainer(max_steps=1).strategy)
-    assert passes.how == how
+@pytest.fixture
+def recorded_after_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By compile_passes auto."""
+    monkeypatch.setattr("meta_lightning.inner.passes.RECORD_AFTER", 2)
 
 
-@pytest.mark.parametrize(("option", "how"), [(False, "never"), ("record", "record"), (True, "compile")])
-def test_what_is_given_is_kept(option: Compile, how: str) -> None:
-    passes = Passes(None, option)
-    passes.choose(10**6, 1, trainer(max_steps=1).strategy)
-    assert passes.how == how
+@pytest.mark.usefixtures("recorded_after_two")
+def test_auto_records_each_kind_of_pass_after_some_of_them(network: nn.Module) -> None:
+    learner, expected = (MAML(network, inner_steps=1, compile_passes=option) for option in ("auto", False))
+    assert isinstance(learner, MAML)
+    assert isinstance(expected, MAML)
+    counts = []
+    for batch in [*batches(6), *batches(6)]:
+        smaller = TaskBatch(*(part[:2] for part in batch))
+        for tasks in (batch, smaller):
+            ours, theirs = (one.meta_gradient(tasks)[0] for one in (learner, expected))
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        counts.append(compiled(learner))
+    assert counts == [0, 0, 2, 2, 2, 2]
 
 
-@pytest.mark.parametrize(("options", "how"), [({}, "record"), ({"max_time": "00:01:00:00"}, "never")])
-def test_a_training_of_unknown_length_runs_as_it_is(
-    options: dict[str, Any], how: str, monkeypatch: pytest.MonkeyPatch
+def test_passes_whose_settings_always_change_are_not_counted_for_ever(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("meta_lightning.inner.passes.RECORD_FROM", 2)
-    learner = MAML(nn.Linear(1, 1), inner_steps=1)
-    trainer(max_steps=2, limit_val_batches=0, **options).fit(learner, datamodule=Sinusoid(meta_batch_size=1))
-    assert learner.passes.how == how
+    monkeypatch.setattr(compiling, "SEEN", 3)
+    learner, batch = MAML(network, inner_steps=1), next(iter(batches(6)))
+
+    def annealed(steps: int) -> None:
+        for step in range(steps):
+            learner.inner_lr = 0.1 / (step + 1)
+            learner.meta_gradient(batch)
+
+    with pytest.warns(UserWarning, match="run as they are: they have had 3 different shapes or settings"):
+        annealed(8)
+    assert len(learner.passes.compiled.seen) == 4
 
 
-def test_data_modules_count_the_shapes_of_their_batches() -> None:
-    assert Sinusoid().train_shapes() == 1
-    assert Sinusoid(train_shots=[5, 10]).train_shapes() == 6
-    assert Glyphs(train_ways=[2, 5], train_shots=[1, 3]).train_shapes() == 12
+@pytest.mark.usefixtures("recorded_after_two")
+@pytest.mark.parametrize("each_step", [False, True])
+@pytest.mark.parametrize("transductive", [False, True])
+@pytest.mark.parametrize(("algorithm", "options"), [*ALGORITHMS, (MAML, {"head_start": Prototypes(), "inner_lr": 0.1})])
+def test_evaluation_is_recorded_to_the_bit(
+    algorithm: type[MetaLearner], options: dict[str, Any], transductive: bool, each_step: bool, network: nn.Module
+) -> None:
+    def answers(compile_passes: Compile) -> tuple[list[Tensor], int]:
+        learner = algorithm(
+            copy.deepcopy(network), inner_steps=2, transductive=transductive, compile_passes=compile_passes, **options
+        )
+        found = []
+        with torch.inference_mode():
+            for batch in [*batches(6), *batches(6)]:
+                of_classes = batch._replace(support_y=torch.arange(4).remainder(2).expand(3, 4))
+                found += [a.predictions for a in learner.eval().answers(of_classes, each_step)]
+        return found, compiled(learner)
+
+    (ours, count), (expected, none) = answers("auto"), answers(False)
+    assert (count, none) == (1, 0)
+    assert all(map(torch.equal, ours, expected))
+
+
+@pytest.mark.usefixtures("unfused")
+def test_evaluation_is_not_compiled(network: nn.Module) -> None:
+    learner = MAML(network, inner_steps=1, compile_passes=True).eval()
+    learner.answers(next(iter(batches(6))))
+    assert compiled(learner) == 0
 
 
 class Saving(L.Callback):
@@ -414,22 +441,18 @@ class Saving(L.Callback):
             trainer.save_checkpoint(Path(trainer.default_root_dir) / "at2.ckpt")
 
 
-def test_a_resumed_run_does_what_the_first_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit, though the one meta-iteration to come would not pay for recording."""
-    monkeypatch.setattr("meta_lightning.inner.passes.RECORD_FROM", 2)
+@pytest.mark.usefixtures("recorded_after_two")
+def test_a_resumed_run_that_records_nothing_is_the_same(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
 
     def fit(ckpt_path: str | None = None) -> MAML:
         learner = MAML(copy.deepcopy(network), inner_lr=0.1, inner_steps=2)
-        run = trainer(max_steps=3, limit_val_batches=0, default_root_dir=tmp_path, callbacks=[Saving()])
+        run = trainer(max_steps=4, limit_val_batches=0, default_root_dir=tmp_path, callbacks=[Saving()])
         run.fit(learner, datamodule=Sinusoid(meta_batch_size=3), ckpt_path=ckpt_path)
         return learner
 
-    whole = fit()
-    checkpoint = torch.load(tmp_path / "at2.ckpt", weights_only=True)
-    assert checkpoint["passes"] == "record"
-    resumed = fit(str(tmp_path / "at2.ckpt"))
-    assert (resumed.passes.how, compiled(resumed)) == ("record", 1)
+    whole, resumed = fit(), fit(str(tmp_path / "at2.ckpt"))
+    assert (compiled(whole), compiled(resumed)) == (1, 0)
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
 

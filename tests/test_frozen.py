@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import trainer
 from references import EXACT, TASKS_FROM_A_LIST, adapted_mean, classification, error, fomaml_loop, maml_loop
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ def test_meta_gradients_in_front_of_which_modules_are_frozen(algorithm: type[MAM
 def test_reptile_behind_frozen_modules(make: Callable[[], nn.Sequential]) -> None:
     network, tasks = make(), batch()
     learner = Reptile(network, inner_lr=0.1, inner_steps=3)
-    mean = learner.in_passes(learner.adapt_pass, learner.support(*tasks[:2], 3), compiled=False)[0]
+    mean = learner.in_passes(learner.adapt_pass, learner.support(*tasks[:2], 3))[0]
     assert error(mean, adapted_mean(in_train_mode_of_the_rest(network), tasks, 3)) < EXACT
 
 
@@ -102,6 +103,19 @@ def test_the_patterns_of_both_loops_freeze_too() -> None:
     learner = MAML(network, inner_freeze=["0.*"], outer_freeze=["0.*"])
     torch.testing.assert_close(learner(x), copy.deepcopy(network).eval()(x), rtol=0, atol=0)
     assert error(learner.meta_gradient(tasks := batch())[0], MAML(frozen(network)).meta_gradient(tasks)[0]) < EXACT
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_evaluation_keeps_features(make: Callable[[], nn.Sequential]) -> None:
+    """In Lightning's inference mode, of more batches than the cache had room for at first."""
+    one_each = [TaskBatch(*(part[[i % len(part)]] for part in batch())) for i in range(6)]
+    loader = DataLoader(one_each, batch_size=None)  # type: ignore[arg-type]
+    learner = MAML(make(), inner_lr=0.1, inner_steps=1)
+    (scores,) = trainer(precision="64-true").test(learner, loader)
+    assert len(learner.task_network.cache.rows) > len(one_each)
+    alone = MAML(learner.network, inner_lr=0.1, inner_steps=1).eval()
+    losses = [alone.query_scores(alone.answers(tasks)[-1], tasks.query_y)["loss"] for tasks in one_each]
+    assert scores["test/loss"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-6)
 
 
 def frozen(network: nn.Sequential) -> nn.Sequential:
@@ -401,7 +415,7 @@ class Count(nn.Module):
 def test_dropout_behind_frozen_modules_is_drawn_at_every_inner_step() -> None:
     network = nn.Sequential(*backbone().requires_grad_(False), nn.Dropout(0.5), nn.Linear(4, 5))
     learner = FOMAML(network)
-    parts = learner.task_network.split()
+    parts = learner.task_network.find_parts()
     assert parts is not None
     assert [name for name, _ in parts.rest.named_children()] == ["2", "3", "4", "5", "6", "7"]
 

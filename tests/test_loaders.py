@@ -164,11 +164,11 @@ def test_a_named_tuple_in_another_order_is_refused() -> None:
     as_task_batch(same(X[None], Y[None], X[None], Y[None]))
 
 
-@pytest.mark.parametrize("run", ["validate", "test"])
+@pytest.mark.parametrize("run", ["validate", "test", "predict"])
 def test_several_loaders_of_an_evaluation_are_refused(run: str) -> None:
     loaders = [DataLoader([(X[None], Y[None]) * 2], batch_size=None) for _ in range(2)]  # type: ignore[list-item,var-annotated]
     with pytest.raises(InputError, match=r"evaluation takes one loader.*got 2"):
-        getattr(trainer(), run)(MAML(nn.Linear(3, 2), inner_steps=1), loaders, verbose=False)
+        getattr(trainer(), run)(MAML(nn.Linear(3, 2), inner_steps=1), loaders)
 
 
 def test_more_outputs_than_classes_are_drawn(glyphs: Any, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_reptile_moves_the_adapters_alone() -> None:
     network, batch = NETWORKS["linear"](), classification(24)
     learner = Reptile(network, inner_lr=0.1, inner_steps=3)
     support = learner.support(batch.support_x, batch.support_y, 3)
-    mean = learner.in_passes(learner.adapt_pass, support, compiled=False)[0]
+    mean = learner.in_passes(learner.adapt_pass, support)[0]
     assert error(mean, adapted_mean(network, batch, 3)) < EXACT
 
 

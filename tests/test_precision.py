@@ -79,3 +79,15 @@ def test_strategies_that_shard_the_network_are_refused() -> None:
     with pytest.raises(ValueError, match=r"trainer\.strategy .* FSDPStrategy\b"):
         require_supported("32-true", FSDPStrategy())
     require_supported("32-true", DDPStrategy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_casts_as_in_a_loop(dtype: torch.dtype) -> None:
+    """Not float64."""
+    network, x = torch.nn.Conv2d(1, 2, 3).to(dtype), torch.rand(3, 2, 1, 5, 5, dtype=dtype)
+    params = {name: p.detach().expand(3, *p.shape) for name, p in network.named_parameters()}
+    learner = meta_lightning.MAML(network)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, alone = learner.task_network.predict(params, x), network(x[0])
+    assert ours.dtype == alone.dtype
+    torch.testing.assert_close(ours[0], alone)

@@ -79,7 +79,7 @@ def ours(learner: MetaLearner, batch: TaskBatch) -> Params:
     if not isinstance(learner, Reptile):
         return learner.meta_gradient(batch)[0]  # type: ignore[operator]
     support = learner.support(batch.support_x, batch.support_y, STEPS)
-    mean: Params = learner.in_passes(learner.adapt_pass, support, compiled=True)[0]
+    mean: Params = learner.in_passes(learner.adapt_pass, support)[0]
     return mean
 
 
@@ -220,7 +220,7 @@ def test_dicts_are_keywords_and_equal_a_literal_loop(kind: type[MetaLearner], ho
 @KINDS
 @HOW
 @pytest.mark.parametrize("loss", [Wave, WaveByAutograd])
-@pytest.mark.filterwarnings("ignore:Tasks run in a loop", "ignore:.*runs? uncompiled")
+@pytest.mark.filterwarnings("ignore:Tasks run in a loop", "ignore:.*runs? as (it is|they are)")
 def test_a_loss_that_sees_the_task_equals_a_literal_loop(
     kind: type[MetaLearner], how: str, loss: type[TaskLoss]
 ) -> None:

@@ -68,7 +68,7 @@ class IMAML(MAML):
         params = leaves(of_network(self.inner_loop(start, support).params))  # line 3: θ'
         losses, predictions = self.task_network.query(params, start, query_x, query_y)
         by_query = gradient(losses.sum(), params)  # line 4: ∇L_query(θ')
-        by_start = self.implicit_gradient(start, params, by_query, *support.steps[-1])  # line 5
+        by_start = self.implicit_gradient(start, params, by_query, *support.batches[-1])  # line 5
         learned = self.learned(theta)
         grads = torch.autograd.grad(
             [graph[name] for name in by_start], [*learned.values()], [*by_start.values()], materialize_grads=True

@@ -99,13 +99,13 @@ class MAML(MetaLearner):
         self.first_order = not self.second_order or self.global_step < self.first_order_steps
         queries = [query_x, batch.query_y]
         if self.global_step < self.multi_step_loss:
-            steps = max(1, len(support.steps))  # of an algorithm without inner steps, θ'_0 counts
+            steps = max(1, len(support.batches))  # of an algorithm without inner steps, θ'_0 counts
             weights = torch.tensor(step_weights(steps, self.global_step / self.multi_step_loss))
             # a tensor, which a graph reads at each call; without a host sync
             weights = weights.to(tree_leaves(batch)[0].device, non_blocking=True)
             queries.append(weights.expand(length(batch.query_x), -1))  # T K
         try:
-            meta_gradient, losses, predictions = self.in_passes(self.pass_gradient, support, *queries, compiled=True)
+            meta_gradient, losses, predictions = self.in_passes(self.pass_gradient, support, *queries)
         except RuntimeError as error:
             require(
                 not any(words in str(error) for words in ONCE_DIFFERENTIABLE),

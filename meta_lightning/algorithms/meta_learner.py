@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Self, cast
@@ -13,7 +14,6 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -135,7 +135,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             graph, many times faster for small networks; on a CPU without the cost of Python, autograd and ``vmap``. The
             numbers stay the same. ``True`` also compiles them with ``torch.compile``: affects time, rounding and
             dropout masks only, takes seconds to minutes, and needs a C++ compiler or, on a GPU, Triton. ``"auto"``
-            records where that pays for the number of meta-iterations to come; a resumed run does what the first chose.
+            records passes after the first 20 of their shapes. Those of evaluation are recorded too, on a CPU.
             Where passes are recorded or compiled, the network and loss must be functions of their inputs, parameters
             and buffers. A record is compared with the pass as it is at its replays 1, 2, 4, 8, …, and no longer used
             where they differ, with a warning. Their Python code has other effects only where a pass
@@ -333,18 +333,18 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def inner_trajectory(self, start: Params, support: Support, **options: bool) -> Iterator[Adapted]:
         """θ' of every task after 0, …, K inner steps from θ'_0; for the options see ``trajectory``."""
         moved = [*self.adapted(start)]
-        require(bool(moved) or not support.steps, f"network must have a parameter {TO_ADAPT}, got none")
+        require(bool(moved) or not support.batches, f"network must have a parameter {TO_ADAPT}, got none")
         require_prepared(self.inner_rule, self.prepared, moved)
         depends = self.depends_on_start or isinstance(self.loss, TaskLoss)
         step = InnerStep(self.inner_losses, self.inner_rule, self.inner_lr, moved, start if depends else {})
-        return trajectory(step, start, support.steps, **options)
+        return trajectory(step, start, support.batches, **options)
 
     def inner_loop(self, start: Params, support: Support, **options: bool) -> Adapted:
         """θ'_K of every task, task-stacked, with its graph to θ'_0; for the options see ``trajectory``."""
         (adapted,) = deque(self.inner_trajectory(start, support, **options), maxlen=1)  # keeps θ'_K only
         return adapted
 
-    def in_passes(self, function: Callable[..., tuple[Any, ...]], *stacked: Any, compiled: bool) -> tuple[Any, ...]:
+    def in_passes(self, function: Callable[..., tuple[Any, ...]], *stacked: Any) -> tuple[Any, ...]:
         """``Passes.run`` of a method of this learner."""
         theta = self.meta_parameters()
 
@@ -360,8 +360,10 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         traits = self.task_network.examine(support.x, support.y)
         in_turn = traits.in_turn
         # where padding is taken away, its number is read: no graph can be recorded
-        sizes = isinstance(support.x, Padded) and (traits.mixes or self.loss is not default_loss)
-        compiled = compiled and not sizes and self.passes.how != "never"
+        reads_sizes = isinstance(support.x, Padded) and (traits.mixes or self.loss is not default_loss)
+        # evaluation is never worth compiling, and has not been recorded on a GPU
+        option, on_cpu = self.passes.option, tree_leaves(stacked)[0].device.type == "cpu"
+        recorded = option is not False and not reads_sizes and (self.training or (on_cpu and option is not True))
         repeats = getattr(self, "recompute_inner_steps", False) and self.second_order
         require(not (in_turn and repeats), f"recompute_inner_steps must be off, since {in_turn}, got on")
         with self.task_network.around():
@@ -371,7 +373,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
                 parameters=sum(p.numel() for p in theta.values()),
                 most=1 if in_turn else None,
                 # anomaly mode reads values
-                key=read if compiled and not torch.is_anomaly_enabled() else None,
+                key=read if recorded and not torch.is_anomaly_enabled() else None,
                 buffers=self.network.buffers,
             )
         if in_turn:
@@ -391,14 +393,22 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         """
         steps = self.inner_steps if self.training else self.test_inner_steps
         theta = stack(self.meta_parameters(), tasks=1)
+        second_order = self.second_order and self.training
         with torch.enable_grad():
-            support = self.support(one_task(scale_pixels(support_x)), one_task(support_y), steps)
-            self.task_network.examine(support.x, support.y)
-            with self.task_network.around():
-                start = self.start(theta, support)
-                adapted = self.inner_loop(start, support, second_order=self.second_order and self.training)
-        params = unstack(of_network(adapted.params), 0)
+            params = self.adapted_alone(
+                scale_pixels(support_x), support_y, steps, partial(self.start, theta), second_order=second_order
+            )
         return params if self.training else {name: p.detach() for name, p in params.items()}
+
+    def adapted_alone(
+        self, x: Samples, y: Samples, steps: int, start: Callable[[Support], Params], **options: bool
+    ) -> Params:
+        """θ' of one task.  # S ..., S ..."""
+        support = self.support(one_task(x), one_task(y), steps)
+        self.task_network.examine(support.x, support.y)
+        with self.task_network.around():
+            adapted = self.inner_loop(start(support), support, **options)
+        return unstack(of_network(adapted.params), 0)
 
     def forward(self, x: Samples) -> Samples:
         """Predictions at θ, without adaptation, of samples that are normalised as in training.  # S ... -> S ..."""
@@ -447,11 +457,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         require_at_least(1, steps=steps)
 
         def inner_loop(x: Samples, y: Samples) -> Params:
-            support = self.support(one_task(x), one_task(y), steps)
-            self.task_network.examine(support.x, support.y)
-            with self.task_network.around():
-                adapted = self.inner_loop(self.start_alone(support), support)
-            params = unstack(of_network(adapted.params), 0)
+            params = self.adapted_alone(x, y, steps, self.start_alone)
             if not is_finite(params):
                 raise FloatingPointError(f"the adaptation diverged in {steps} steps of inner_lr {self.inner_lr}")
             return params
@@ -561,12 +567,6 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def on_train_start(self) -> None:
         """Start or resume the outer loop."""
         self.outer_update.begin(self.outer_optimizer().optimizer, self.trainer)
-        callbacks: list[L.Callback] = getattr(self.trainer, "callbacks", [])
-        timed = any(isinstance(callback, Timer) for callback in callbacks)  # max_time
-        to_come = math.inf if timed else self.outer_update.steps - self.trainer.global_step
-        data = self.data_module()
-        shapes = data.train_shapes() if isinstance(data, TaskDataModule) else None
-        self.passes.choose(to_come, shapes, self.trainer.strategy)
 
     def on_train_batch_start(self, batch: TaskBatch, batch_idx: int) -> None:
         """Complete the form of the samples, and warn once about parameters without gradient."""
@@ -668,16 +668,19 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         Those of an ensemble are the means over its ``members``. ``first`` is the number of the first of these tasks
         among those of this process.
         """
-        of_members = [self.answers_alone(batch, each_step, first) for _ in in_turn(self, self.members)]
+        # Lightning evaluates in inference mode, whose tensors autograd rejects even in enable_grad: hence the clones
+        with torch.inference_mode(False), torch.enable_grad():
+            batch = tree_map(Tensor.clone, batch)
+            of_members = [self.answers_alone(batch, each_step, first) for _ in in_turn(self, self.members)]
         real, answers = is_real(batch.query_y), []
         for of_moment in zip(*of_members, strict=True):
             predictions, losses = zip(*of_moment, strict=True)
             answers.append(Answers(mean_prediction(predictions, real), mean_prediction(losses, real=True)))
         return answers
 
-    def predict_tasks(self, batch: TaskBatch, each_step: bool = False, first: int = 0) -> list[Samples]:
-        """The predictions of ``answers``, with its arguments.  # T R ..."""
-        return [answers.predictions for answers in self.answers(batch, each_step, first)]
+    def predict_tasks(self, batch: TaskBatch, each_step: bool = False) -> list[Samples]:
+        """The predictions of ``answers``.  # T R ..."""
+        return [answers.predictions for answers in self.answers(batch, each_step)]
 
     def answers_alone(self, batch: TaskBatch, each_step: bool = False, first: int = 0) -> list[Answers]:
         """``answers`` of this learner alone."""
@@ -688,27 +691,34 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             if ways > outputs:
                 return self.answers_of_groups(batch, ways, partitions(ways, outputs), each_step, first)
 
-        def predict(support: Support, support_x: Samples, query_x: Samples, query_y: Samples) -> tuple[Any, ...]:
-            def answer(params: Params) -> Answers:
-                with torch.no_grad():
-                    predictions = self.task_network.predict_queries(params, support_x, query_x, self.transductive)
-                if not isinstance(self.loss, TaskLoss):
-                    return Answers(predictions, torch.zeros(length(query_x), 0))
-                return Answers(predictions, self.task_network.losses_of(params, start, query_x, query_y).detach())
-
-            start = self.start_alone(support)
-            if each_step:
-                return (), *(answer(step.params) for step in self.inner_trajectory(start, support))
-            before = answer(start)
-            return (), before, answer(self.inner_loop(start, support).params) if support.steps else before
-
-        # Lightning evaluates in inference mode, whose tensors autograd rejects even in enable_grad: hence the clones
-        with torch.inference_mode(False), torch.enable_grad():
-            batch = tree_map(Tensor.clone, batch)
-            support_x, query_x = self.task_network.ahead_of_both(batch.support_x, batch.query_x)
-            support = self.support(support_x, batch.support_y, self.test_inner_steps, first)
-            _, *answers = self.in_passes(predict, support, support_x, query_x, batch.query_y, compiled=False)
+        support_x, query_x = self.task_network.ahead_of_both(batch.support_x, batch.query_x)
+        support = self.support(support_x, batch.support_y, self.test_inner_steps, first)
+        function = self.pass_answers_of_steps if each_step else self.pass_answers
+        _, *answers = self.in_passes(function, support, support_x, query_x, batch.query_y)
         return answers
+
+    def pass_answers(self, support: Support, *queries: Samples) -> tuple[Any, ...]:
+        """Answers of the tasks of one pass before and after adaptation; the mean that ``Passes`` expects is empty."""
+        start = self.start_alone(support)
+        before = self.answers_at(start, start, *queries)
+        if not support.batches:
+            return (), before, before
+        return (), before, self.answers_at(self.inner_loop(start, support).params, start, *queries)
+
+    def pass_answers_of_steps(self, support: Support, *queries: Samples) -> tuple[Any, ...]:
+        """As ``pass_answers``, before adaptation and after each inner step."""
+        start = self.start_alone(support)
+        return (), *(self.answers_at(s.params, start, *queries) for s in self.inner_trajectory(start, support))
+
+    def answers_at(
+        self, params: Params, start: Params, support_x: Samples, query_x: Samples, query_y: Samples
+    ) -> Answers:
+        """Answers of tasks with these parameters."""
+        with torch.no_grad():
+            predictions = self.task_network.predict_queries(params, support_x, query_x, self.transductive)
+        if not isinstance(self.loss, TaskLoss):
+            return Answers(predictions, torch.zeros(length(query_x), 0))
+        return Answers(predictions, self.task_network.losses_of(params, start, query_x, query_y).detach())
 
     def answers_of_groups(
         self, batch: TaskBatch, ways: int, groups: Sequence[Tensor], each_step: bool, first: int
@@ -748,7 +758,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the statistics; raise InputError for several loaders."""
-        loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
+        trainer = self.trainer
+        name = "test" if trainer.testing else "predict" if trainer.predicting else "val"
+        loaders = getattr(trainer, f"{name}_dataloaders")
         several = len(loaders) if isinstance(loaders, list | tuple) else 1
         require(several == 1, f"evaluation takes one loader, whose batches are of tasks, got {several}")
         self.evaluation = Evaluation()
@@ -771,7 +783,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
-    def predict_step(self, batch: TaskBatch, batch_idx: int) -> Samples:
+    def predict_step(self, batch: TaskBatch, batch_idx: int, dataloader_idx: int = 0) -> Samples:
         """Class probabilities (for regression: predictions) of the queries, ``Padded`` as these.  # T R N, T R D"""
         batch = as_task_batch(batch)
         *_, (predictions, _) = self.answers(batch, first=self.evaluation.begin(batch))
@@ -779,11 +791,10 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         return padded_with(predictions.softmax(2) if classes else predictions, batch.query_y)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the algorithm's name, the form of the samples, how passes run, the tasks that fit and the counters."""
+        """Save the algorithm's name, the form of the samples, the tasks that fit and the counters."""
         checkpoint["form"] = asdict(self.form)
         checkpoint["algorithm"] = type(self).__name__
         checkpoint["tasks_that_fit"] = self.passes.tasks_that_fit
-        checkpoint["passes"] = self.passes.how
         checkpoint["output"] = self.output is not None
         checkpoint["skipped"] = torch.stack(self.outer_update.counters())
 
@@ -803,6 +814,5 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         require(not lost, "output must be given, as in training: a function is not in the checkpoint, got None")
         if self.fitting:  # other machines may have more memory
             self.passes.tasks_that_fit = checkpoint.get("tasks_that_fit")
-            self.passes.kept = checkpoint.get("passes")
         for counter, count in zip(self.outer_update.counters(), checkpoint.get("skipped", ()), strict=False):
             counter.copy_(count)

@@ -96,7 +96,7 @@ class Reptile(MetaLearner):
         """One meta-iteration: adapt to every task, then move θ towards the mean of the tasks."""
         batch = as_task_batch(batch)
         support = self.support(batch.support_x, batch.support_y, self.inner_steps)
-        mean, losses = self.in_passes(self.adapt_pass, support, compiled=True)
+        mean, losses = self.in_passes(self.adapt_pass, support)
         self.outer_step(mean)
         return self.log_training(losses)
 

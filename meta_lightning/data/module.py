@@ -108,10 +108,6 @@ class TaskDataModule(NamedOptions, L.LightningDataModule, ABC):
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
-    def train_shapes(self) -> int | None:
-        """Number of shapes that training batches may have; None if it is not known."""
-        return None
-
     def train_dataloader(self) -> TaskLoader:
         """One epoch of the stream of training tasks, from the trainer's current meta-iteration."""
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0  # repeats the first tasks
@@ -178,11 +174,6 @@ class FewShotDataModule(TaskDataModule):
         shots = self.shots if self.train_shots is None else self.train_shots
         return shots, self.queries if self.train_queries is None else self.train_queries
 
-    def train_shapes(self) -> int:
-        """Number of shapes that training batches may have."""
-        least, most = least_and_most(self.sizes("train")[0], "train_shots")
-        return most - least + 1
-
     def draws(self, split: Split) -> dict[str, Any]:
         """The arguments of ``DrawnTasks``."""
         shots, queries = self.sizes(split)
@@ -225,11 +216,6 @@ class ClassificationTasks(FewShotDataModule):
     def ways_argument(self, split: Split) -> str:
         """The option that ``ways_of`` a split is from, for messages."""
         return "train_ways" if split == "train" and self.train_ways is not None else "ways"
-
-    def train_shapes(self) -> int:
-        """Number of shapes that training batches may have."""
-        least, most = least_and_most(self.ways_of("train"), self.ways_argument("train"))
-        return super().train_shapes() * (most - least + 1)
 
     def draws(self, split: Split) -> dict[str, Any]:
         """The arguments of ``FewShotTasks`` that do not describe the data."""

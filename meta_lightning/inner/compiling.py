@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -23,26 +24,28 @@ Pass = Callable[..., Any]  # from containers of tensors to containers of tensors
 Kernels = Callable[..., Sequence[Any]]  # from tensors to tensors
 # of results, relative: a GPU adds in any order, and some ReLUs of a pass then fall on the other side of 0 (speed.md)
 ROUNDING = 0.02
-MOST = 32  # graphs: a learning rate that changes at every step would compile one per step
+MOST = 32  # graphs
+SEEN = 1000  # signatures: a learning rate that changes at every step would make one per step
 
 
 class CompiledPasses:
     """Records a pass once per signature of its inputs, and replays it; runs it, with a warning, if that fails.
 
-    The record is a list of torch's own kernels, which TorchScript runs, or, if ``fuse``, of those of torch.compile; on
-    a GPU a CUDA graph.
+    The first ``after`` passes of a signature run as they are. The record is a list of torch's own kernels, which
+    TorchScript runs, or, if ``fuse``, of those of torch.compile; on a GPU a CUDA graph.
     """
 
-    def __init__(self, fuse: bool) -> None:
-        self.fuse = fuse
+    def __init__(self, fuse: bool, after: int) -> None:
+        self.fuse, self.after = fuse, after
         self.refused = False
+        self.seen: Counter[Hashable] = Counter()  # passes by signature before they are recorded
         self.passes: dict[Hashable, Pass] = {}
         self.replays: dict[Hashable, int] = {}
         self.memory: Any = None  # that all CUDA graphs share: no result outlives the next replay
 
-    def __reduce__(self) -> tuple[type["CompiledPasses"], tuple[bool]]:
+    def __reduce__(self) -> tuple[type["CompiledPasses"], tuple[bool, int]]:
         """Copy without graphs, which read the tensors of the original learner."""
-        return CompiledPasses, (self.fuse,)
+        return CompiledPasses, (self.fuse, self.after)
 
     def run(
         self, function: Pass, key: Callable[[], Hashable], buffers: Callable[[], Iterable[Tensor]], *args: Any
@@ -58,7 +61,14 @@ class CompiledPasses:
         casts = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         signature = (key(), casts, str(structure), *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
         if signature not in self.passes:
-            return function(*args) if self.refused else self.record(signature, function, key, buffers, *args)
+            if self.refused:
+                return function(*args)
+            self.seen[signature] += 1
+            if self.seen[signature] > self.after:
+                return self.record(signature, function, key, buffers, *args)
+            if len(self.seen) > SEEN:
+                return self.refuse(f"they have had {SEEN:,} different shapes or settings", function(*args))
+            return function(*args)
         replay = self.passes[signature]
         self.replays[signature] += 1
         if replay == function or self.fuse or self.replays[signature].bit_count() > 1:
@@ -109,13 +119,16 @@ class CompiledPasses:
                 with suppress(Exception):  # of any kind: the graph itself has the same bits, and takes longer
                     best = self.checked(as_pass(interpreted(graph), structure), result, before, after, *args)
             if self.fuse:
-                compiled = as_pass(compiled_by_torch(graph), structure)
-                compiled(*args)  # compiles
-                best = compiled
+                try:
+                    compiled = as_pass(compiled_by_torch(graph), structure)
+                    compiled(*args)  # compiles
+                    best = compiled
+                except Exception as reason:  # any kind: the compiler's, or of a missing compiler
+                    rank_zero_warn(f"A pass is recorded, since compiling it failed: {reason}")
             if device.type == "cuda":
                 best = self.captured(best, *args)
-        except Exception as reason:  # any kind: the compiler's, of a missing compiler, or of the device
-            rank_zero_warn(f"A pass runs uncompiled, since compiling failed: {reason}")
+        except Exception as reason:  # any kind: of the recorder, or of the device
+            rank_zero_warn(f"A pass runs as it is, since recording it failed: {reason}")
         return best
 
     def compared(self, replay: Pass, function: Pass, *args: Any) -> Any:
@@ -137,20 +150,23 @@ class CompiledPasses:
         return result
 
     def refuse(self, reason: str, result: Any) -> Any:
-        """Compile no further pass, and return the result."""
-        rank_zero_warn(f"Further passes run uncompiled: {reason}")
+        """Record no further pass, and return the result."""
+        rank_zero_warn(f"Further passes run as they are: {reason}")
         self.refused = True
         return result
 
     def checked(self, replay: Pass, result: Any, before: dict[str, Any], after: dict[str, Any], *args: Any) -> Pass:
         """The replay; raise RuntimeError unless it has the function's result and random states after it."""
         device = tree_leaves(args)[0].device
-        exact = device.type == "cpu"
         # a pass may set random states, as checkpointing with dropout does; TorchScript drops draws that nobody reads
         set_random_states(before, device)
-        pairs = [*zip(tree_leaves(replay(*args)), tree_leaves(result), strict=True)]
-        same = all(equal(a, b) for a, b in pairs) if exact else relative_difference(pairs) < ROUNDING
-        if not same or (exact and drew_from(after, random_states(device))):
+        replayed = replay(*args)
+        if device.type == "cpu":
+            pairs = zip(tree_leaves(replayed), tree_leaves(result), strict=True)
+            same = all(equal(a, b) for a, b in pairs) and not drew_from(after, random_states(device))
+        else:
+            same = alike(replayed, result)
+        if not same:
             raise RuntimeError("the network or loss has another result when its kernels are replayed")
         return replay
 
@@ -185,11 +201,19 @@ class CompiledPasses:
         return run
 
 
-def relative_difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """‖a − b‖ / ‖b‖ over all pairs, without elements that are NaN or infinite in both."""
-    finite = [(a[of_both], b[of_both]) for a, b in pairs for of_both in [a.isfinite() | b.isfinite()]]
-    difference = sum(float((a - b).double().square().sum()) for a, b in finite)
-    return math.sqrt(difference / max(sum(float(b.double().square().sum()) for _, b in finite), 1e-30))
+def alike(replayed: Sequence[Any], result: Sequence[Any]) -> bool:
+    """Whether each part of a result, such as a gradient or losses, is the same up to rounding."""
+    return all(relative_difference(a, b) < ROUNDING for a, b in zip(replayed, result, strict=True))
+
+
+def relative_difference(a: Any, b: Any) -> float:
+    """‖a − b‖ / ‖b‖ of containers of tensors, without elements that are NaN or infinite in both."""
+    of_difference = of_b = 0.0
+    for one, other in zip(tree_leaves(a), tree_leaves(b), strict=True):
+        finite = one.isfinite() | other.isfinite()
+        of_difference += float((one - other)[finite].double().square().sum())
+        of_b += float(other[finite].double().square().sum())
+    return math.sqrt(of_difference / max(of_b, 1e-30))
 
 
 class UnrecordableError(Exception):

@@ -46,8 +46,7 @@ def convolution(
     if isinstance(padding, str) or input.ndim == dims + 1 or not is_batchedtensor(weight):
         return getattr(torch, f"conv{dims}d")(input, weight, bias, stride, padding, dilation, groups)
     if torch.is_autocast_enabled(input.device.type):  # here: the backward of a Function runs without autocast
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        input, weight, bias = autocast(input), autocast(weight), None if bias is None else autocast(bias)
     how = [[n] * dims if isinstance(n, int) else list(n) for n in (stride, padding, dilation)]
 
     flat = input.device.type == "cpu" and dims == 1  # as in two dimensions, for the sake of channels last
@@ -63,6 +62,12 @@ def convolution(
         return y.squeeze(2) if flat else y
 
     return of_all_tasks(of_tasks, input, weight, bias)
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """As autocast casts the inputs of a convolution."""
+    double = tensor.dtype == torch.float64
+    return tensor if double else tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def batch_norm(

@@ -1,14 +1,12 @@
 """Passes: chunks of the tasks of a meta-batch that fit into memory or caches."""
 
-import math
 import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from meta_lightning.checks import require, require_at_least
@@ -17,12 +15,11 @@ from meta_lightning.inner.params import tree_leaves, tree_map
 
 # Input values per pass on a CPU; above this the activations exceed the caches (benchmarks/results/speed.md)
 CACHED_VALUES = 2**19
-# Replays of a pass from which compile_passes "auto" records it. What a kernel of the pass costs then, and saves per
-# replay, hardly depends on the network (speed.md, "When compiling pays")
-RECORD_FROM = 50
+# Passes of a shape after which compile_passes "auto" records it. Recording takes as long as 8 to 71 replays save,
+# whatever the network (speed.md, "When compiling pays"): a training that goes on soon has it back
+RECORD_AFTER = 20
 
 Compile = bool | Literal["auto", "record"]
-HOW = {"never": "run as they are", "record": "are recorded", "compile": "are compiled"}
 
 
 class Passes:
@@ -38,26 +35,7 @@ class Passes:
         self.tasks_per_pass = tasks_per_pass
         self.tasks_that_fit: int | None = None  # in memory; None if unknown
         self.option: Compile = compile_passes
-        self.how = {True: "compile", "record": "record"}.get(compile_passes, "never")  # a key of HOW
-        self.kept: str | None = None  # what the run that is resumed had chosen
-        self.compiled = CompiledPasses(fuse=self.how == "compile")
-
-    def choose(self, steps: float, shapes: int | None, strategy: Strategy) -> None:
-        """Choose what ``"auto"`` does in a training of so many more meta-iterations, the same on all ranks.
-
-        ``shapes`` is the number of shapes that its batches have, None if that is not known.
-        """
-        if self.option != "auto":
-            return
-        replays = steps / (shapes or 1) if math.isfinite(steps) else 0
-        how = "record" if replays >= RECORD_FROM else "never"
-        how, self.kept = strategy.broadcast(self.kept or how), None
-        if how != self.how:
-            self.how = how
-            self.compiled = CompiledPasses(fuse=self.how == "compile")
-        count = f"{steps:,.0f} meta-iterations" if math.isfinite(steps) else "an unknown number of meta-iterations"
-        of_shapes = f" of {shapes} shapes" if shapes and shapes > 1 else ""
-        rank_zero_info(f"Passes {HOW[self.how]} (compile_passes auto), for {count}{of_shapes}")
+        self.compiled = CompiledPasses(compile_passes is True, RECORD_AFTER if compile_passes == "auto" else 0)
 
     def run(
         self,

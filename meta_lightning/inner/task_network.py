@@ -84,7 +84,7 @@ class TaskNetwork:
         self.cache = FeatureCache(getattr(owner.network, "cache_dir", None))
         self.shapes_checked: set[tuple[torch.Size, torch.Size]] = set()
 
-    def split(self) -> Split | None:
+    def find_parts(self) -> Split | None:
         """The frozen modules that run first, and the rest of the network."""
         network, self.parts = self.owner.network, None
         if is_chain(network):  # others have no parts, which costs no time then
@@ -99,7 +99,7 @@ class TaskNetwork:
         """
         if isinstance(x, Padded):
             return x._replace(values=self.ahead(x.values))
-        if not isinstance(x, Tensor) or isinstance(self.owner.loss, TaskLoss) or not (parts := self.split()):
+        if not isinstance(x, Tensor) or isinstance(self.owner.loss, TaskLoss) or not (parts := self.find_parts()):
             return x
         self.forget_others()
         present = x.dtype, *form(self.owner.network, None)
@@ -111,9 +111,9 @@ class TaskNetwork:
 
     def ahead_of_both(self, support_x: Samples, query_x: Samples) -> tuple[Samples, Samples]:
         """``ahead`` of support and query samples, where possible at once: the weights are compared each time."""
-        if isinstance(support_x, Tensor) and isinstance(query_x, Tensor) and self.split():
-            (T, S, *form), others = support_x.shape, (query_x.shape[0], *query_x.shape[2:])
-            if others == (T, *form) and support_x.dtype == query_x.dtype:
+        if isinstance(support_x, Tensor) and isinstance(query_x, Tensor) and self.find_parts():
+            (T, S, *sample), others = support_x.shape, (query_x.shape[0], *query_x.shape[2:])
+            if others == (T, *sample) and support_x.dtype == query_x.dtype:
                 x = self.ahead(torch.cat([support_x, query_x], 1))
                 return tree_map(lambda t: t[:, :S].contiguous(), x), tree_map(lambda t: t[:, S:].contiguous(), x)
         return self.ahead(support_x), self.ahead(query_x)
@@ -187,7 +187,7 @@ class TaskNetwork:
         assert self.traits is not None
         network = self.owner.network
         if isinstance(x, FrozenFeatures):
-            parts = self.parts or self.split()
+            parts = self.parts or self.find_parts()
             assert parts is not None
             network, x = parts.rest, x.values
         return self.traits.forward(network, of_network(params), x)

@@ -31,6 +31,8 @@ Scheduler = Callable[[Optimizer], LRScheduler]
 # called with parameters and learning rate, which are therefore no options of the command line
 OuterOptimizer = Callable[[Iterable[Tensor], float], Optimizer]
 
+MISSING = object()  # what an optimizer has not kept
+
 
 class OuterUpdate:
     """Schedule, roll-back and count of outer steps whose update is not finite."""
@@ -222,7 +224,7 @@ def undone_unless(condition: Tensor, tensors: Sequence[Tensor], optimizer: Optim
         t = before[place]
         after[place].copy_(torch.where(conditions[t.device], after[place], t))
     places = (before.keys() | after.keys()) - {*moved}
-    others = [place for place in places if not same(before.get(place, after), after.get(place, before))]
+    others = [place for place in places if not same(before.get(place, MISSING), after.get(place, MISSING))]
     if others and not condition:
         for owner, name in others:
             owners: Any = optimizer.param_groups if isinstance(owner, int) else optimizer.state

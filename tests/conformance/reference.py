@@ -101,5 +101,5 @@ def ours(algorithm: str, network: nn.Module, batch: TaskBatch, **options: Any) -
     if isinstance(learner, MAML):
         return learner.meta_gradient(batch)[0]
     support = learner.support(batch.support_x, batch.support_y, STEPS)
-    result: dict[str, Tensor] = learner.in_passes(learner.adapt_pass, support, compiled=True)[0]
+    result: dict[str, Tensor] = learner.in_passes(learner.adapt_pass, support)[0]
     return result
