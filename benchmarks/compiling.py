@@ -4,7 +4,7 @@
 
 Each network in a process and a cache of its own, and compiled again in a second process with that cache ("warm");
 medians of repeats taken in turn. The seconds of compiling come on top of those of recording. The last two columns are
-the replays from which a form of the pass has won back its seconds; ``inner/passes.py`` has the thresholds.
+the replays from which a form of the pass has won back its seconds; ``inner/passes.py`` has what follows from it.
 """
 
 import argparse
