@@ -23,8 +23,8 @@ COMMANDS = {
     "imaml.yaml": "--config imaml.yaml --trainer.max_steps 400",
     "sinusoid": "--config sinusoid/maml_10shot.yaml --trainer.max_steps 8000",
     "omniglot 5-way": "--config omniglot/maml_5way_1shot.yaml --data.root {omniglot} --trainer.max_steps 400",
-    "omniglot 20-way": "--config omniglot/mamlpp_20way_1shot.yaml --data.root {omniglot} --trainer.max_steps 300",
-    "photographs": "--config mini_imagenet/maml_5way_1shot.yaml --data.root {photographs} --trainer.max_steps 300",
+    "omniglot 20-way": "--config omniglot/mamlpp_20way_1shot.yaml --data.root {omniglot} --trainer.max_steps 100",
+    "photographs": "--config mini_imagenet/maml_5way_1shot.yaml --data.root {photographs} --trainer.max_steps 100",
 }
 OPTIONS = ("false", "auto", "record")
 
