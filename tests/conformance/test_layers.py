@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from meta_lightning import FOMAML
 from meta_lightning.checks import InputError
+from meta_lightning.inner.state import equal
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -72,6 +74,20 @@ def test_a_layer_is_as_in_a_loop_over_tasks(name: str) -> None:
             if not (isinstance(error, float) and error <= EXACT):
                 wrong[position, algorithm, *options] = error
     assert not wrong, "\n".join(f"{place}: {error}" for place, error in wrong.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", LAYERS)
+def test_recorded_evaluation_is_the_same_to_the_bit(name: str) -> None:
+    """In evaluation mode, where dropout draws nothing, statistics are kept and transformers have a fast path."""
+    layer, found = LAYERS[name], []
+    torch.manual_seed(0)
+    network, batch = Around(layer, "plain"), tasks(layer)
+    for compile_passes in ("record", False):
+        learner = FOMAML(copy.deepcopy(network), inner_lr=RATE, inner_steps=STEPS, compile_passes=compile_passes).eval()
+        torch.manual_seed(1)
+        found.append([part for _ in range(4) for part in learner.predict_tasks(batch)])
+    assert all(map(equal, *found))
 
 
 @pytest.mark.filterwarnings("ignore")
