@@ -598,7 +598,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         copies = SimpleNamespace(
             network=copied(self.network),
             loss=copied(loss) if isinstance(loss, nn.Module) else loss,
-            fixed=self.fixed,
+            **{name: getattr(self, name) for name in ("head_start", "output", "fixed", "keeps_features", "keywords")},
         )
         probe = TaskNetwork(copies)
         probe.traits = self.task_network.examine(x, y)

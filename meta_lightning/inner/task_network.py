@@ -1,8 +1,8 @@
 """Predictions and losses of all tasks at once, each with its own parameters."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,10 +14,11 @@ from meta_lightning.checks import require
 from meta_lightning.inner.exact import Exact, differentiable_attention
 from meta_lightning.inner.feature_cache import FeatureCache
 from meta_lightning.inner.frozen import Split, is_chain, reason_against, split
-from meta_lightning.inner.heads import ways_of
+from meta_lightning.inner.heads import HeadStart, ways_of
 from meta_lightning.inner.params import Params, of_network, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from meta_lightning.inner.samples import (
     FrozenFeatures,
+    Output,
     Padded,
     Samples,
     bare,
@@ -67,11 +68,32 @@ def default_loss(predictions: Tensor, targets: Tensor | Padded) -> Tensor:
     return (predictions - y).square().mul(mask).sum() / mask.expand(y.shape).sum()
 
 
+class Owner(Protocol):
+    """What a ``TaskNetwork`` reads of its learner."""
+
+    network: nn.Module  # it and the loss may be replaced
+    loss: Any  # a Loss, or a TaskLoss
+    head_start: HeadStart
+    output: Output | None
+
+    @property
+    def fixed(self) -> Collection[str]:
+        """Names of the network's parameters that are not trained."""
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether features of frozen modules are kept."""
+
+    @property
+    def keywords(self) -> bool | None:
+        """Whether the entries of samples are keywords of the network's forward."""
+
+
 class TaskNetwork:
     """Applies a network and a loss to every task with its own parameters: several tasks by ``vmap`` where possible."""
 
-    def __init__(self, owner: Any) -> None:
-        self.owner = owner  # its network and loss may be replaced
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
         self.traits: Traits | None = None
         self.examined: tuple[Any, ...] = ()  # the form of network and loss that has these traits
         self.known: dict[tuple[Any, ...], Traits] = {}  # of training and evaluation
@@ -88,7 +110,7 @@ class TaskNetwork:
         """The frozen modules that run first, and the rest of the network."""
         network, self.parts = self.owner.network, None
         if is_chain(network):  # others have no parts, which costs no time then
-            fixed, named = getattr(self.owner, "fixed", ()), network.named_parameters()
+            fixed, named = self.owner.fixed, network.named_parameters()
             self.parts = split(network, {id(p) for name, p in named if p.requires_grad and name not in fixed})
         return self.parts
 
@@ -106,8 +128,9 @@ class TaskNetwork:
         if present not in self.once:
             self.once[present] = reason_against(parts.frozen, x[0].detach())
             self.say("Frozen modules run at every inner step, since they ", self.once[present] or "")
-        keeps = getattr(self.owner, "keeps_features", True)
-        return FrozenFeatures(self.cache.features(parts.frozen, x, keeps)) if self.once[present] == "" else x
+        if self.once[present] != "":
+            return x
+        return FrozenFeatures(self.cache.features(parts.frozen, x, self.owner.keeps_features))
 
     def ahead_of_both(self, support_x: Samples, query_x: Samples) -> tuple[Samples, Samples]:
         """``ahead`` of support and query samples, where possible at once: the weights are compared each time."""
@@ -122,16 +145,14 @@ class TaskNetwork:
         """Find the traits of network and loss in their present setting from the first task.  # T S ..., T S ..."""
         network, loss = self.owner.network, None if y is None else self.owner.loss
         kinds = tuple(tensor.is_floating_point() for tensor in tree_leaves(x))
-        of_samples = structure_of(bare(x)), kinds, isinstance(x, Padded), identity(getattr(self.owner, "output", None))
+        of_samples = structure_of(bare(x)), kinds, isinstance(x, Padded), identity(self.owner.output)
         present, traits = (of_samples, *form(network, loss)), self.traits
         # the forward of a network whose tasks go in turn changes its attributes itself
         if traits is not None and (present == self.examined or (traits.in_turn and len(present) == len(self.examined))):
             return traits
         self.forget_others()
         if present not in self.known:
-            head = getattr(self.owner, "head_start", None)
-            rows = 0 if y is None or head is None or not head.computed else ways_of(y, ignored_class(loss))
-            called: dict[str, Any] = {name: getattr(self.owner, name, None) for name in ("keywords", "output")}
+            rows = 0 if y is None or not self.owner.head_start.computed else ways_of(y, ignored_class(loss))
             largest = int(x.mask.sum(1).argmax()) if isinstance(x, Padded) else 0  # shows most
             seen, targets = tree_map(lambda t: t[largest], (x, () if y is None else y))
             targets = None if y is None else targets
@@ -139,7 +160,9 @@ class TaskNetwork:
             if isinstance(values_of(seen), FrozenFeatures):
                 assert self.parts is not None
                 network, seen = self.parts.rest, bare(seen)
-            self.known[present] = Traits.of(network, loss, self.inputs(seen), targets, rows, seen=seen, **called)
+            self.known[present] = Traits.of(
+                network, loss, self.inputs(seen), targets, rows, self.owner.keywords, self.owner.output, seen
+            )
         self.examined, self.traits = present, self.known[present]
         self.loops_over_tasks = bool(self.traits.looped or self.traits.in_turn)
         self.say("Tasks run in a loop, since ", self.traits.looped)
