@@ -114,10 +114,11 @@ class CompiledPasses:
         try:
             if self.fuse or device.type != "cuda":
                 graph, structure = traced(function, *args)
-                best = self.checked(as_pass(graph, structure), result, before, after, *args)
-            if device.type != "cuda":
-                with suppress(Exception):  # of any kind: the graph itself has the same bits, and takes longer
-                    best = self.checked(as_pass(interpreted(graph), structure), result, before, after, *args)
+                try:
+                    kernels = graph if device.type == "cuda" else interpreted(graph)
+                    best = self.checked(as_pass(kernels, structure), result, before, after, *args)
+                except Exception:  # of any kind: the graph itself has the same bits, and takes longer
+                    best = self.checked(as_pass(graph, structure), result, before, after, *args)
             if self.fuse:
                 try:
                     compiled = as_pass(compiled_by_torch(graph), structure)
