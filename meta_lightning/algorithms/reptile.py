@@ -84,6 +84,8 @@ class Reptile(MetaLearner):
             require(inner_steps > 1 or not head.equal, f"inner_steps 1 of Reptile needs another head_start, {came}")
         for name, size in (("inner_batch_size", inner_batch_size), ("test_inner_batch_size", test_inner_batch_size)):
             require_at_least(1, **{name: 1 if size is None else size})
+        if outer_lr < SMALL_EPSILON:
+            rank_zero_warn(f"outer_lr {outer_lr} looks like a learning rate; Reptile's ε is usually between 0.01 and 1")
         if inner_steps == 1 and inner_batch_size is None:
             rank_zero_warn(
                 "inner_steps 1 on the full support set reduces Reptile to joint training; expected at least 2"
