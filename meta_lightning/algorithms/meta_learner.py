@@ -137,9 +137,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             dropout masks only, takes seconds to minutes, and needs a C++ compiler or, on a GPU, Triton. ``"auto"``
             records passes after the first 20 of their shapes. Those of evaluation are recorded too, on a CPU.
             Where passes are recorded or compiled, the network and loss must be functions of their inputs, parameters
-            and buffers. A record is compared with the pass as it is at its replays 1, 2, 4, 8, …, and no longer used
-            where they differ, with a warning. Their Python code has other effects only where a pass
-            runs as it is.
+            and buffers. A record is compared with the pass as it is at its replays 1, 2, 4, 8, …; where they differ it
+            is no longer used, with a warning. Other effects of their Python code happen only where it runs as it is.
         transductive: Whether evaluation predicts all queries of a task in one batch, which share batch-norm statistics
             (Finn et al., 2017), or each query with the support set only (Nichol et al., 2018, section 6.1).
         init_from: Checkpoint, of any algorithm, to load the network's weights from.

@@ -166,7 +166,7 @@ class CompiledPasses:
             pairs = zip(tree_leaves(replayed), tree_leaves(result), strict=True)
             same = all(equal(a, b) for a, b in pairs) and not drew_from(after, random_states(device))
         else:
-            same = alike(replayed, result)
+            same = same_to_rounding(replayed, result)
         if not same:
             raise RuntimeError("the network or loss has another result when its kernels are replayed")
         return replay
@@ -202,7 +202,7 @@ class CompiledPasses:
         return run
 
 
-def alike(replayed: Sequence[Any], result: Sequence[Any]) -> bool:
+def same_to_rounding(replayed: Sequence[Any], result: Sequence[Any]) -> bool:
     """Whether each part of a result, such as a gradient or losses, is the same up to rounding."""
     return all(relative_difference(a, b) < ROUNDING for a, b in zip(replayed, result, strict=True))
 

@@ -35,7 +35,8 @@ class Passes:
         self.tasks_per_pass = tasks_per_pass
         self.tasks_that_fit: int | None = None  # in memory; None if unknown
         self.option: Compile = compile_passes
-        self.compiled = CompiledPasses(compile_passes is True, RECORD_AFTER if compile_passes == "auto" else 0)
+        after = RECORD_AFTER if compile_passes == "auto" else 0
+        self.compiled = CompiledPasses(fuse=compile_passes is True, after=after)
 
     def run(
         self,
