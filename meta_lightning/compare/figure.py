@@ -48,11 +48,11 @@ def draw(rows: Sequence[Row], results: Sequence[Result], path: Path) -> None:
         errors = [getattr(row, f"{field}_ci95", 0.0) for row in shown]
         colour = [colours[row.algorithm] for row in shown]
         drawn = axes.barh(places, widths, 0.4 if shift else 0.7, xerr=errors, color=colour, **style)
-        axes.bar_label(drawn, fmt="{:.3g}", padding=3)
+        axes.bar_label(drawn, fmt=lambda width: f"{width:.3g}" if width < 1000 else f"{width:,.0f}", padding=3)
         axes.set_yticks(range(len(shown)), [row.algorithm for row in shown])
         axes.set_ylim(max(len(shown), 1) - 0.5, -0.5)  # the first on top, as in the table
         axes.set_title(title, size=10)
-        axes.margins(x=0.12)
+        axes.margins(x=0.15)
 
     bars("scores", "before", "", -0.2, alpha=0.35)
     bars("scores", "after", f"test {metric}, before (pale) and after adaptation", 0.2)
