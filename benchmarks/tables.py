@@ -130,7 +130,9 @@ PLACES = (
     "logger",
     "enable_progress_bar",
     "limit_val_batches",
-)  # the steps have a column
+    "val_tasks",
+    "accelerator",
+)  # the steps and the device have columns
 
 
 def changes(command: Sequence[str]) -> list[str]:
