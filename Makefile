@@ -32,8 +32,8 @@ help:
 
 demo: $(INSTALLED)
 	$(call step,meta-train,$(PY) -m meta_lightning $(DEMO_FIT))
-	$(call step,test the best checkpoint with 1 query a class,$(PY) -m meta_lightning $(DEMO_TEST) --data.queries 1)
-	$(call step,test the best checkpoint with 15 queries a class,$(PY) -m meta_lightning $(DEMO_TEST) --data.queries 15)
+	$(call step,test the best checkpoint with 1 query per class,$(PY) -m meta_lightning $(DEMO_TEST) --data.queries 1)
+	$(call step,test the best checkpoint with 15 queries per class,$(PY) -m meta_lightning $(DEMO_TEST) --data.queries 15)
 	@echo
 	@echo 'To look at the curves: $(VENV)/bin/tensorboard --logdir $(DEMO_ROOT), then open the address that it prints.'
 

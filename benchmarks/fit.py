@@ -2,7 +2,7 @@
 
     python benchmarks/fit.py [glyphs] [sinusoid] [--steps 300] [--compile_passes record] [--accelerator gpu]
 
-glyphs: MAML, Conv4 with 32 filters, 2 inner steps and 8 tasks, as in maml.yaml. sinusoid: MAML, MLP 40-40, 1 inner step
+glyphs: MAML, Conv4 with 32 filters, 2 inner steps and 8 tasks. sinusoid: MAML, MLP 40-40, 1 inner step
 and 25 tasks, as in the paper. Each row has the milliseconds per meta-iteration of the pass alone (the meta-gradient of
 one batch on the device), of the whole fit, and of a bare Lightning loop around the same pass: manual optimization,
 clipping, fused Adam, the same logger. The three are measured in turn, and the smallest of three runs counts.
