@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +370,31 @@ def test_learnt_rows_must_serve_the_most_ways_of_a_range() -> None:
     learner.meta_gradient(tasks(3))
     with pytest.raises(InputError, match=r"network .*at least 7.*got 5"):
         learner.meta_gradient(tasks(7))
+
+
+def test_more_classes_than_rows_do_not_depend_on_how_the_loss_is_written() -> None:
+    batch, network = tasks(8, count=2), Network()
+    losses = None, F.cross_entropy, nn.CrossEntropyLoss(), partial(F.cross_entropy, label_smoothing=0.0)
+    with pytest.warns(UserWarning, match=r"\b5 outputs for 8 classes"):
+        first, *others = (MAML(network, loss, inner_lr=INNER_LR).eval().predict_tasks(batch) for loss in losses)
+    assert all(torch.equal(after, first[1]) for _, after in others)
+
+
+def test_counts_are_no_classes() -> None:
+    """A loss of two outputs, the mean and the dispersion of a count, takes any count."""
+
+    def negative_binomial(predictions: Tensor, counts: Tensor) -> Tensor:
+        mean, dispersion = predictions.exp().unbind(1)
+        total = (
+            torch.lgamma(counts + dispersion)
+            - torch.lgamma(dispersion)
+            + dispersion * (dispersion / (dispersion + mean)).log()
+        )
+        return -(total + counts * (mean / (dispersion + mean)).log()).mean()
+
+    x, counts = torch.randn(2, 6, 3), torch.tensor([[0, 7, 3, 3, 9, 1], [2, 2, 0, 5, 4, 8]])
+    learner = MAML(nn.Linear(3, 2), negative_binomial, inner_lr=0.01).eval()
+    assert learner.predict_tasks(TaskBatch(x, counts, x, counts))[-1].shape == (2, 6, 2)
 
 
 @pytest.mark.parametrize("ways", [6, 8, 20])

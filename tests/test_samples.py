@@ -605,3 +605,39 @@ def test_keywords_are_those_that_forward_needs() -> None:
     losses = lambda p, t, x, y: F.cross_entropy(functional_call(network, p, (x,)), y)  # noqa: E731
     expected = literal(dict(network.named_parameters()), tasks, losses, "MAML")
     assert error(ours(learner_of(MAML, network, {}), stack(tasks)), expected) < EXACT
+
+
+def test_padding_is_seen_where_tasks_go_one_after_another() -> None:
+    """The first meta-batch has tasks of one size, and shows nothing of padding."""
+
+    def network() -> nn.Sequential:
+        torch.manual_seed(0)
+        first = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 8))  # whose forward changes buffers
+        return nn.Sequential(first, nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).double()
+
+    def task(support: int, query: int) -> tuple[Tensor, ...]:
+        parts = ((torch.randn(n, 3).double(), torch.arange(n) % 2) for n in (support, query))
+        return tuple(tensor for part in parts for tensor in part)
+
+    equal, unequal = (pad_tasks([task(6, 4), task(6, 4)]), pad_tasks([task(4, 3), task(8, 6)]))
+    results = []
+    for batches in ([unequal], [equal, unequal]):
+        learner = MAML(network(), inner_lr=0.5, inner_steps=2, compile_passes=False)
+        state = {name: value.clone() for name, value in learner.network.state_dict().items()}
+        for batch in batches:
+            learner.network.load_state_dict(state)
+            result = learner.meta_gradient(batch)
+        results.append(result)
+    (expected, losses, _), (got, their_losses, _) = results
+    torch.testing.assert_close(their_losses, losses, rtol=EXACT, atol=0)
+    assert error(got, expected) <= EXACT
+
+
+def test_what_training_changes_is_forgotten_in_evaluation() -> None:
+    network = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)))
+    batch = TaskBatch(*(torch.randn(2, 4, 3), torch.arange(2).repeat(2, 2)) * 2)
+    learner = MAML(network, inner_steps=1)
+    learner.meta_gradient(batch)
+    assert "_u" in learner.task_network.examine(batch.support_x).in_turn
+    learner.eval().predict_tasks(batch)
+    assert learner.task_network.examine(batch.support_x).in_turn == ""

@@ -145,14 +145,15 @@ class TaskNetwork:
         """Find the traits of network and loss in their present setting from the first task.  # T S ..., T S ..."""
         network, loss = self.owner.network, None if y is None else self.owner.loss
         kinds = tuple(tensor.is_floating_point() for tensor in tree_leaves(x))
-        of_samples = structure_of(bare(x)), kinds, isinstance(x, Padded), identity(self.owner.output)
-        present, traits = (of_samples, *form(network, loss)), self.traits
+        given = structure_of(bare(x)), kinds, isinstance(x, Padded), identity(self.owner.output), network.training
+        present, traits = (given, *form(network, loss)), self.traits
         # the forward of a network whose tasks go in turn changes its attributes itself
-        if traits is not None and (present == self.examined or (traits.in_turn and len(present) == len(self.examined))):
+        alike = len(present) == len(self.examined) and given == self.examined[0]
+        if traits is not None and (present == self.examined or (traits.in_turn and alike)):
             return traits
         self.forget_others()
         if present not in self.known:
-            rows = 0 if y is None or not self.owner.head_start.computed else ways_of(y, ignored_class(loss))
+            ways = 0 if y is None else ways_of(y, ignored_class(loss))
             largest = int(x.mask.sum(1).argmax()) if isinstance(x, Padded) else 0  # shows most
             seen, targets = tree_map(lambda t: t[largest], (x, () if y is None else y))
             targets = None if y is None else targets
@@ -161,7 +162,15 @@ class TaskNetwork:
                 assert self.parts is not None
                 network, seen = self.parts.rest, bare(seen)
             self.known[present] = Traits.of(
-                network, loss, self.inputs(seen), targets, rows, self.owner.keywords, self.owner.output, seen
+                network,
+                loss,
+                self.inputs(seen),
+                targets,
+                ways,
+                self.owner.head_start.computed,
+                self.owner.keywords,
+                self.owner.output,
+                seen,
             )
         self.examined, self.traits = present, self.known[present]
         self.loops_over_tasks = bool(self.traits.looped or self.traits.in_turn)

@@ -92,16 +92,18 @@ class Traits(NamedTuple):
         loss: Any,
         x: Samples,
         y: Samples | None,
-        rows: int = 0,
+        ways: int = 0,
+        computed: bool = False,
         keywords: bool | None = None,
         output: Output | None = None,
         seen: Samples = None,
     ) -> "Traits":
         """Those of a network and, if targets are given, a loss, from copies that run on one task.  # S ..., S ...
 
-        ``rows`` is the number of outputs that a head start makes, if it does. ``keywords`` says whether the entries of
-        samples are keywords of forward, None if that is not known. ``output`` makes predictions of what the network
-        returns. ``seen`` are the samples that a ``TaskLoss`` sees, of which ``x`` is what the network takes.
+        ``ways`` is the number of classes of the tasks, if they have class numbers, and ``computed`` says whether the
+        head start makes an output for each. ``keywords`` says whether the entries of samples are keywords of forward,
+        None if that is not known. ``output`` makes predictions of what the network returns. ``seen`` are the samples
+        that a ``TaskLoss`` sees, of which ``x`` is what the network takes.
 
         Raises:
             InputError: If the network does not take the samples, or does not compute with its own parameters.
@@ -156,9 +158,10 @@ class Traits(NamedTuple):
                 if given and isinstance(loss, TaskLoss):
                     traits = traits.with_task_loss(loss, network, calls.seen, params, seen, y)
                 elif given and isinstance(loss, nn.Module):
-                    # as many outputs as a head start makes
-                    if rows and isinstance(predictions, Tensor):
-                        predictions = predictions[:, torch.arange(rows, device=device) % predictions.shape[1]]
+                    more = ways > traits.outputs > 0 and refuses_classes(loss, y, traits.outputs)
+                    if ways and isinstance(predictions, Tensor) and (computed or more):
+                        # as many outputs as classes
+                        predictions = predictions[:, torch.arange(ways, device=device) % predictions.shape[1]]
                     traits = traits.with_loss(loss, predictions, y)
                 return traits.compared(network, params, x, drawn)
         finally:
@@ -330,6 +333,16 @@ class Traits(NamedTuple):
                 else:
                     attributes[name] = value
                     put_back(value, held)
+
+
+def refuses_classes(loss: Any, y: Tensor, outputs: int) -> bool:
+    """Whether a loss refuses these class numbers for so few outputs, as cross-entropy does.  # S"""
+    loss = copied(loss).cpu() if isinstance(loss, nn.Module) else loss  # a GPU's error would end the process
+    try:
+        loss(torch.zeros(len(y), outputs), y.cpu())
+    except (IndexError, RuntimeError, ValueError):
+        return True
+    return False
 
 
 @contextmanager
