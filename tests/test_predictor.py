@@ -444,3 +444,26 @@ def test_recurrent_networks_adapt_again_and_again() -> None:
         predictor = learner.adapt(x, y)
         expected = learner.forward_with_weights(x, learner.inner_update(x, y))
         torch.testing.assert_close(predictor(x), expected, rtol=1e-5, atol=1e-6)
+
+
+class Twice(nn.Module):
+    """Batch norm that runs twice if it is shared, with its input as a keyword."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.body, self.first, self.head = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        self.second = self.first if shared else nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.second(input=3 + self.first(input=self.body(x)).tanh()))
+        return logits
+
+
+def test_batch_norm_that_runs_twice_has_no_statistics_for_a_predictor() -> None:
+    x, y = torch.randn(6, 3), torch.arange(2).repeat(3)
+    alone = MAML(Twice(shared=False), inner_steps=2)
+    predictor = alone.adapt(x, y)
+    expected = alone.eval().forward_with_weights(x, alone.inner_update(x, y))
+    torch.testing.assert_close(predictor(x), expected)
+    with pytest.raises(InputError, match=r"network must run each batch norm once.*got several runs of first"):
+        MAML(Twice(shared=True), inner_steps=2).adapt(x, y)

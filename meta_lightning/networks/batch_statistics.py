@@ -81,14 +81,22 @@ def batch_norms(network: nn.Module) -> list[Any]:
 
 @torch.no_grad()
 def freeze_statistics(network: nn.Module, forward: Callable[[nn.Module], Any]) -> None:
-    """Make batch norm without statistics normalise with those of a forward: queries do not affect each other."""
+    """Make batch norm without statistics normalise with those of a forward: queries do not affect each other.
 
-    def hold(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        variance, mean = torch.var_mean(inputs[0], [0, *range(2, inputs[0].ndim)], correction=0)
+    Raises:
+        InputError: If such a layer runs twice, each time with statistics of its own.
+    """
+    named: Any = network.named_modules()
+    layers = {part: name for name, part in named if isinstance(part, BATCH_NORM) and part.running_mean is None}
+
+    def hold(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        expected = "network must run each batch norm once, to keep the statistics of the support set"
+        require(layer.running_mean is None, f"{expected}, got several runs of {layers[layer]}")
+        (x,) = *args, *kwargs.values()
+        variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
         hold_statistics(layer, mean, variance)
 
-    layers = [layer for layer in batch_norms(network) if layer.running_mean is None]
-    hooks = [layer.register_forward_pre_hook(hold) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(hold, with_kwargs=True) for layer in layers]
     forward(network)
     for hook in hooks:
         hook.remove()
