@@ -1,6 +1,8 @@
 """The states of the random number generators."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -32,3 +34,13 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["torch"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+
+
+@contextmanager
+def kept_random_states(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Restore the states at the end; they are the value."""
+    states = random_states(device)
+    try:
+        yield states
+    finally:
+        set_random_states(states, device)

@@ -16,7 +16,7 @@ from meta_lightning.inner.copies import copied
 from meta_lightning.inner.params import tree_leaves, tree_map
 from meta_lightning.inner.samples import Padded, Samples, first_task, length, padded_with, shapes_of, valid, values_of
 from meta_lightning.inner.task_loss import TaskLoss
-from meta_lightning.random_states import random_states, set_random_states
+from meta_lightning.random_states import kept_random_states
 
 RESERVED = ("loss", "tasks", "skipped", "outer_lr")  # names that the learners log
 SUFFIXES = ("_before", "_ci95")
@@ -104,14 +104,8 @@ class Trait(NamedTuple):
         same = targets.is_floating_point() and targets.shape == predictions.shape
         if isinstance(loss, TaskLoss):
             return cls(same, ignored=-100)
-        states = random_states(predictions.device)
-        try:
-            with Labels() as labels:
-                value = (copied(loss) if isinstance(loss, nn.Module) else loss)(
-                    targets if same else predictions, targets
-                )
-        finally:
-            set_random_states(states, predictions.device)
+        with kept_random_states(predictions.device), Labels() as labels:
+            value = (copied(loss) if isinstance(loss, nn.Module) else loss)(targets if same else predictions, targets)
         return cls(same and bool(value.abs() <= 1e-6), labels.ignored)
 
 
@@ -167,7 +161,7 @@ class TaskMean(Metric):
 
 
 class Evaluation:
-    """The values of one validation or test, collected batch by batch."""
+    """The values of one validation, test or prediction, collected batch by batch."""
 
     def __init__(self) -> None:
         self.means: dict[str, TaskMean] = {}

@@ -1,12 +1,14 @@
 """Meta-batches computed in passes, and inner steps computed again: neither changes the result."""
 
 import copy
+import random
 import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from conftest import trainer
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader
 from meta_lightning import FOMAML, MAML, MetaLearner, Reptile, TaskBatch
 from meta_lightning.inner import passes as passes_module
 from meta_lightning.inner.task_network import TaskNetwork
+from meta_lightning.random_states import drew_from, random_states
 
 TASKS = 5
 ALGORITHMS: list[tuple[type[MetaLearner], dict[str, Any]]] = [
@@ -126,6 +129,38 @@ def test_a_single_task_that_does_not_fit_is_an_error(network: nn.Module, monkeyp
 def test_tasks_per_pass_has_a_range(network: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"tasks_per_pass .* 0"):
         Reptile(network, tasks_per_pass=0)
+
+
+def test_recomputed_inner_steps_repeat_what_is_drawn_in_python() -> None:
+    class Noise(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (1 + random.random() + np.random.rand())  # noqa: NPY002
+
+    network = nn.Sequential(nn.Linear(3, 8), Noise(), nn.Tanh(), nn.Linear(8, 2))
+    batch, results = TaskBatch(*(torch.randn(2, 6, 3), torch.arange(2).repeat(2, 3)) * 2), []
+    for recompute in (False, True):
+        learner = MAML(network, inner_lr=0.5, inner_steps=3, recompute_inner_steps=recompute, compile_passes=False)
+        learner.meta_gradient(batch)  # examines the network
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        results.append((*learner.meta_gradient(batch)[:2], random.random(), np.random.rand()))  # noqa: NPY002
+    (kept, losses, *drawn), (recomputed, their_losses, *their_drawn) = results
+    assert torch.equal(losses, their_losses)
+    assert drawn == their_drawn
+    for name, g in kept.items():
+        torch.testing.assert_close(recomputed[name], g)
+
+
+def test_the_check_before_training_draws_nothing() -> None:
+    class Noise(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (1 + random.random() + np.random.rand() + torch.rand(()))  # noqa: NPY002
+
+    learner = MAML(nn.Sequential(nn.Linear(3, 2), Noise()), inner_steps=1)
+    batch = TaskBatch(*(torch.randn(2, 6, 3), torch.arange(2).repeat(2, 3)) * 2)
+    before = random_states(torch.device("cpu"))
+    assert learner.without_gradient(batch) == []
+    assert not drew_from(before, random_states(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])

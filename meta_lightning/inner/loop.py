@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from meta_lightning.checks import require
 from meta_lightning.inner.params import (
@@ -27,6 +26,7 @@ from meta_lightning.inner.params import (
 )
 from meta_lightning.inner.rules import InnerRule
 from meta_lightning.inner.samples import Padded, Samples, length
+from meta_lightning.random_states import kept_random_states, random_states, set_random_states
 
 
 class Support(NamedTuple):
@@ -88,7 +88,7 @@ def minibatches(
 ) -> list[tuple[Samples, Samples]]:
     """Minibatches for each inner step: a cycle through the support set, reshuffled each round.
 
-    ``draw`` returns so many random numbers per task.  # T count
+    ``draw`` returns ``count`` random numbers per task.  # T count
     """
     unequal = isinstance(x, Padded)
     require(not unequal, f"inner_batch_size must be None for tasks of unequal size, got {size}")
@@ -126,8 +126,8 @@ class Recomputed(Function):
 
     @staticmethod
     def forward(ctx: Any, run: Callable[..., list[Tensor]], *tensors: Tensor) -> Any:
-        """Run the function and save the state of the random number generators."""
-        ctx.run, ctx.random = run, (torch.get_rng_state(), *get_device_states(*tensors))
+        """Run the function and save the states of the random number generators."""
+        ctx.run, ctx.random = run, random_states(tensors[0].device)
         ctx.save_for_backward(*tensors)
         return tuple(tensor.detach() for tensor in run(fresh(tensors), create_graph=False))
 
@@ -135,10 +135,9 @@ class Recomputed(Function):
     def backward(ctx: Any, *v: Tensor) -> Any:
         """Run it again and backpropagate v."""
         tensors = fresh(ctx.saved_tensors)
-        random, devices, states = ctx.random
-        with torch.random.fork_rng(devices):  # the same dropout masks
-            torch.set_rng_state(random)
-            set_device_states(devices, states)
+        device = tensors[0].device
+        with kept_random_states(device):
+            set_random_states(ctx.random, device)  # the same dropout masks
             left = ctx.run(tensors, create_graph=True)
         outputs = [(tensor, g) for tensor, g in zip(left, v, strict=True) if tensor.requires_grad]
         inputs = [tensor for tensor in tensors if tensor.requires_grad]
