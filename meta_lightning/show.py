@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from meta_lightning.checks import InputError
 from meta_lightning.data.image_module import ImageTasks
 from meta_lightning.data.module import TaskDataModule
 from meta_lightning.data.tasks import SPLITS, DrawnTasks, Split, TaskBatch, TaskSet, as_task_batch
 from meta_lightning.drawing import classifies_pictures, draw_tables, table_of
+from meta_lightning.inner.params import tree_map
+from meta_lightning.inner.samples import Samples, bare, first_task, length, structure_of
 
 
 def show_data(data: TaskDataModule, path: Path) -> str:
@@ -47,11 +50,15 @@ def show_data(data: TaskDataModule, path: Path) -> str:
 
 def shapes(tasks: TaskSet, batch: TaskBatch) -> tuple[str, str]:
     """The shapes of a task's support and query samples, with "5 to 20" where their number is drawn from a range."""
-    support, query = ([str(size) for size in x.shape[1:]] for x in (batch.support_x, batch.query_x))
-    if isinstance(tasks, DrawnTasks):
-        for shape, (least, most) in zip((support, query), tasks.sample_counts, strict=True):
-            shape[0] = str(most) if least == most else f"{least} to {most}"
-    return f"[{', '.join(support)}]", f"[{', '.join(query)}]"
+    counts = tasks.sample_counts if isinstance(tasks, DrawnTasks) else (None, None)
+
+    def shape(x: Samples, count: tuple[int, int] | None) -> str:
+        least, most = count or (length(x, 1), length(x, 1))
+        number = f"{most}" if least == most else f"{least} to {most}"
+        return structure_of(bare(x), lambda t: f"[{', '.join([number, *map(str, t.shape[2:])])}]")
+
+    support, query = map(shape, (batch.support_x, batch.query_x), counts)
+    return support, query
 
 
 def draw_task(panel: Any, batch: TaskBatch, names: Sequence[str], ink: bool | None = None) -> None:
@@ -59,8 +66,12 @@ def draw_task(panel: Any, batch: TaskBatch, names: Sequence[str], ink: bool | No
 
     ``ink``: whether pictures hold ink as 1 on 0, to be shown dark on light. Default: for pictures of one channel.
     """
-    task = TaskBatch(*(part[0].cpu() for part in as_task_batch(batch)))
+    task = TaskBatch(*(tree_map(Tensor.cpu, first_task(part)) for part in as_task_batch(batch)))
     axes = panel.subplots()
+    if not all(isinstance(part, Tensor) for part in task):
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "nests of tensors are not drawn", ha="center")
+        return
     if classifies_pictures(task):
         draw_tables([table_of(task, names)], task.query_x.shape[1] == 1 if ink is None else ink, axes)
         return

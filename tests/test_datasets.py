@@ -153,6 +153,22 @@ def test_random_transforms_are_read_again() -> None:
     assert not torch.equal(data.task_set("train").batch([0])[0], data.task_set("train").batch([0])[0])
 
 
+def test_what_items_draw_in_a_worker_is_a_function_of_the_meta_iteration() -> None:
+    class Noisy(Targets):
+        def __getitem__(self, index: int) -> Any:
+            return torch.randn(4) + np.random.rand(), self.targets[index]  # noqa: NPY002
+
+    def drawn(start: int, seed: int = 0) -> list[Tensor]:
+        data = DatasetTasks(Noisy(), **QUICK | {"num_workers": 1, "epoch_length": 4, "seed": seed})
+        data.meta_iteration = lambda: start  # type: ignore[method-assign]
+        return [batch.support_x for batch in data.task_loader("train", None)]
+
+    first, resumed, other = drawn(0), drawn(3), drawn(0, seed=1)
+    assert torch.equal(first[3], resumed[0])
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], other[0])
+
+
 def test_a_set_of_torchvision_trains_tests_and_adapts() -> None:
     data = DatasetTasks(FakeData(300, (1, 16, 16), 10, ToTensor()), **QUICK)
     learner = MAML(Conv4(ways=2, image_size=16, filters=4), inner_steps=1)

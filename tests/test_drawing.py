@@ -168,6 +168,13 @@ DATA: dict[str, Callable[[], TaskDataModule]] = {
 }
 
 
+def test_print_data_says_the_shapes_of_nests(tmp_path: Path) -> None:
+    x = {"u": torch.randn(60, 3), "v": (torch.randn(60), torch.randn(60, 2, 4))}
+    data = TensorTasks(x, torch.arange(60) % 12, ways=2, train_shots=(1, 3), queries=1)
+    shown = show_data(data, tmp_path / "data.png")
+    assert "train endless tasks, support {u: [2 to 6, 3], v: ([2 to 6], [2 to 6, 2, 4])}, query {u: [2, 3]" in shown
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_print_data_draws_data_of_all_kinds(name: str, tmp_path: Path) -> None:
     data = DATA[name]()

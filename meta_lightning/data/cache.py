@@ -224,7 +224,7 @@ def read(folder: Path, sources: str | None, verify: bool) -> LabelledImages | No
 
 
 def blocks(chunks: Iterable[Array]) -> Iterator[Array]:
-    """The rows of chunks, contiguous and so many at a time; without any row one empty block."""
+    """The rows of chunks in contiguous blocks of at most ``BLOCK``; without any row one empty block."""
     rows = 0
     for chunk in chunks:
         for start in range(0, len(chunk), BLOCK):
@@ -236,7 +236,7 @@ def blocks(chunks: Iterable[Array]) -> Iterator[Array]:
 
 
 def write_header(file: BinaryIO, rows: int, block: Array) -> None:
-    """Write the header of a .npy file of so many rows like those of a block."""
+    """Write the header of a .npy file of ``rows`` rows like those of a block."""
     shape = (rows, *block.shape[1:])
     form = {"descr": block.dtype.str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, form)  # type: ignore[no-untyped-call]

@@ -4,7 +4,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+import numpy as np
+from lightning import seed_everything
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from meta_lightning.checks import InputError
 from meta_lightning.data.tasks import TaskBatch, TaskSet
@@ -29,7 +31,11 @@ class MetaBatches(Dataset[TaskBatch]):
         return -(-len(self.mine) // self.share)
 
     def __getitem__(self, iteration: int) -> TaskBatch:
-        return self.tasks.batch(self.numbers(iteration))
+        numbers = self.numbers(iteration)
+        if get_worker_info() is not None:  # samples may draw: the same in any worker, and after a resume
+            seeds = np.random.SeedSequence((*self.tasks.entropy, numbers.start, numbers.step))
+            seed_everything(int(seeds.generate_state(1)[0]), verbose=False)
+        return self.tasks.batch(numbers)
 
     def numbers(self, iteration: int) -> range:
         """The numbers of a meta-batch's tasks."""

@@ -44,7 +44,8 @@ class TaskDataModule(NamedOptions, L.LightningDataModule, ABC):
 
     Training tasks are an endless stream, of which an epoch takes ``epoch_length`` meta-batches. Validation and test use
     the first ``val_tasks`` and ``test_tasks`` tasks of their splits. Task i of a split is a function of (seed, split,
-    i) alone: it does not depend on the number of workers or processes, or on the step from which training resumes.
+    i), and of ``meta_batch_size`` where a range is drawn from: it does not depend on the number of workers or
+    processes, or on the step from which training resumes.
 
     Raises:
         InputError: If an option is outside its range.

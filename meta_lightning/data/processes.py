@@ -56,7 +56,7 @@ def worker_processes() -> int:
 
 
 class Chunks(Dataset[Any]):
-    """The results of a function for so many items at a time, and the error that ended them."""
+    """The results of a function for ``size`` items at a time, and the error that ended them."""
 
     def __init__(self, function: Callable[[Any], Any], items: Sequence[Any], size: int) -> None:
         self.function, self.items, self.size = function, items, size

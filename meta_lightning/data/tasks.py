@@ -1,4 +1,4 @@
-"""Tasks for meta-training and evaluation, each a function of (seed, split, number) alone."""
+"""Tasks for meta-training and evaluation, each a function of (seed, split, number)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -72,7 +72,7 @@ def taken(samples: Samples | ReadSamples, rows: Tensor) -> Samples:
 
 
 class TaskSet(ABC):
-    """The endless, numbered tasks of one split; task ``i`` depends on the seed, the split and ``i`` alone."""
+    """The endless, numbered tasks of one split; task ``i`` depends on the seed, the split and ``i``."""
 
     def __init__(self, seed: int, split: Split) -> None:
         self.seed, self.split = seed, split
