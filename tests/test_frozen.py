@@ -13,7 +13,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from meta_lightning import FOMAML, MAML, Predictor, Prototypes, Reptile, TaskBatch, load_learner, pad_tasks, train_maml
+from meta_lightning import (
+    FOMAML,
+    MAML,
+    Baseline,
+    Predictor,
+    Prototypes,
+    Reptile,
+    TaskBatch,
+    TensorTasks,
+    load_learner,
+    pad_tasks,
+    train_maml,
+)
 from meta_lightning.checks import InputError
 
 pytestmark = TASKS_FROM_A_LIST
@@ -517,3 +529,18 @@ def test_deltas_that_are_refused(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 5))
     with pytest.raises(InputError, match=r"path of a delta must be .*a\.pt2"):
         FOMAML(network).adapt(x, y).save(tmp_path / "a.pt2", delta=True)
+
+
+def test_frozen_modules_run_once_per_sample_in_plain_training() -> None:
+    seen: list[int] = []
+
+    class Body(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(len(x))
+            return super().forward(x)
+
+    body = Body(4, 6).requires_grad_(False)
+    data = TensorTasks(torch.randn(40, 4), torch.arange(40) % 10, ways=2, queries=1, train_labels="split")
+    learner = Baseline(nn.Sequential(body, nn.Linear(6, 6)), inner_steps=1)
+    trainer(max_steps=50, limit_val_batches=0).fit(learner, data)
+    assert 24 <= sum(seen) <= 100  # 6 of 10 classes train, and the network is examined; 4,800 samples are in the tasks

@@ -1,6 +1,7 @@
 """Batches of loaders of one's own, and tasks that do not depend on how they are batched."""
 
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,10 @@ def test_a_named_tuple_in_another_order_is_refused() -> None:
     as_task_batch(same(X[None], Y[None], X[None], Y[None]))
 
 
+@pytest.mark.parametrize("made", [list, lambda loaders: dict(zip("ab", loaders, strict=True))], ids=["list", "dict"])
 @pytest.mark.parametrize("run", ["validate", "test", "predict"])
-def test_several_loaders_of_an_evaluation_are_refused(run: str) -> None:
-    loaders = [DataLoader([(X[None], Y[None]) * 2], batch_size=None) for _ in range(2)]  # type: ignore[list-item,var-annotated]
+def test_several_loaders_of_an_evaluation_are_refused(run: str, made: Callable[[Any], Any]) -> None:
+    loaders = made(DataLoader([(X[None], Y[None]) * 2], batch_size=None) for _ in range(2))  # type: ignore[list-item,var-annotated]
     with pytest.raises(InputError, match=r"evaluation takes one loader.*got 2"):
         getattr(trainer(), run)(MAML(nn.Linear(3, 2), inner_steps=1), loaders)
 

@@ -413,3 +413,15 @@ def test_the_newest_checkpoint_knows_the_best(sign: int, tmp_path: Path) -> None
     assert len(accepted) == 3
     with pytest.raises(InputError, match=r"ensemble .* 4: .* has 3"):
         best_members(tmp_path / "a.ckpt", 4, accepted.append)
+
+
+def test_a_learner_has_its_own_weights_after_an_error_of_a_member() -> None:
+    learner = MAML(nn.Linear(4, 2), inner_steps=1).eval()
+    own = {name: value.clone() for name, value in learner.state_dict().items()}
+    other = {name: value + 1 for name, value in own.items()}
+    learner.members = {"a": other, "b": other}
+    x, y = torch.randn(1, 4, 3), torch.arange(2).repeat(1, 2)  # too few features
+    with pytest.raises(RuntimeError) as kept:
+        learner.predict_tasks(TaskBatch(x, y, x, y))
+    assert kept.tb is not None  # whose frames are alive
+    assert all(torch.equal(value, own[name]) for name, value in learner.state_dict().items())

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from meta_lightning import FOMAML, MAML, MLP, MetaLearner, Reptile, Sinusoid
+from meta_lightning import FOMAML, MAML, MLP, MetaLearner, RegressionTasks, Reptile, Sinusoid
 
 
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML, Reptile])
@@ -69,3 +69,14 @@ def test_a_signal_saves_and_resume_goes_on(number: int, status: int, tmp_path: P
     (run_folder,) = (tmp_path / "lightning_logs").iterdir()
     events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0}).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(stopped + 5))
+
+
+def test_a_fit_resumed_within_an_epoch_knows_that_samples_are_pixels(tmp_path: Path) -> None:
+    sets = [(torch.randint(0, 256, (30, 4), dtype=torch.uint8), torch.randn(30)) for _ in range(6)]
+    data = RegressionTasks(sets, shots=3, queries=3, meta_batch_size=2, epoch_length=6, val_tasks=2)
+    every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    first, resumed = (MAML(MLP(4, [3], 1), inner_steps=1) for _ in range(2))
+    trainer(max_steps=4, callbacks=[every], limit_val_batches=0, enable_checkpointing=True).fit(first, data)
+    trainer(max_steps=5, limit_val_batches=0).fit(resumed, data, ckpt_path=tmp_path / "step=3.ckpt")
+    assert first.form.pixels
+    assert resumed.form == first.form

@@ -11,7 +11,7 @@ from meta_lightning.data.tasks import TaskBatch, as_task_batch
 from meta_lightning.inner.heads import ComputedRows, Prototypes, require_no_meta_gradient
 from meta_lightning.inner.params import Params, gradient, of_network, tree_map
 from meta_lightning.inner.rules import require_no_parameters
-from meta_lightning.inner.samples import Padded
+from meta_lightning.inner.samples import Padded, first_task, one_task
 from meta_lightning.inner.task_loss import TaskLoss
 
 
@@ -68,7 +68,8 @@ class Baseline(MAML):
         )
         came = y.dtype if isinstance(y, Tensor) else type(y).__name__
         require(came == torch.int64, f"targets of Baseline must be int64 class numbers, got {came}")
-        predictions = self(x)
+        features = first_task(self.task_network.ahead(one_task(x)))
+        predictions = self.task_network.predict_valid(self.network_parameters(), features)
         classes, outputs = int(y.max()) + 1, predictions.shape[1]
         require(
             classes <= outputs, f"network must have an output per training class, at least {classes}, got {outputs}"

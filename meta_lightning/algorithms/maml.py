@@ -156,10 +156,10 @@ class MAML(MetaLearner):
             self.clip_gradients(optimizer.optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
             optimizer.step()
 
-    def on_fit_start(self) -> None:
-        """Note the parameters that DDP has wrapped."""
+    def setup(self, stage: str) -> None:
+        """As ``MetaLearner``; note the parameters that DDP will wrap."""
+        super().setup(stage)
         self.wrapped = frozenset(self.learned(self.meta_parameters()))
-        super().on_fit_start()
 
     def configure_optimizers(self) -> Optimizer:
         """Construct the outer optimizer."""

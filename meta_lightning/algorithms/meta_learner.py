@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,7 @@ from meta_lightning.inner.samples import (
     Padded,
     Samples,
     call,
+    class_numbers,
     first_task,
     is_real,
     length,
@@ -72,6 +73,7 @@ from meta_lightning.inner.samples import (
 from meta_lightning.inner.state import identity, release, setting, unchanged
 from meta_lightning.inner.task_loss import TaskLoss
 from meta_lightning.inner.task_network import Loss, TaskNetwork, default_loss, ignored_class
+from meta_lightning.inner.traits import refuses_classes
 from meta_lightning.networks.batch_statistics import (
     forget_statistics,
     freeze_statistics,
@@ -87,8 +89,9 @@ from meta_lightning.outer.update import (
     is_finite,
     mean_over_ranks,
 )
+from meta_lightning.random_states import kept_random_states
 from meta_lightning.runs.checkpoint_file import load_network, network_description, renamed, verify_checkpoint
-from meta_lightning.runs.ensemble import State, in_turn, mean_prediction
+from meta_lightning.runs.ensemble import State, each_of, mean_prediction
 from meta_lightning.scores import Evaluation, Scores
 
 TO_ADAPT = "with requires_grad that inner_freeze or outer_freeze leaves"
@@ -143,7 +146,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             (Finn et al., 2017), or each query with the support set only (Nichol et al., 2018, section 6.1).
         init_from: Checkpoint, of any algorithm, to load the network's weights from.
         max_skipped: Maximum number of consecutive meta-iterations skipped because their update is not finite; beyond
-            it, training stops with an error at the next log interval.
+            it, training stops with an error, if they go on until the next log interval.
         metrics: Metrics of torchmetrics by name, such as ``{"f1": MulticlassF1Score(5)}``. They are computed per task
             from the query predictions and targets, and logged as means over tasks, beside the accuracy (class numbers)
             or mse (real targets).
@@ -540,7 +543,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         return []
 
     def setup(self, stage: str) -> None:
-        """Raise InputError for precisions and strategies that the inner loop does not support."""
+        """Note the stage; raise InputError for precisions and strategies that the inner loop does not support."""
         self.fitting, self.ranks = stage == "fit", self.trainer.world_size
         require_not_compiled(learner=self.training_step)
         require_own_options(self.trainer, self)  # again: subclasses may define configure_callbacks
@@ -575,10 +578,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
             tasks = as_task_batch(batch)
             traits = self.task_network.examine(tasks.support_x, tasks.support_y)
             unused = [] if self.gradients_checked else self.without_gradient(tasks)
-        if batch_idx == 0:
-            pixels = any(tensor.dtype == torch.uint8 for tensor in tree_leaves(nest_of(batch[0], "support_x")))
-            self.form = replace(self.form, keywords=traits.keywords, floats=traits.floats)
-            self.form = replace(self.form, pixels=True) if pixels else self.form
+        pixels = any(tensor.dtype == torch.uint8 for tensor in tree_leaves(nest_of(batch[0], "support_x")))
+        self.form = replace(self.form, keywords=traits.keywords, floats=traits.floats)
+        self.form = replace(self.form, pixels=True) if pixels else self.form
         if not self.gradients_checked:
             data = self.data_module()
             if isinstance(data, ClassificationTasks) and self.loss is default_loss and not self.head_start.computed:
@@ -591,9 +593,9 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
 
     def without_gradient(self, batch: TaskBatch) -> list[str]:
         """Names of parameters that the support loss of the first task does not depend on."""
-        theta, devices = leaves(stack(self.meta_parameters(), 1)), [self.device] * (self.device.type == "cuda")
+        theta = leaves(stack(self.meta_parameters(), 1))
         (x, y), loss = tree_map(lambda t: t[:1], batch[:2]), self.loss
-        # copies and a fork, which leave the state of network and loss and the random numbers to training
+        # copies, which leave the state of network and loss and the random numbers to training
         copies = SimpleNamespace(
             network=copied(self.network),
             loss=copied(loss) if isinstance(loss, nn.Module) else loss,
@@ -601,7 +603,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         )
         probe = TaskNetwork(copies)
         probe.traits = self.task_network.examine(x, y)
-        with torch.random.fork_rng(devices):
+        with kept_random_states(self.device):
             support = self.support(x, y, 0)
             start = self.start(theta, support, probe)
             losses = probe.losses_of(start, start, support.x, y)
@@ -670,7 +672,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         # Lightning evaluates in inference mode, whose tensors autograd rejects even in enable_grad: hence the clones
         with torch.inference_mode(False), torch.enable_grad():
             batch = tree_map(Tensor.clone, batch)
-            of_members = [self.answers_alone(batch, each_step, first) for _ in in_turn(self, self.members)]
+            with closing(each_of(self, self.members)) as members:
+                of_members = [self.answers_alone(batch, each_step, first) for _ in members]
         real, answers = is_real(batch.query_y), []
         for of_moment in zip(*of_members, strict=True):
             predictions, losses = zip(*of_moment, strict=True)
@@ -684,10 +687,10 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
     def answers_alone(self, batch: TaskBatch, each_step: bool = False, first: int = 0) -> list[Answers]:
         """``answers`` of this learner alone."""
         outputs = self.task_network.examine(batch.support_x, batch.support_y).outputs
-        of_classes = self.loss is default_loss or isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss)
-        if of_classes and outputs > 1 and not self.head_start.computed:
-            ways = ways_of(batch.support_y, ignored_class(self.loss))
-            if ways > outputs:
+        if outputs > 1 and not self.head_start.computed and not isinstance(self.loss, TaskLoss):
+            ignored = ignored_class(self.loss)
+            ways, y = ways_of(batch.support_y, ignored), class_numbers(batch.support_y, ignored)
+            if ways > outputs and refuses_classes(self.loss, y.flatten(), outputs):
                 return self.answers_of_groups(batch, ways, partitions(ways, outputs), each_step, first)
 
         support_x, query_x = self.task_network.ahead_of_both(batch.support_x, batch.query_x)
@@ -760,7 +763,7 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         trainer = self.trainer
         name = "test" if trainer.testing else "predict" if trainer.predicting else "val"
         loaders = getattr(trainer, f"{name}_dataloaders")
-        several = len(loaders) if isinstance(loaders, list | tuple) else 1
+        several = len(loaders) if isinstance(loaders, list | tuple | Mapping) else 1
         require(several == 1, f"evaluation takes one loader, whose batches are of tasks, got {several}")
         self.evaluation = Evaluation()
 

@@ -16,7 +16,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 def copied(network: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     """Deep copy of a network but for ``shared`` tensors.
 
-    Other than ``copy.deepcopy``, it copies a network whose forward or hooks left activations on it (pruning and
+    Unlike ``copy.deepcopy``, it copies a network whose forward or hooks left activations on it (pruning and
     ``torch.nn.utils.weight_norm`` do), and functions among its attributes and hooks refer to the copy.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}

@@ -1,7 +1,7 @@
 """Ensembles of the best checkpoints of a run."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def name_of(path: str) -> str:
     return Path(path).name
 
 
-def in_turn(learner: nn.Module, members: Mapping[str, State]) -> Iterator[None]:
+def each_of(learner: nn.Module, members: Mapping[str, State]) -> Generator[None, None, None]:
     """Let a learner take the state of each member in turn, then its own again; without members only its own."""
     if not members:
         yield

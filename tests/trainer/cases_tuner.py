@@ -26,6 +26,7 @@ def lr_find(algorithm: type[MetaLearner]) -> None:
     fit = quiet(history, max_epochs=-1, max_steps=5)
     found = Tuner(fit).lr_find(learner, datamodule=data, attr_name="outer_lr", **RANGE)
     assert found is not None
+    assert {*learner.wrapped} == {*learner.meta_parameters()}  # known by then: DDP compares them at each step
     tried = found.results["lr"]
     assert [tried[0], tried[-1], len(tried)] == [pytest.approx(1e-4), pytest.approx(0.9), 30]
     assert len({*found.results["loss"]}) == 30
