@@ -25,7 +25,7 @@ from meta_lightning.inner.compiling import ReadingNoMemory, ReadingNoValues, Unr
 from meta_lightning.inner.copies import copied
 from meta_lightning.inner.params import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from meta_lightning.inner.samples import Samples, length, one_task
-from meta_lightning.random_states import drew_from, random_states, set_random_states
+from meta_lightning.random_states import drew_from, kept_random_states, random_states
 from meta_lightning.runs.machine import versions
 
 DESCRIPTION = "description"  # name of the extra file
@@ -231,15 +231,14 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 def require_function(adapting: Adapting, task: Task) -> None:
     """Refuse an adaptation that is no function of tensors alone, of which a record would keep one case."""
-    expected, before = "an adaptation that is exported must", random_states(CPU)
-    try:
-        with ReadingNoValues(), ReadingNoMemory():
-            adapting(*task)
-    except (RuntimeError, UnrecordableError) as error:
-        raise InputError(f"{expected} be a function of tensors alone, got an error of torch: {error}") from None
-    after = random_states(CPU)
-    set_random_states(before, CPU)
-    drew = sorted(drew_from(before, after))
+    expected = "an adaptation that is exported must"
+    with kept_random_states(CPU) as before:
+        try:
+            with ReadingNoValues(), ReadingNoMemory():
+                adapting(*task)
+        except (RuntimeError, UnrecordableError) as error:
+            raise InputError(f"{expected} be a function of tensors alone, got an error of torch: {error}") from None
+        drew = sorted(drew_from(before, random_states(CPU)))
     came = f"got random numbers of {', '.join(drew)}"
     require(not drew, f"{expected} not draw random numbers, as dropout does that is active in evaluation, {came}")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from meta_lightning.inner.copies import HOOKS, copied
 from meta_lightning.inner.samples import as_floats
 from meta_lightning.inner.state import RTOL, changes, contents, greatest, has_backward_hooks, listed
-from meta_lightning.random_states import drew_from, random_states, set_random_states
+from meta_lightning.random_states import drew_from, kept_random_states, random_states
 
 
 class Split(NamedTuple):
@@ -51,22 +51,21 @@ def split(network: nn.Module, trained: Collection[int]) -> Split | None:
 @torch.no_grad()
 def reason_against(frozen: nn.Module, x: Tensor) -> str | None:
     """Why frozen modules cannot run once per sample; empty if they can, None if they raise an error.  # S ..."""
-    one, states = copied(frozen), random_states(x.device)
+    one = copied(frozen)
     before = contents(one)
     others = torch.cat([x, 0.9 * x]) if x.is_floating_point() else x.clone()
-    try:
-        together, alone = one(others), one(x[:1].clone())  # which may be written into
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        if x.is_floating_point() or reason_against(frozen, as_floats(x)) is None:
-            return None  # an error of the network, which its examination shows
-        return "take no integers: samples of floating point let them run once"
-    finally:
-        after = random_states(x.device)
-        set_random_states(states, x.device)
+    with kept_random_states(x.device) as states:
+        try:
+            together, alone = one(others), one(x[:1].clone())  # which may be written into
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+            if x.is_floating_point() or reason_against(frozen, as_floats(x)) is None:
+                return None  # an error of the network, which its examination shows
+            return "take no integers: samples of floating point let them run once"
+        drew = drew_from(states, random_states(x.device))
     if not isinstance(together, Tensor) or len(together) != len(others):
         return None
     if changed := changes(before, contents(one)):
         return f"change {listed(changed)}"
-    if drew_from(states, after):
+    if drew:
         return "draw random numbers"
     return "mix samples" if greatest(together[:1] - alone) > RTOL * greatest(together) else ""

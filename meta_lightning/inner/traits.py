@@ -44,7 +44,7 @@ from meta_lightning.inner.state import (
     taken_back,
 )
 from meta_lightning.inner.task_loss import TaskLoss, TaskPredictor
-from meta_lightning.random_states import drew_from, random_states, set_random_states
+from meta_lightning.random_states import drew_from, kept_random_states, random_states, set_random_states
 
 MISSING = object()
 # whose derivatives have a wrong rule for vmap
@@ -113,59 +113,56 @@ class Traits(NamedTuple):
         recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
         traits = cls(other_names(network), recurrent, keywords=keywords, output=output)
         device = tree_leaves(x)[0].device
-        states = random_states(device)
-        try:
-            with (
-                torch.inference_mode(False),
-                torch.enable_grad(),
-                differentiable_attention(),
-                Exact(),
-                warnings.catch_warnings(action="ignore"),
-            ):
-                given = y is not None  # and the loss with them
-                parts = x, y if given else (), () if seen is None else valid(seen)
-                x, y, seen = (tree_map(lambda t: t.detach().clone(), part) for part in parts)
-                # other than θ, so that what still computes with θ is seen
-                params = {name: 1.1 * p.detach() for name, p in network.named_parameters() if p.requires_grad}
-                traits = traits.with_floats(network, params, x)
-                set_random_states(states, device)
-                one = copied(network)
-                before = contents(one)
-                with Calls() as calls, layers_started(one) as started:
-                    try:
-                        predictions = traits.forward(one, params, x)
-                    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-                        require_floating_point(x, error)
-                        if not isinstance(x, Tensor) or isinstance(loss, TaskLoss):
-                            raise unfitting(network, keywords, x, error) from None
-                        return traits  # an error of the network itself, which training shows as well
-                drawn = random_states(device)
-                vectors = isinstance(predictions, Tensor) and predictions.ndim == 2
-                traits = traits._replace(outputs=predictions.shape[1] if vectors else 0, last=started[-1])
-                traits = traits._replace(
-                    looped=reason_to_loop(network, states, drawn), replaced=bool(calls.seen & EXACT.keys())
-                )
-                twice = tree_map(lambda t: torch.cat([t, t]), x)
-                size = len(tree_leaves(x)[0])
-                traits = traits._replace(size=0 if traits.takes(network, params, twice) else size)
-                if traits.size and isinstance(x, Tensor):
-                    came = f"batches must have the shape T S ..., tasks by samples, got tasks of shape {list(x.shape)},"
-                    missing = "the dimension of the tasks, or of the features, is missing"
-                    require(x.ndim > 1, f"{came} which the network takes as one sample: {missing}")
-                if padded:
-                    traits = traits.with_padding(network, calls.seen, params, x, drawn)
-                traits = traits.with_state(network, one, before, params, x, drawn)
-                if given and isinstance(loss, TaskLoss):
-                    traits = traits.with_task_loss(loss, network, calls.seen, params, seen, y)
-                elif given and isinstance(loss, nn.Module):
-                    more = ways > traits.outputs > 0 and refuses_classes(loss, y, traits.outputs)
-                    if ways and isinstance(predictions, Tensor) and (computed or more):
-                        # as many outputs as classes
-                        predictions = predictions[:, torch.arange(ways, device=device) % predictions.shape[1]]
-                    traits = traits.with_loss(loss, predictions, y)
-                return traits.compared(network, params, x, drawn)
-        finally:
+        with (
+            kept_random_states(device) as states,
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            differentiable_attention(),
+            Exact(),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            given = y is not None  # and the loss with them
+            parts = x, y if given else (), () if seen is None else valid(seen)
+            x, y, seen = (tree_map(lambda t: t.detach().clone(), part) for part in parts)
+            # other than θ, so that what still computes with θ is seen
+            params = {name: 1.1 * p.detach() for name, p in network.named_parameters() if p.requires_grad}
+            traits = traits.with_floats(network, params, x)
             set_random_states(states, device)
+            one = copied(network)
+            before = contents(one)
+            with Calls() as calls, layers_started(one) as started:
+                try:
+                    predictions = traits.forward(one, params, x)
+                except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+                    require_floating_point(x, error)
+                    if not isinstance(x, Tensor) or isinstance(loss, TaskLoss):
+                        raise unfitting(network, keywords, x, error) from None
+                    return traits  # an error of the network itself, which training shows as well
+            drawn = random_states(device)
+            vectors = isinstance(predictions, Tensor) and predictions.ndim == 2
+            traits = traits._replace(outputs=predictions.shape[1] if vectors else 0, last=started[-1])
+            traits = traits._replace(
+                looped=reason_to_loop(network, states, drawn), replaced=bool(calls.seen & EXACT.keys())
+            )
+            twice = tree_map(lambda t: torch.cat([t, t]), x)
+            size = len(tree_leaves(x)[0])
+            traits = traits._replace(size=0 if traits.takes(network, params, twice) else size)
+            if traits.size and isinstance(x, Tensor):
+                came = f"batches must have the shape T S ..., tasks by samples, got tasks of shape {list(x.shape)},"
+                missing = "the dimension of the tasks, or of the features, is missing"
+                require(x.ndim > 1, f"{came} which the network takes as one sample: {missing}")
+            if padded:
+                traits = traits.with_padding(network, calls.seen, params, x, drawn)
+            traits = traits.with_state(network, one, before, params, x, drawn)
+            if given and isinstance(loss, TaskLoss):
+                traits = traits.with_task_loss(loss, network, calls.seen, params, seen, y)
+            elif given and isinstance(loss, nn.Module):
+                more = ways > traits.outputs > 0 and refuses_classes(loss, y, traits.outputs)
+                if ways and isinstance(predictions, Tensor) and (computed or more):
+                    # as many outputs as classes
+                    predictions = predictions[:, torch.arange(ways, device=device) % predictions.shape[1]]
+                traits = traits.with_loss(loss, predictions, y)
+            return traits.compared(network, params, x, drawn)
 
     def with_floats(self, network: nn.Module, params: Params, x: Samples) -> "Traits":
         """Add whether integers have to be floating point for the network."""
