@@ -36,7 +36,7 @@ class MAML(MetaLearner):
         gradient_clip_val: Clip the meta-gradient at this value; None for no clipping.
         gradient_clip_algorithm: Clip by the norm of the meta-gradient, or each value.
         recompute_inner_steps: Recompute each inner step in backward instead of keeping its graph: exact, slower, and
-            memory does not grow with ``inner_steps``.
+            memory does not grow with ``inner_steps``. Passes are not recorded, which would keep every step.
         multi_step_loss: Number of first meta-iterations in which the query loss is taken after every inner step, with
             the weights of ``step_weights``, which move to the last step (MAML++: Antoniou et al., 2019,
             https://arxiv.org/abs/1810.09502). They move every meta-iteration; the authors' move every epoch of 500, for
