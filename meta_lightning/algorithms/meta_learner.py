@@ -688,8 +688,8 @@ class MetaLearner(NamedOptions, L.LightningModule, ABC):
         """``answers`` of this learner alone."""
         outputs = self.task_network.examine(batch.support_x, batch.support_y).outputs
         if outputs > 1 and not self.head_start.computed and not isinstance(self.loss, TaskLoss):
-            ignored = ignored_class(self.loss)
-            ways, y = ways_of(batch.support_y, ignored), class_numbers(batch.support_y, ignored)
+            y = class_numbers(batch.support_y, ignored := ignored_class(self.loss))
+            ways = ways_of(y, ignored)
             if ways > outputs and refuses_classes(self.loss, y.flatten(), outputs):
                 return self.answers_of_groups(batch, ways, partitions(ways, outputs), each_step, first)
 

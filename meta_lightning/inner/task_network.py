@@ -166,11 +166,11 @@ class TaskNetwork:
                 loss,
                 self.inputs(seen),
                 targets,
-                ways,
-                self.owner.head_start.computed,
-                self.owner.keywords,
-                self.owner.output,
-                seen,
+                ways=ways,
+                computed=self.owner.head_start.computed,
+                keywords=self.owner.keywords,
+                output=self.owner.output,
+                seen=seen,
             )
         self.examined, self.traits = present, self.known[present]
         self.loops_over_tasks = bool(self.traits.looped or self.traits.in_turn)
